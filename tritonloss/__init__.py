@@ -1,0 +1,12 @@
+"""Exact, stable, fused losses for training object detectors."""
+
+from pathlib import Path as _Path
+
+if not (_Path(__file__).parent / "kernels").is_dir():
+    # A checkout that is not installed keeps the kernels one folder up.
+    __path__.append(str(_Path(__file__).parent.parent))
+
+from ._dispatch import backend, show_config
+from ._version import __version__
+
+__all__ = ["__version__", "backend", "show_config"]

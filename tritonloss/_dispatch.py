@@ -1,0 +1,135 @@
+"""Which implementation runs: Triton kernels or eager torch.
+
+The choice is plain Python on the device, the dtype and the active transforms, so that Dynamo
+traces and guards it. It is never cached.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+try:
+    import triton
+except ImportError:  # the eager path needs no Triton
+    triton = None
+
+HAS_TRITON = triton is not None
+# Read once: Triton decides at import whether its decorator builds interpreted kernels.
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BACKENDS = ("auto", "triton", "eager")
+
+# Tests only: trace the kernels' ops on CPU tensors without running them.
+_FORCE_ON_CPU = False
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+_mode = _checked(os.environ.get("TRITONLOSS_BACKEND", "auto"), "TRITONLOSS_BACKEND")
+
+
+class backend:
+    """Choose the implementation inside a ``with`` block (process-wide, re-entrant).
+
+    Args:
+        name: ``"auto"`` takes the Triton kernels for float16, bfloat16 and float32 tensors on a
+            CUDA or ROCm device and eager torch for everything else; ``"triton"`` insists on the
+            kernels and raises where they cannot run (float64 takes the eager path all the same);
+            ``"eager"`` takes plain torch everywhere.
+
+    The environment variable ``TRITONLOSS_BACKEND`` sets the value outside any block.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> with tritonloss.backend("eager"):
+        ...     loss = tritonloss.sigmoid_focal_loss(torch.randn(4, 3), torch.tensor([0, 3, 1, 3]))
+    """
+
+    def __init__(self, name: str):
+        self.name = _checked(name, "backend")
+        self._previous: list[str] = []
+
+    def __enter__(self) -> backend:
+        global _mode
+        self._previous.append(_mode)
+        _mode = self.name
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _mode
+        _mode = self._previous.pop()
+
+
+def _transforms_active() -> bool:
+    # peek_interpreter_stack() would answer wrongly under Dynamo.
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """True if the kernels take ``x``; raises where an explicit ``"triton"`` cannot run."""
+    if _mode == "eager" or x.dtype not in KERNEL_DTYPES:
+        return False
+    on_device = HAS_TRITON and (x.is_cuda or _FORCE_ON_CPU)
+    if _mode == "auto":
+        return on_device and not _transforms_active()
+    if not HAS_TRITON:
+        raise RuntimeError("backend 'triton' was asked for, but Triton cannot be imported")
+    if not on_device and not (INTERPRET and x.device.type == "cpu"):
+        raise RuntimeError(
+            f"backend 'triton' was asked for, but the tensor is on {x.device}: the kernels run on "
+            "CUDA or ROCm devices (and on CPU tensors if TRITON_INTERPRET=1 is set before Python "
+            "starts)"
+        )
+    if _transforms_active():
+        raise RuntimeError(
+            "backend 'triton' was asked for, but the kernels do not run under torch.func "
+            "transforms or forward-mode AD: use backend 'auto' or 'eager' there"
+        )
+    return True
+
+
+def show_config() -> str:
+    """Versions, device, chosen backend and why, as a printable text.
+
+    Example:
+        >>> import tritonloss
+        >>> print(tritonloss.show_config())  # doctest: +ELLIPSIS
+        tritonloss ...
+    """
+    from ._version import __version__
+
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name()} ({'ROCm' if torch.version.hip else 'CUDA'})"
+    else:
+        device = "no CUDA or ROCm device"
+    if not HAS_TRITON:
+        why = "eager torch: Triton cannot be imported"
+    elif _mode == "eager":
+        why = "eager torch: asked for"
+    elif _mode == "triton":
+        why = "Triton kernels: asked for" + (", interpreted on the CPU" if INTERPRET else "")
+    elif torch.cuda.is_available():
+        why = "Triton kernels for 16- and 32-bit GPU tensors, eager torch for the rest"
+    else:
+        why = "eager torch: no CUDA or ROCm device"
+    return "\n".join(
+        [
+            f"tritonloss {__version__}",
+            f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
+            f"torch      {torch.__version__}",
+            f"triton     {triton.__version__ if HAS_TRITON else 'not installed'}"
+            + (" (interpreting)" if INTERPRET else ""),
+            f"device     {device}",
+            f"backend    {_mode} -> {why}",
+        ]
+    )

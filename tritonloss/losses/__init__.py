@@ -1,0 +1,1 @@
+"""Public loss functions, one file per family."""
