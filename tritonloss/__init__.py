@@ -8,5 +8,19 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 from ._dispatch import backend, show_config
 from ._version import __version__
+from .losses.elementwise import (
+    focal_star_loss,
+    quality_focal_loss,
+    sigmoid_focal_loss,
+    varifocal_loss,
+)
 
-__all__ = ["__version__", "backend", "show_config"]
+__all__ = [
+    "__version__",
+    "backend",
+    "focal_star_loss",
+    "quality_focal_loss",
+    "show_config",
+    "sigmoid_focal_loss",
+    "varifocal_loss",
+]

@@ -70,8 +70,7 @@ class backend:
 def _transforms_active() -> bool:
     # peek_interpreter_stack() would answer wrongly under Dynamo.
     return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
 
 

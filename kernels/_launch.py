@@ -1,0 +1,26 @@
+"""Block sizes and warps, each with its reason; and what every launcher needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    block: int
+    num_warps: int
+
+
+# 16 elements a thread: four 16-byte loads of float32 in flight before the first use.
+POINTWISE = Config(block=2048, num_warps=4)
+# One program sums all partial results in a fixed order.
+FINISH = Config(block=1024, num_warps=4)
+
+
+def scalar_args(values: Tensor | tuple[float, ...] | None, count: int):
+    """``(pointer, numbers)`` for a kernel that takes hyper-parameters from either."""
+    if values is None or isinstance(values, Tensor):
+        return values, (0.0,) * count
+    return None, tuple(float(v) for v in values) + (0.0,) * (count - len(values))

@@ -1,0 +1,80 @@
+"""Sum of per-program partial results and division by the divisor, in one small launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import FINISH, scalar_args
+
+
+@triton.jit
+def finish_kernel(
+    # pointers
+    partial_ptr,  # [n_partials] float32
+    count_ptr,  # [n_partials] int32, elements that count
+    avg_factor_ptr,  # [1] or None
+    loss_ptr,  # [] float32
+    scale_ptr,  # [] float32, what the backward multiplies the upstream gradient with
+    # shapes
+    n_partials,
+    # scalars
+    avg_factor,
+    # constants
+    MEAN: tl.constexpr,
+    HAS_AVG_FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program; compensated sums per lane, then a tree over the lanes: a fixed order."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    lost = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.int64)
+    start = tl.cast(0, tl.int64)
+    while start < n_partials:
+        mask = start + lanes < n_partials
+        value = tl.load(partial_ptr + start + lanes, mask=mask, other=0.0) - lost
+        bigger = total + value
+        # An infinite sum stays infinite: inf - inf would make it NaN.
+        lost = tl.where(tl.abs(bigger) < float("inf"), (bigger - total) - value, 0.0)
+        total = bigger
+        if MEAN and not HAS_AVG_FACTOR:
+            count += tl.load(count_ptr + start + lanes, mask=mask, other=0).to(tl.int64)
+        start += BLOCK
+    loss = tl.sum(total, 0)
+    scale = tl.cast(1.0, tl.float32)
+    if MEAN:
+        if HAS_AVG_FACTOR:
+            if avg_factor_ptr is not None:
+                divisor = tl.load(avg_factor_ptr).to(tl.float32)
+            else:
+                divisor = tl.cast(avg_factor, tl.float32)
+            divisor = tl.where(divisor <= 0.0, 1.0, divisor)
+        else:
+            divisor = tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
+        loss = loss / divisor
+        scale = 1.0 / divisor
+    tl.store(loss_ptr, loss)
+    tl.store(scale_ptr, scale)
+
+
+def finish(partials, counts, avg_factor, reduction: str, kernel=finish_kernel):
+    """``(loss, scale)`` from partial sums; ``kernel`` is the wrapped kernel in an op body."""
+    loss = torch.empty((), dtype=torch.float32, device=partials.device)
+    scale = torch.empty_like(loss)
+    pointer, (number,) = scalar_args(avg_factor, 1)
+    kernel[(1,)](
+        partials,
+        counts,
+        pointer,
+        loss,
+        scale,
+        partials.numel(),
+        number,
+        MEAN=reduction == "mean",
+        HAS_AVG_FACTOR=avg_factor is not None,
+        BLOCK=FINISH.block,
+        num_warps=FINISH.num_warps,
+    )
+    return loss, scale

@@ -1,0 +1,461 @@
+"""One kernel, compiled as forward and as backward, for every pointwise loss.
+
+Each program takes BLOCK consecutive logits in memory order. With label targets it finds their rows
+and classes by division; dense operands that lie in memory like the logits need no index at all.
+A loss is a pair of tile functions in ``_tiles.py``, chosen by the string KIND.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import POINTWISE, scalar_args
+from ._layout import (
+    MAX_DIMS,
+    MAX_INNER_SIZE,
+    contiguous_strides,
+    merged_dims,
+    same_memory_order,
+)
+from ._reduce import finish, finish_kernel
+from ._tiles import pointwise_derivative, pointwise_value
+
+
+@triton.jit
+def coordinates(start, offs, sizes, N_DIMS: tl.constexpr):
+    """Coordinates of elements start + offs: 64-bit division once a program, 32-bit per element."""
+    c0 = tl.zeros(offs.shape, tl.int64)
+    c1 = c0
+    c2 = c0
+    if N_DIMS == 1:
+        c3 = start + offs
+    else:
+        outer = start // sizes[3]
+        inner = (start - outer * sizes[3]).to(tl.int32) + offs
+        carry = inner // sizes[3]
+        c3 = inner - carry * sizes[3]
+        if N_DIMS == 2:
+            c2 = outer + carry
+        else:
+            rest = outer // sizes[2]
+            inner = (outer - rest * sizes[2]).to(tl.int32) + carry
+            carry = inner // sizes[2]
+            c2 = inner - carry * sizes[2]
+            if N_DIMS == 3:
+                c1 = rest + carry
+            else:
+                outest = rest // sizes[1]
+                inner = (rest - outest * sizes[1]).to(tl.int32) + carry
+                carry = inner // sizes[1]
+                c1 = inner - carry * sizes[1]
+                c0 = outest + carry
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def offset_of(coords, strides, N_DIMS: tl.constexpr):
+    """64-bit offset of coordinates under strides."""
+    offset = coords[3] * tl.cast(strides[3], tl.int64)
+    if N_DIMS > 1:
+        offset += coords[2] * tl.cast(strides[2], tl.int64)
+    if N_DIMS > 2:
+        offset += coords[1] * tl.cast(strides[1], tl.int64)
+    if N_DIMS > 3:
+        offset += coords[0] * tl.cast(strides[0], tl.int64)
+    return offset
+
+
+@triton.jit
+def load_or_zero(ptr, MASKED: tl.constexpr, mask):
+    """A load that the compiler proves to be 16 bytes wide where nothing is masked."""
+    if MASKED:
+        value = tl.load(ptr, mask=mask, other=0)
+    else:
+        value = tl.load(ptr)
+    return value
+
+
+@triton.jit
+def load_logits(
+    start,
+    offs,
+    n,
+    pointers,  # x, dense target, label, quality, weight, class weight
+    n_classes,
+    ignore_index,
+    sizes,
+    strides,  # of x, rows, dense target, weight
+    N_DIMS: tl.constexpr,
+    CLASS_DIM: tl.constexpr,
+    LINEAR: tl.constexpr,
+    ROW_WEIGHT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A tile of logits with their targets: ``(x, y, positive, keep, scale, coords)``.
+
+    ``keep`` is False beyond the end, for ignored rows and for weights of 0; there x, y and scale
+    are 0, and nothing that was stored there, NaN included, reaches the result.
+    """
+    x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, class_weight_ptr = pointers
+    x_strides, row_strides, dense_strides, weight_strides = strides
+    inside = offs < n - start
+    linear = start + offs
+    coords = coordinates(start, offs, sizes, N_DIMS)
+    row = offset_of(coords, row_strides, N_DIMS)
+    if CLASS_DIM < 0:
+        cls = tl.zeros(offs.shape, tl.int64)
+    else:
+        cls = coords[CLASS_DIM]
+
+    if LINEAR:
+        x = load_or_zero(x_ptr + linear, MASKED, inside)
+    else:
+        x = load_or_zero(x_ptr + offset_of(coords, x_strides, N_DIMS), MASKED, inside)
+    x = x.to(tl.float32)
+
+    keep = inside
+    scale = tl.full(offs.shape, 1.0, tl.float32)
+    if weight_ptr is not None:
+        if ROW_WEIGHT:
+            weight = load_or_zero(weight_ptr + row, MASKED, inside)
+        elif LINEAR:
+            weight = load_or_zero(weight_ptr + linear, MASKED, inside)
+        else:
+            weight_offs = offset_of(coords, weight_strides, N_DIMS)
+            weight = load_or_zero(weight_ptr + weight_offs, MASKED, inside)
+        scale = weight.to(tl.float32)
+        keep = keep & (scale > 0)
+    if label_ptr is not None:
+        label = load_or_zero(label_ptr + row, MASKED, inside).to(tl.int64)
+        keep = keep & (label >= 0) & (label <= n_classes) & (label != ignore_index)
+        positive = keep & (label == cls)
+        if quality_ptr is not None:
+            y = tl.load(quality_ptr + row, mask=positive, other=0.0).to(tl.float32)
+        else:
+            y = tl.where(positive, 1.0, 0.0)
+    else:
+        if LINEAR:
+            y = load_or_zero(dense_ptr + linear, MASKED, inside)
+        else:
+            y = load_or_zero(dense_ptr + offset_of(coords, dense_strides, N_DIMS), MASKED, inside)
+        y = tl.where(keep, y.to(tl.float32), 0.0)
+        positive = y > 0
+    if class_weight_ptr is not None:
+        scale *= load_or_zero(class_weight_ptr + cls, MASKED, inside).to(tl.float32)
+    x = tl.where(keep, x, 0.0)
+    x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
+    return x, y, positive, keep, tl.where(keep, scale, 0.0), coords
+
+
+@triton.jit
+def load_params(params_ptr, numbers):
+    """Hyper-parameters as float32: from memory when traced, else from the arguments."""
+    if params_ptr is not None:
+        p0 = tl.load(params_ptr)
+        p1 = tl.load(params_ptr + 1)
+        p2 = tl.load(params_ptr + 2)
+        p3 = tl.load(params_ptr + 3)
+    else:
+        # Inductor passes Python floats as float64
+        p0 = tl.cast(numbers[0], tl.float32)
+        p1 = tl.cast(numbers[1], tl.float32)
+        p2 = tl.cast(numbers[2], tl.float32)
+        p3 = tl.cast(numbers[3], tl.float32)
+    return p0, p1, p2, p3
+
+
+@triton.jit
+def _pointwise_tile(
+    start,
+    offs,
+    n,
+    pointers,
+    out_ptr,
+    grad_ptr,
+    grad_scale,
+    n_classes,
+    ignore_index,
+    sizes,
+    strides,
+    out_strides,
+    grad_strides,
+    params,
+    KIND: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    REDUCED: tl.constexpr,
+    N_DIMS: tl.constexpr,
+    CLASS_DIM: tl.constexpr,
+    LINEAR: tl.constexpr,
+    ROW_WEIGHT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Loss or gradient of one tile, stored if there is a value per logit; ``(result, keep)``."""
+    x, y, positive, keep, scale, coords = load_logits(
+        start,
+        offs,
+        n,
+        pointers,
+        n_classes,
+        ignore_index,
+        sizes,
+        strides,
+        N_DIMS,
+        CLASS_DIM,
+        LINEAR,
+        ROW_WEIGHT,
+        MASKED,
+    )
+    p0, p1, p2, p3 = params
+    if BACKWARD:
+        result = pointwise_derivative(x, y, positive, p0, p1, p2, p3, KIND)
+        if REDUCED:
+            result *= grad_scale * scale
+        else:
+            if LINEAR:
+                grad = load_or_zero(grad_ptr + start + offs, MASKED, keep)
+            else:
+                grad = load_or_zero(
+                    grad_ptr + offset_of(coords, grad_strides, N_DIMS), MASKED, keep
+                )
+            result *= grad.to(tl.float32) * scale
+    else:
+        result = pointwise_value(x, y, positive, p0, p1, p2, p3, KIND) * scale
+    result = tl.where(keep, result, 0.0)
+    if BACKWARD or not REDUCED:
+        if LINEAR:
+            out_ptrs = out_ptr + start + offs
+        else:
+            out_ptrs = out_ptr + offset_of(coords, out_strides, N_DIMS)
+        if MASKED:
+            tl.store(out_ptrs, result, mask=offs < n - start)
+        else:
+            tl.store(out_ptrs, result)
+    return result, keep
+
+
+@triton.jit
+def pointwise_kernel(
+    # pointers
+    x_ptr,  # logits
+    dense_ptr,  # dense targets, or None
+    label_ptr,  # [rows] integers, or None
+    quality_ptr,  # [rows], or None
+    weight_ptr,  # [rows] or per logit, or None
+    class_weight_ptr,  # [classes], or None
+    params_ptr,  # [4] float32, or None
+    grad_ptr,  # upstream gradient: [] or per logit
+    scale_ptr,  # [] float32, 1 / divisor, or None
+    out_ptr,  # per logit: loss or gradient; forward and reduced: [programs] partial sums
+    count_ptr,  # [programs] int32, or None
+    # shapes
+    n,
+    n_classes,
+    size_1,
+    size_2,
+    size_3,
+    # strides
+    x_s0,
+    x_s1,
+    x_s2,
+    x_s3,
+    row_s0,
+    row_s1,
+    row_s2,
+    row_s3,
+    dense_s0,
+    dense_s1,
+    dense_s2,
+    dense_s3,
+    weight_s0,
+    weight_s1,
+    weight_s2,
+    weight_s3,
+    out_s0,
+    out_s1,
+    out_s2,
+    out_s3,
+    grad_s0,
+    grad_s1,
+    grad_s2,
+    grad_s3,
+    # scalars
+    ignore_index,
+    p0,
+    p1,
+    p2,
+    p3,
+    # constants
+    KIND: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    REDUCED: tl.constexpr,
+    N_DIMS: tl.constexpr,
+    CLASS_DIM: tl.constexpr,
+    LINEAR: tl.constexpr,
+    ROW_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """1-D grid; program i takes logits [i BLOCK, (i+1) BLOCK) in memory order."""
+    pid = tl.program_id(0).to(tl.int64)
+    start = pid * BLOCK
+    offs = tl.arange(0, BLOCK)
+    pointers = (x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, class_weight_ptr)
+    sizes = (1, size_1, size_2, size_3)
+    strides = (
+        (x_s0, x_s1, x_s2, x_s3),
+        (row_s0, row_s1, row_s2, row_s3),
+        (dense_s0, dense_s1, dense_s2, dense_s3),
+        (weight_s0, weight_s1, weight_s2, weight_s3),
+    )
+    out_strides = (out_s0, out_s1, out_s2, out_s3)
+    grad_strides = (grad_s0, grad_s1, grad_s2, grad_s3)
+    params = load_params(params_ptr, (p0, p1, p2, p3))
+    grad_scale = 1.0
+    if BACKWARD and REDUCED:
+        grad_scale = tl.load(grad_ptr).to(tl.float32)
+        if scale_ptr is not None:
+            grad_scale *= tl.load(scale_ptr)
+    if start + BLOCK <= n:
+        result, keep = _pointwise_tile(
+            start, offs, n, pointers, out_ptr, grad_ptr, grad_scale, n_classes, ignore_index,
+            sizes, strides, out_strides, grad_strides, params,
+            KIND, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
+        )  # fmt: skip
+    else:
+        result, keep = _pointwise_tile(
+            start, offs, n, pointers, out_ptr, grad_ptr, grad_scale, n_classes, ignore_index,
+            sizes, strides, out_strides, grad_strides, params,
+            KIND, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
+        )  # fmt: skip
+    if REDUCED and not BACKWARD:
+        tl.store(out_ptr + pid, tl.sum(result, 0))
+        if count_ptr is not None:
+            tl.store(count_ptr + pid, tl.sum(keep.to(tl.int32), 0))
+
+
+def walkable(x, *others) -> bool:
+    """True if the kernel can read ``x`` and the other per-logit tensors in place."""
+    if x.dim() <= MAX_DIMS and x.numel() <= MAX_INNER_SIZE:
+        return True
+    rows = (*contiguous_strides(x.shape[:-1]), 0)
+    class_index = (*(0,) * (x.dim() - 1), 1)
+    per_logit = [t.stride() for t in others if t is not None and t.dim() == x.dim()]
+    return merged_dims(x.shape, [x.stride(), rows, class_index, *per_logit]) is not None
+
+
+def _launch(
+    kernel, x, dense, labels, quality, weight, class_weight, params, grad, scale, out, count,
+    kind, ignore_index, backward, reduced,
+):  # fmt: skip
+    shape = tuple(x.shape)
+    zeros = (0,) * len(shape)
+    row_weight = weight is not None and weight.dim() < x.dim()
+    per_logit = [
+        dense,
+        None if row_weight else weight,
+        out if backward or not reduced else None,
+        None if reduced else grad,
+    ]
+    linear = same_memory_order(
+        shape, [x.stride(), *(t.stride() for t in per_logit if t is not None)]
+    )
+    rows = (*contiguous_strides(shape[:-1]), 0) if labels is not None or row_weight else zeros
+    by_class = labels is not None or class_weight is not None
+    layout = merged_dims(
+        shape,
+        [
+            x.stride(),
+            rows,
+            (*zeros[:-1], 1 if by_class else 0),
+            *(zeros if t is None or linear else t.stride() for t in per_logit),
+        ],
+    )
+    x_s, row_s, class_s, dense_s, weight_s, out_s, grad_s = layout.strides
+    pointer, numbers = scalar_args(params, 4)
+    n = x.numel()
+    kernel[(triton.cdiv(n, POINTWISE.block),)](
+        x,
+        dense,
+        labels,
+        quality,
+        weight,
+        class_weight,
+        pointer,
+        grad,
+        scale,
+        out,
+        count,
+        n,
+        shape[-1],
+        *layout.sizes[1:],
+        *x_s,
+        *row_s,
+        *dense_s,
+        *weight_s,
+        *out_s,
+        *grad_s,
+        ignore_index,
+        *numbers,
+        KIND=kind,
+        BACKWARD=backward,
+        REDUCED=reduced,
+        N_DIMS=layout.n_dims,
+        CLASS_DIM=class_s.index(1) if 1 in class_s else -1,
+        LINEAR=linear,
+        ROW_WEIGHT=row_weight,
+        BLOCK=POINTWISE.block,
+        num_warps=POINTWISE.num_warps,
+    )
+
+
+def launch_forward(
+    x, dense, labels, quality, weight, class_weight, avg_factor, params,
+    kind, ignore_index, reduction, kernel=pointwise_kernel, finish_with=finish_kernel,
+):  # fmt: skip
+    """Loss of all logits, and the factor that the backward needs.
+
+    Args:
+        x: logits (..., C), any strides.
+        dense: targets (..., C), any strides, or None.
+        labels, quality: contiguous (...), or None.
+        weight: contiguous (...), or (..., C) with any strides, or None.
+        class_weight: contiguous (C,), or None.
+        avg_factor, params: numbers or float tensors of 1 and 4 entries.
+        kernel, finish_with: the wrapped kernels in an op body.
+
+    Returns:
+        ``(loss, scale)``, float32.
+    """
+    args = (x, dense, labels, quality, weight, class_weight, params, None, None)
+    if reduction == "none":
+        loss = torch.empty_like(x, dtype=torch.float32)
+        _launch(kernel, *args, loss, None, kind, ignore_index, False, False)
+        return loss, torch.empty(0, dtype=torch.float32, device=x.device)
+    n_programs = triton.cdiv(x.numel(), POINTWISE.block)
+    partials = torch.empty(n_programs, dtype=torch.float32, device=x.device)
+    counts = None
+    if reduction == "mean" and avg_factor is None:
+        counts = torch.empty(n_programs, dtype=torch.int32, device=x.device)
+    _launch(kernel, *args, partials, counts, kind, ignore_index, False, True)
+    return finish(partials, counts, avg_factor, reduction, finish_with)
+
+
+def launch_backward(
+    x, grad, scale, dense, labels, quality, weight, class_weight, params,
+    kind, ignore_index, reduction, kernel=pointwise_kernel,
+):  # fmt: skip
+    """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
+    grad_x = torch.empty_like(x)
+    reduced = reduction != "none"
+    if not reduced:
+        scale = None
+        if not any(grad.stride()):
+            reduced = True  # an expanded scalar, as .sum() sends back
+        elif not walkable(x, dense, weight, grad):
+            grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+    _launch(
+        kernel, x, dense, labels, quality, weight, class_weight, params, grad, scale, grad_x, None,
+        kind, ignore_index, True, reduced,
+    )  # fmt: skip
+    return grad_x

@@ -1,0 +1,114 @@
+"""Targets in their three forms, checked: labels, labels with quality, dense."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks as check
+
+
+class Targets(NamedTuple):
+    """Either ``labels`` (with or without ``quality``) or ``dense`` is set."""
+
+    labels: Tensor | None  # (...) integers, contiguous
+    quality: Tensor | None  # (...) floating, contiguous
+    dense: Tensor | None  # (..., C) floating, any strides
+
+
+def is_logits(logits: Tensor, name: str = "logits") -> None:
+    """Floating, at least one dim, at least one class."""
+    check.is_floating(name, logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., C) with C >= 1; got {tuple(logits.shape)}")
+
+
+def parse_targets(
+    logits: Tensor, targets, ignore_index: int, weight: Tensor | None = None
+) -> Targets:
+    """Tell the forms apart by dtype and shape, and check them."""
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    rows, n_classes = logits.shape[:-1], logits.shape[-1]
+    if isinstance(targets, Tensor):
+        if not targets.dtype.is_floating_point:
+            labels = parse_labels("targets", targets, logits, ignore_index, n_classes)
+            return Targets(labels, None, None)
+        check.is_input("targets", targets, logits.shape, "dense, as logits", "logits", logits)
+        if check.values_checked(logits):
+            _check_dense(targets, weight)
+        return Targets(None, None, targets)
+    if not isinstance(targets, (tuple, list)) or len(targets) != 2:
+        raise TypeError(
+            "targets must be integer labels (...), a pair (labels, quality), or a floating tensor "
+            f"with the logits' shape; got {type(targets).__name__}"
+        )
+    labels = parse_labels("labels", targets[0], logits, ignore_index, n_classes)
+    quality = targets[1]
+    check.is_input("quality", quality, rows, "logits without the classes", "logits", logits)
+    if check.values_checked(logits):
+        read = (labels >= 0) & (labels < n_classes) & (labels != ignore_index)
+        if weight is not None and weight.dim() == labels.dim():
+            read &= weight > 0
+        check.require(
+            ~read | ((quality >= 0) & (quality <= 1)),
+            "quality must lie in [0, 1] where the label is a class",
+        )
+    return Targets(labels, quality.contiguous(), None)
+
+
+def parse_labels(name: str, labels: Tensor, logits: Tensor, ignore_index: int, last: int) -> Tensor:
+    """Integer labels of the logits' rows, contiguous; accepted are 0..last and ignore_index."""
+    check.is_integer(name, labels)
+    check.has_shape(name, labels, logits.shape[:-1], "logits without the classes")
+    check.on_device_of(name, labels, "logits", logits)
+    if check.values_checked(logits):
+        wide = labels.long()
+        known = ((wide >= 0) & (wide <= last)) | (wide == ignore_index)
+        check.require(
+            known,
+            lambda: (
+                f"{name} must lie in 0..{last} or be ignore_index = {ignore_index}; got "
+                f"{sorted(set(wide[~known].tolist()))[:5]}"
+            ),
+        )
+    return labels.contiguous()
+
+
+def _check_dense(targets: Tensor, weight: Tensor | None) -> None:
+    if targets.numel() == 0:
+        return
+    low, high = torch.aminmax(targets.detach())
+    inside = (low >= 0) & (high <= 1)
+    if not targets.is_cuda and inside:
+        return
+    counted = (targets >= 0) & (targets <= 1)
+    if weight is not None:
+        rows = weight.unsqueeze(-1) if weight.dim() < targets.dim() else weight
+        counted = counted | ~(rows > 0)
+    check.require(counted, "targets must lie in [0, 1] wherever the weight is above 0")
+
+
+def parse_weight(logits: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Weight per row (contiguous) or per logit (any strides)."""
+    if weight is None:
+        return None
+    check.is_floating("weight", weight)
+    if tuple(weight.shape) not in (tuple(logits.shape), tuple(logits.shape[:-1])):
+        raise ValueError(
+            f"weight must have shape {tuple(logits.shape[:-1])} (per anchor) or "
+            f"{tuple(logits.shape)} (per logit); got {tuple(weight.shape)}"
+        )
+    check.on_device_of("weight", weight, "logits", logits)
+    check.is_constant("weight", weight)
+    return weight if weight.dim() == logits.dim() else weight.contiguous()
+
+
+def parse_class_weight(logits: Tensor, class_weight: Tensor | None, name="class_weight"):
+    """One weight per class, contiguous, or None."""
+    if class_weight is None:
+        return None
+    check.is_input(name, class_weight, logits.shape[-1:], "one per class", "logits", logits)
+    return class_weight.contiguous()

@@ -1,0 +1,327 @@
+"""Focal, FL*, quality focal and varifocal loss; softmax focal; class-balanced weights.
+
+To add a pointwise loss: two tile functions and a line in each picker (``kernels/_tiles.py``), one
+entry of ``KINDS`` (``eager/elementwise.py``), one function here, one row in ``tests/cases.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonloss import _checks as check
+from tritonloss import _op
+from tritonloss._dispatch import use_triton
+from tritonloss._op import wrap_triton
+from tritonloss._targets import Targets, is_logits, parse_class_weight, parse_targets, parse_weight
+from tritonloss.eager import elementwise as eager
+
+try:
+    from tritonloss.kernels._reduce import finish_kernel
+    from tritonloss.kernels.elementwise import (
+        launch_backward,
+        launch_forward,
+        pointwise_kernel,
+        walkable,
+    )
+except ImportError:  # no Triton: the eager path alone
+    launch_forward = launch_backward = pointwise_kernel = finish_kernel = None
+
+
+def _fake_forward(x, dense, labels, quality, weight, class_weight, avg_factor, params, kind,
+                  ignore_index, reduction):  # fmt: skip
+    if reduction == "none":
+        return torch.empty_like(x, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
+    return x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
+
+
+@_op.kernel_op(_fake_forward)
+def pointwise_forward(
+    x: Tensor,
+    dense: Tensor | None,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    kind: str,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    return launch_forward(
+        x, dense, labels, quality, weight, class_weight, avg_factor, params, kind, ignore_index,
+        reduction, wrap_triton(pointwise_kernel), wrap_triton(finish_kernel),
+    )  # fmt: skip
+
+
+@_op.kernel_op(lambda x, *args: torch.empty_like(x))
+def pointwise_backward(
+    x: Tensor,
+    grad: Tensor,
+    scale: Tensor,
+    dense: Tensor | None,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    params: Tensor,
+    kind: str,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    return launch_backward(
+        x, grad, scale, dense, labels, quality, weight, class_weight, params, kind, ignore_index,
+        reduction, wrap_triton(pointwise_kernel),
+    )  # fmt: skip
+
+
+def _forward(x, *args):
+    loss, scale = _op.call(pointwise_forward, launch_forward, x, *args)
+    return (loss,), (scale,)
+
+
+def _backward(grads, saved, x, dense, labels, quality, weight, class_weight, avg_factor, *rest):
+    return _op.call(
+        pointwise_backward, launch_backward, x, grads[0], saved[0],
+        dense, labels, quality, weight, class_weight, *rest,
+    )  # fmt: skip
+
+
+def _reference(x, dense, labels, quality, weight, class_weight, avg_factor, params, kind,
+               ignore_index, reduction):  # fmt: skip
+    avg_factor = None if avg_factor is None else avg_factor[0]
+    return eager.pointwise(
+        x, Targets(labels, quality, dense), weight, class_weight, avg_factor, tuple(params), kind,
+        ignore_index, reduction,
+    )  # fmt: skip
+
+
+_kernels = _op.differentiable(_forward, _backward, _reference)
+
+
+def _pointwise(
+    kind, logits, targets, params, weight, class_weight, ignore_index, reduction, avg_factor
+) -> Tensor:
+    """Checks, choice of the implementation, call: the same for every pointwise loss."""
+    is_logits(logits)
+    check.is_reduction(reduction, avg_factor)
+    weight = parse_weight(logits, weight)
+    class_weight = parse_class_weight(logits, class_weight)
+    targets = parse_targets(logits, targets, ignore_index, weight)
+    if use_triton(logits) and logits.numel() > 0 and walkable(logits, targets.dense, weight):
+        return _kernels(
+            logits,
+            targets.dense,
+            targets.labels,
+            targets.quality,
+            weight,
+            class_weight,
+            None if avg_factor is None else _op.scalars(logits, avg_factor),
+            _op.scalars(logits, *params, *(0.0,) * (4 - len(params))),
+            kind,
+            ignore_index,
+            reduction,
+        )
+    return eager.pointwise(
+        logits, targets, weight, class_weight, avg_factor, params, kind, ignore_index, reduction
+    )
+
+
+def _balance(alpha) -> tuple:
+    """``(weight of y = 1, weight of y = 0)``."""
+    if alpha is None:
+        return 1.0, 1.0
+    check.is_number("alpha", alpha, 0, 1)
+    return alpha, 1 - alpha
+
+
+def sigmoid_focal_loss(
+    logits: Tensor,
+    targets: Tensor | tuple[Tensor, Tensor],
+    *,
+    alpha: float | Tensor | None = 0.25,
+    gamma: float | Tensor = 2.0,
+    class_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""Focal loss: cross entropy that lets easy logits count little.
+
+    .. math:: L = \alpha_t (1-p_t)^\gamma \, \mathrm{BCE}(x, y), \quad p_t = p y + (1-p)(1-y),
+              \quad \alpha_t = \alpha y + (1-\alpha)(1-y)
+
+    Args:
+        logits: ``(..., C)``, float16, bfloat16, float32 or float64, any strides.
+        targets: integer labels ``(...)``, C for background; or a pair ``(labels, quality)``, whose
+            quality is the soft target at the labelled class; or a floating tensor ``(..., C)``
+            with a (soft) target in [0, 1] per logit.
+        alpha: weight of positives in [0, 1]; None turns balancing off.
+        gamma: focusing power, >= 0; 0 is (balanced) cross entropy.
+        class_weight: ``(C,)``, scales the columns.
+        weight: ``(...)`` per anchor or ``(..., C)`` per logit; elements whose weight is not above 0
+            are removed from loss, gradient and divisor.
+        ignore_index: label whose rows contribute exactly 0.
+        reduction: ``"none"`` (one value per logit), ``"sum"`` or ``"mean"``.
+        avg_factor: with ``"mean"``, divide the sum by this; a value <= 0 counts as 1. Without it,
+            divide by the number of logits that are not ignored and have a weight above 0.
+
+    Hyper-parameters and avg_factor may be numbers or 0-d tensors; tensors are not read on the host.
+
+    Returns:
+        float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> logits = torch.tensor([[2.0, -1.0], [0.5, -3.0]], requires_grad=True)
+        >>> loss = tritonloss.sigmoid_focal_loss(logits, torch.tensor([0, 2]), avg_factor=1)
+        >>> round(loss.item(), 4)
+        0.3017
+
+    Reference:
+        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.
+    """
+    check.is_number("gamma", gamma, 0)
+    params = (*_balance(alpha), gamma)
+    return _pointwise(
+        "focal", logits, targets, params, weight, class_weight, ignore_index, reduction, avg_factor
+    )
+
+
+def focal_star_loss(
+    logits: Tensor,
+    targets: Tensor | tuple[Tensor, Tensor],
+    *,
+    gamma: float | Tensor = 2.0,
+    beta: float | Tensor = 1.0,
+    alpha: float | Tensor | None = None,
+    class_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""FL*: the focal loss' steeper and shifted relative.
+
+    .. math:: L = y f(x) + (1-y) f(-x), \quad f(x) = -\log \sigma(\gamma x + \beta) / \gamma
+
+    Args:
+        gamma: steepness, > 0.
+        beta: shift, any finite number.
+        alpha: weight of positives in [0, 1]; None turns balancing off.
+
+    The other arguments, result and errors are those of :func:`sigmoid_focal_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> loss = tritonloss.focal_star_loss(torch.zeros(1, 1), torch.tensor([0]), gamma=1, beta=0)
+        >>> round(loss.item(), 4)
+        0.6931
+
+    Reference:
+        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, appendix A.
+    """
+    check.is_number("gamma", gamma, 0, open_low=True)
+    check.is_number("beta", beta)
+    params = (*_balance(alpha), gamma, beta)
+    return _pointwise(
+        "focal_star", logits, targets, params, weight, class_weight, ignore_index, reduction,
+        avg_factor,
+    )  # fmt: skip
+
+
+def quality_focal_loss(
+    logits: Tensor,
+    targets: Tensor | tuple[Tensor, Tensor],
+    *,
+    beta: float | Tensor = 2.0,
+    class_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""Quality focal loss: the score of the labelled class learns the quality of its box.
+
+    .. math:: L = |y - p|^\beta \, \mathrm{BCE}(x, y)
+
+    y is the quality (usually the IoU of the predicted box) at the labelled class, 0 elsewhere. The
+    gradient flows through the modulating factor.
+
+    Args:
+        targets: a pair ``(labels, quality)``, integers and values in [0, 1] of shape ``(...)``; or
+            labels alone (quality 1); or a floating tensor ``(..., C)``.
+        beta: focusing power, >= 0.
+
+    The other arguments, result and errors are those of :func:`sigmoid_focal_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> targets = torch.tensor([1, 2]), torch.tensor([0.5, 0.0])
+        >>> loss = tritonloss.quality_focal_loss(torch.zeros(2, 2), targets, reduction="none")
+        >>> [[round(v, 3) for v in row] for row in loss.tolist()]
+        [[0.173, 0.0], [0.173, 0.173]]
+
+    Reference:
+        Li et al., Generalized Focal Loss, NeurIPS 2020.
+    """
+    check.is_number("beta", beta, 0)
+    return _pointwise(
+        "quality", logits, targets, (beta,), weight, class_weight, ignore_index, reduction,
+        avg_factor,
+    )  # fmt: skip
+
+
+def varifocal_loss(
+    logits: Tensor,
+    targets: Tensor | tuple[Tensor, Tensor],
+    *,
+    alpha: float | Tensor = 0.75,
+    gamma: float | Tensor = 2.0,
+    iou_weighted: bool = True,
+    detach_weight: bool = False,
+    class_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""Varifocal loss: negatives are focused, positives weigh what their box is worth.
+
+    .. math:: L = y \, \mathrm{BCE}(x, y) \ \text{(positive)}, \quad
+              \alpha p^\gamma \, \mathrm{BCE}(x, 0) \ \text{(negative)}
+
+    Args:
+        targets: a pair ``(labels, quality)``: positive is what the label says, a positive of
+            quality 0 weighs 0; or labels alone (quality 1); or a floating tensor ``(..., C)``,
+            where positive is y > 0.
+        alpha: weight of negatives, >= 0.
+        gamma: focusing power, >= 0.
+        iou_weighted: False gives every positive the weight 1 instead of y.
+        detach_weight: do not differentiate :math:`p^\gamma`. Same value, other gradient: RT-DETR
+            and D-FINE detach it, mmdetection does not.
+
+    The other arguments, result and errors are those of :func:`sigmoid_focal_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> targets = torch.tensor([0]), torch.tensor([0.5])
+        >>> loss = tritonloss.varifocal_loss(torch.zeros(1, 2), targets, reduction="none")
+        >>> [round(v, 3) for v in loss[0].tolist()]
+        [0.347, 0.13]
+
+    Reference:
+        Zhang et al., VarifocalNet: An IoU-aware Dense Object Detector, CVPR 2021.
+    """
+    check.is_number("alpha", alpha, 0)
+    check.is_number("gamma", gamma, 0)
+    params = (alpha, gamma, float(iou_weighted), float(detach_weight))
+    return _pointwise(
+        "varifocal", logits, targets, params, weight, class_weight, ignore_index, reduction,
+        avg_factor,
+    )  # fmt: skip
