@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonloss._reduce import reduced
+from tritonloss._reduce import mean_divisor, reduced
 from tritonloss._targets import Targets
+from tritonloss.eager._blocks import summed
 
 # A logit that is no negative is replaced by this one, whose loss and gradient are exactly 0.
 NO_LOSS = -1e30
@@ -54,7 +55,7 @@ def balance(y: Tensor, a1, a0) -> Tensor | float:
     """y a1 + (1 - y) a0."""
     if isinstance(a1, (int, float)) and a1 == a0:
         return a1
-    return y * a1 + (1 - y) * a0
+    return y * (a1 - a0) + a0
 
 
 def _focal_dense(x, y, a1, a0, gamma, _=None):
@@ -142,75 +143,143 @@ def pointwise(
         x = upcast(x)
         # An infinite logit gives NaN, not a plausible number.
         x = torch.add(x, x.detach(), alpha=0)
-        if weight is not None:
-            weight = weight.to(x.dtype)
-        if class_weight is not None:
-            class_weight = class_weight.to(x.dtype)
-        rest = (weight, class_weight, avg_factor, params, KINDS[kind], reduction)
+        row_weight, logit_weight = split_weight(x, weight)
         if targets.dense is not None:
-            return _dense(x, targets.dense, *rest)
-        return _labelled(x, targets, ignore_index, *rest)
+            value, count = _dense(x, targets.dense, row_weight, logit_weight, params, kind)
+        else:
+            rows = label_rows(x, targets, ignore_index, row_weight)
+            by_row = reduction != "none" and class_weight is None and logit_weight is None
+            value, count = _labelled(x, rows, logit_weight, params, kind, by_row)
+        if class_weight is not None:
+            value = value * class_weight.to(x.dtype)
+        return reduced(value, count, reduction, avg_factor)
 
 
-def _dense(x, y, weight, class_weight, avg_factor, params, loss, reduction):
+def pointwise_by_blocks(
+    x, targets, weight, avg_factor, params, kind, ignore_index, reduction, want_grad
+):  # fmt: skip
+    """``(loss, gradient of the sum, 1 / divisor)`` of a pointwise loss with weights per row."""
+    loss = KINDS[kind]
+    weight, _ = split_weight(x, weight)
+    if targets.dense is not None:
+        count = x.numel() if weight is None else (weight > 0).sum() * x.shape[-1]
+
+        def dense_values(block, index):
+            block = torch.add(block, block.detach(), alpha=0)
+            block_weight = None if weight is None else weight[index]
+            return _dense(block, targets.dense[index], block_weight, None, params, kind)[0]
+
+        total, gradient = summed(x, lambda block, _: block, dense_values, want_grad)
+    else:
+        rows = label_rows(x.detach(), targets, ignore_index, weight)
+        count = rows.keep.sum() * x.shape[-1]
+        # The labelled logits take the value of no loss, the rest of their rows keeps its own.
+        x_at_index = x.detach().gather(-1, rows.index).to(rows.y.dtype)
+        fill = torch.where(rows.positive.unsqueeze(-1), NO_LOSS, x_at_index)
+        fill = torch.where(rows.keep.unsqueeze(-1), fill, NO_LOSS)
+
+        def negatives_alone(block, index):
+            block = torch.where(rows.keep[index].unsqueeze(-1), block, NO_LOSS)
+            block = block.add_(block, alpha=0)  # an infinite logit gives NaN
+            return block.scatter_(-1, rows.index[index], fill[index])
+
+        def negative_values(block, index):
+            value = loss.negative(block, *params).sum(-1)
+            return value if rows.weight is None else value * rows.weight[index]
+
+        total, gradient = summed(x, negatives_alone, negative_values, want_grad)
+        with torch.set_grad_enabled(want_grad):
+            labelled = torch.where(rows.positive, x_at_index.squeeze(-1), 0)
+            labelled = labelled.add_(labelled, alpha=0).requires_grad_(want_grad)
+            value = _positives(labelled, rows, loss, params)
+            value = (value if rows.weight is None else value * rows.weight).sum()
+        if want_grad:
+            (slope,) = torch.autograd.grad(value, labelled)
+            gradient.scatter_add_(-1, rows.index, slope.unsqueeze(-1))
+        total = total + value.detach()
+    divisor = torch.as_tensor(
+        mean_divisor(count, avg_factor) if reduction == "mean" else 1, dtype=total.dtype
+    )
+    return total / divisor, gradient, 1 / divisor
+
+
+def split_weight(x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """``(per row, per logit)``, what does not count at exactly 0."""
+    if weight is None:
+        return None, None
+    weight = torch.where(weight > 0, weight, 0)
+    weight = weight.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return (weight, None) if weight.dim() < x.dim() else (None, weight)
+
+
+def _dense(x, y, row_weight, logit_weight, params, kind):
+    """Losses (..., C) and how many of them count."""
     y = y.to(x.dtype)
-    count = x.numel()
-    if weight is not None:
-        if weight.dim() < x.dim():
-            weight = weight.unsqueeze(-1)
-        keep = (weight > 0).expand(x.shape)
-        count = keep.sum()
-        weight = torch.where(weight > 0, weight, 0)
-        x, y = torch.where(keep, x, 0), torch.where(keep, y, 0)
-    value = loss.dense(x, y, *params)
-    if class_weight is not None:
-        value = value * class_weight
-    if weight is not None:
-        value = value * weight
-    return reduced(value, count, reduction, avg_factor)
+    weight = logit_weight if row_weight is None else row_weight.unsqueeze(-1)
+    if weight is None:
+        return KINDS[kind].dense(x, y, *params), x.numel()
+    keep = (weight > 0).expand(x.shape)
+    x, y = torch.where(keep, x, 0), torch.where(keep, y, 0)
+    return KINDS[kind].dense(x, y, *params) * weight, keep.sum()
 
 
-def _labelled(x, targets, ignore_index, weight, class_weight, avg_factor, params, loss, reduction):
+class LabelRows(NamedTuple):
+    """What the labels say of each row."""
+
+    labels: Tensor  # (...) int64
+    keep: Tensor  # (...) bool: neither ignored nor of weight 0
+    positive: Tensor  # (...) bool: the label is a class
+    index: Tensor  # (..., 1) a valid class, the label where positive
+    y: Tensor  # (...) quality where positive, else 1
+    weight: Tensor | None  # (...) 0 where not kept
+
+
+def label_rows(x: Tensor, targets: Targets, ignore_index: int, weight) -> LabelRows:
+    """An invalid label counts as ignored."""
     n_classes = x.shape[-1]
     labels = targets.labels.long()
-    row_weight = weight if weight is not None and weight.dim() < x.dim() else None
-    logit_weight = weight if row_weight is None else None
-
     keep = (labels >= 0) & (labels <= n_classes) & (labels != ignore_index)
-    if row_weight is not None:
-        keep = keep & (row_weight > 0)
-        row_weight = torch.where(keep, row_weight, 0)
+    if weight is not None:
+        keep = keep & (weight > 0)
+        weight = torch.where(keep, weight, 0)
     positive = keep & (labels < n_classes)
-    labelled = labels.unsqueeze(-1) == torch.arange(n_classes, device=x.device)
-    dropped = ~keep.unsqueeze(-1)
-    count = keep.sum() * n_classes
-    index = labels.clamp(0, n_classes - 1).unsqueeze(-1)
-    if logit_weight is not None:
-        dropped = dropped | ~(logit_weight > 0)
-        count = (~dropped).sum()
-        positive = positive & (logit_weight.gather(-1, index).squeeze(-1) > 0)
-        logit_weight = torch.where(dropped, 0, logit_weight)
-
-    negatives = loss.negative(x.masked_fill(labelled | dropped, NO_LOSS), *params)
-    x_labelled = torch.where(positive, x.gather(-1, index).squeeze(-1), 0)
-    y = torch.ones_like(x_labelled)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = torch.ones(labels.shape, dtype=dtype, device=x.device)
     if targets.quality is not None:
-        y = torch.where(positive, targets.quality.to(x.dtype), y)
-    positives = torch.where(positive, loss.positive(x_labelled, y, *params), 0)
+        y = torch.where(positive, targets.quality.to(dtype), y)
+    return LabelRows(
+        labels, keep, positive, labels.clamp(0, n_classes - 1).unsqueeze(-1), y, weight
+    )
 
-    if reduction != "none" and class_weight is None and logit_weight is None:
+
+def _positives(x_labelled, rows, loss, params):
+    return torch.where(rows.positive, loss.positive(x_labelled, rows.y, *params), 0)
+
+
+def _labelled(x, rows, logit_weight, params, kind, by_row):
+    """Losses, per row or per logit, and how many logits count."""
+    loss = KINDS[kind]
+    labelled = rows.labels.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)
+    dropped = ~rows.keep.unsqueeze(-1)
+    count = rows.keep.sum() * x.shape[-1]
+    if logit_weight is not None:
+        dropped = dropped | (logit_weight == 0)
+        count = (~dropped).sum()
+        kept = rows.positive & (logit_weight.gather(-1, rows.index).squeeze(-1) > 0)
+        rows = rows._replace(positive=kept)
+    # torch.where is half the price of masked_fill on the CPU
+    negatives = loss.negative(torch.where(labelled | dropped, NO_LOSS, x), *params)
+    x_labelled = torch.where(rows.positive, x.gather(-1, rows.index).squeeze(-1), 0)
+    positives = _positives(x_labelled, rows, loss, params)
+    if by_row:
         value = negatives.sum(-1) + positives
-        if row_weight is not None:
-            value = value * row_weight
-    else:
-        value = torch.where(labelled, positives.unsqueeze(-1), negatives)
-        if class_weight is not None:
-            value = value * class_weight
-        if row_weight is not None:
-            value = value * row_weight.unsqueeze(-1)
-        if logit_weight is not None:
-            value = value * logit_weight
-    return reduced(value, count, reduction, avg_factor)
+        return value if rows.weight is None else value * rows.weight, count
+    value = torch.where(labelled, positives.unsqueeze(-1), negatives)
+    if rows.weight is not None:
+        value = value * rows.weight.unsqueeze(-1)
+    if logit_weight is not None:
+        value = value * logit_weight
+    return value, count
 
 
 def generalized_focal(x_left, x_right, y, y_left, y_right, beta, reduction, avg_factor):

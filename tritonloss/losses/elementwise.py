@@ -14,6 +14,7 @@ from tritonloss import _op
 from tritonloss._dispatch import use_triton
 from tritonloss._op import wrap_triton
 from tritonloss._targets import Targets, is_logits, parse_class_weight, parse_targets, parse_weight
+from tritonloss.eager import _blocks
 from tritonloss.eager import elementwise as eager
 
 try:
@@ -90,14 +91,29 @@ def _backward(grads, saved, x, dense, labels, quality, weight, class_weight, avg
 
 def _reference(x, dense, labels, quality, weight, class_weight, avg_factor, params, kind,
                ignore_index, reduction):  # fmt: skip
-    avg_factor = None if avg_factor is None else avg_factor[0]
+    if isinstance(avg_factor, tuple) or (isinstance(avg_factor, Tensor) and avg_factor.dim()):
+        avg_factor = avg_factor[0]  # as the kernels take it
     return eager.pointwise(
         x, Targets(labels, quality, dense), weight, class_weight, avg_factor, tuple(params), kind,
         ignore_index, reduction,
     )  # fmt: skip
 
 
+def _forward_by_blocks(x, dense, labels, quality, weight, class_weight, *rest):
+    targets = Targets(labels, quality, dense)
+    loss, gradient, scale = eager.pointwise_by_blocks(x, targets, weight, *rest)
+    return (loss,), (gradient, scale)
+
+
+def _backward_by_blocks(grads, saved, x, *args):
+    gradient, scale = saved
+    return (gradient * (grads[0] * scale)).to(x.dtype)
+
+
 _kernels = _op.differentiable(_forward, _backward, _reference)
+_eager_by_blocks = _op.differentiable(
+    _forward_by_blocks, _backward_by_blocks, lambda x, *args: _reference(x, *args[:-1])
+)
 
 
 def _pointwise(
@@ -123,9 +139,19 @@ def _pointwise(
             ignore_index,
             reduction,
         )
-    return eager.pointwise(
-        logits, targets, weight, class_weight, avg_factor, params, kind, ignore_index, reduction
-    )
+    rest = (weight, class_weight, avg_factor, params, kind, ignore_index, reduction)
+    by_row = reduction != "none" and class_weight is None
+    by_row = by_row and (weight is None or weight.dim() < logits.dim())
+    if by_row and _blocks.usable(logits):
+        return _eager_by_blocks(
+            logits,
+            targets.dense,
+            targets.labels,
+            targets.quality,
+            *rest,
+            logits.requires_grad and torch.is_grad_enabled(),
+        )
+    return eager.pointwise(logits, targets, *rest)
 
 
 def _balance(alpha) -> tuple:

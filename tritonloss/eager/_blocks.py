@@ -1,0 +1,71 @@
+"""Value and gradient together, one cache-sized block of rows after the other.
+
+Plain autograd keeps a dozen temporaries as large as the logits; on the CPU writing them costs more
+than the maths. Here a block's temporaries stay in the cache, and what is kept is the gradient.
+Used where nothing traces or transforms the call; elsewhere the same formula runs as it stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from tritonloss._dispatch import _transforms_active
+
+BLOCK = 64 * 1024  # elements: a dozen float32 temporaries of this size fit a core's cache
+
+
+def usable(x: Tensor) -> bool:
+    """True in plain eager execution on the CPU, for inputs of more than one block."""
+    return (
+        x.device.type == "cpu"
+        and x.numel() > BLOCK
+        and not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not _transforms_active()
+    )
+
+
+def row_blocks(shape, per_row: int) -> Iterator[tuple]:
+    """Indices that cut leading dims of this shape into blocks of about BLOCK elements."""
+    if not shape:
+        yield ()
+        return
+    inner = math.prod(shape[1:]) * per_row
+    if inner > BLOCK and len(shape) > 1:
+        for i in range(shape[0]):
+            for rest in row_blocks(shape[1:], per_row):
+                yield (i, *rest)
+        return
+    rows = max(BLOCK // max(inner, 1), 1)
+    for start in range(0, shape[0], rows):
+        yield (slice(start, start + rows),)
+
+
+def summed(x: Tensor, prepare: Callable, values: Callable, want_grad: bool):
+    """Sum of ``values`` over all rows, and its gradient.
+
+    Args:
+        x: (..., C).
+        prepare: ``(block of x, index) -> block``, before the gradient is recorded; where it puts a
+            constant, the gradient is the loss' slope at that constant.
+        values: ``(block, index) -> values`` whose sum is the block's loss.
+
+    Returns:
+        ``(total, gradient)``; the gradient is float32 or float64, empty if not wanted.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    gradient = torch.empty_like(x, dtype=dtype) if want_grad else x.new_empty(0, dtype=dtype)
+    totals = []
+    x = x.detach()
+    for index in row_blocks(x.shape[:-1], x.shape[-1]):
+        block = prepare(x[index].to(dtype), index)
+        with torch.set_grad_enabled(want_grad):
+            total = values(block.requires_grad_(want_grad), index).sum()
+        if want_grad:
+            (gradient[index],) = torch.autograd.grad(total, block)
+        totals.append(total.detach())
+    return torch.stack(totals).sum(), gradient
