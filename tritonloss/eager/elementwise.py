@@ -148,8 +148,8 @@ def pointwise(
             value, count = _dense(x, targets.dense, row_weight, logit_weight, params, kind)
         else:
             rows = label_rows(x, targets, ignore_index, row_weight)
-            by_row = reduction != "none" and class_weight is None and logit_weight is None
-            value, count = _labelled(x, rows, logit_weight, params, kind, by_row)
+            whole = reduction != "none" and class_weight is None and logit_weight is None
+            value, count = _labelled(x, rows, logit_weight, params, kind, whole)
         if class_weight is not None:
             value = value * class_weight.to(x.dtype)
         return reduced(value, count, reduction, avg_factor)
@@ -256,10 +256,12 @@ def _positives(x_labelled, rows, loss, params):
     return torch.where(rows.positive, loss.positive(x_labelled, rows.y, *params), 0)
 
 
-def _labelled(x, rows, logit_weight, params, kind, by_row):
-    """Losses, per row or per logit, and how many logits count."""
+def _labelled(x, rows, logit_weight, params, kind, whole):
+    """Losses per logit, or as a ``whole`` their sum, and how many logits count."""
     loss = KINDS[kind]
-    labelled = rows.labels.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)
+    # 32 bits: Inductor vectorises this comparison on the CPU, and not the one of 64 bits
+    classes = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+    labelled = rows.labels.to(torch.int32).unsqueeze(-1) == classes
     dropped = ~rows.keep.unsqueeze(-1)
     count = rows.keep.sum() * x.shape[-1]
     if logit_weight is not None:
@@ -269,17 +271,16 @@ def _labelled(x, rows, logit_weight, params, kind, by_row):
         rows = rows._replace(positive=kept)
     # torch.where is half the price of masked_fill on the CPU
     negatives = loss.negative(torch.where(labelled | dropped, NO_LOSS, x), *params)
-    x_labelled = torch.where(rows.positive, x.gather(-1, rows.index).squeeze(-1), 0)
+    # a masked sum, not a gather: Inductor fuses it, and its gradient, with the negatives
+    x_labelled = torch.where(labelled & rows.positive.unsqueeze(-1), x, 0).sum(-1)
     positives = _positives(x_labelled, rows, loss, params)
-    if by_row:
-        value = negatives.sum(-1) + positives
-        return value if rows.weight is None else value * rows.weight, count
-    value = torch.where(labelled, positives.unsqueeze(-1), negatives)
     if rows.weight is not None:
-        value = value * rows.weight.unsqueeze(-1)
-    if logit_weight is not None:
-        value = value * logit_weight
-    return value, count
+        negatives = negatives * rows.weight.unsqueeze(-1)
+        positives = positives * rows.weight
+    if whole:
+        return negatives.sum() + positives.sum(), count
+    value = torch.where(labelled, positives.unsqueeze(-1), negatives)
+    return value if logit_weight is None else value * logit_weight, count
 
 
 def generalized_focal(x_left, x_right, y, y_left, y_right, beta, reduction, avg_factor):
