@@ -1,0 +1,275 @@
+"""The one table of losses: inputs, written-out formula, tolerance. Tests and perf read it.
+
+A new loss is one row of CASES: how to make its inputs from the axes, its formula in float64, and
+which axes apply to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import tritonloss as tl
+
+BLOCK = 2048  # logits per program of the pointwise kernel
+
+AXES: dict[str, list] = {
+    "rows": [7, 0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 8400],
+    "classes": [20, 1, 80, 1203],
+    "form": ["labels", "quality", "dense"],
+    "layout": ["contiguous", "nchw", "sliced"],
+    "dtype": ["float32", "float16", "bfloat16", "float64"],
+    "reduction": ["mean", "sum", "none"],
+    "weight": [None, "row", "logit"],
+    "class_weight": [False, True],
+    "labels": ["int64", "int16", "uint8", "no positives"],
+    "avg_factor": [None, "number", "tensor", "zero"],
+    "upstream": ["one", "loss scale", "random"],
+    "logits": ["random", "recorded", "saturated"],
+    "mode": ["plain", "traced"],
+}
+
+
+class Axes(NamedTuple):
+    """One point of the product of the axes."""
+
+    rows: int
+    classes: int
+    form: str
+    layout: str
+    dtype: str
+    reduction: str
+    weight: str | None
+    class_weight: bool
+    labels: str
+    avg_factor: str | None
+    upstream: str
+    logits: str
+    mode: str
+
+
+@dataclass
+class Problem:
+    """Arguments of one call; ``x`` is the input that gets the gradient."""
+
+    x: Tensor
+    args: tuple
+    kwargs: dict[str, Any]
+    keep: Tensor  # bool, per output element of reduction "none": counts in loss and divisor
+    positive: Tensor  # bool, per element of x: where errors are measured apart
+
+
+@dataclass
+class Case:
+    """A loss, its inputs and its formula."""
+
+    name: str
+    function: Callable
+    problem: Callable[[Axes, torch.Generator], Problem]
+    # (x float64, problem, hyper) -> loss per element of reduction "none", without weights
+    formula: Callable
+    hyper: list[dict] = field(default_factory=lambda: [{}])
+    axes: dict[str, list] = field(default_factory=dict)  # instead of AXES' values
+
+
+@cache
+def recorded() -> dict[str, Tensor]:
+    """Head outputs of a trained dense detector: almost all easy negatives."""
+    path = Path(__file__).parent / "data" / "recorded" / "nanodet_g_416.npz"
+    return {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(path).items()}
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw_logits(axes: Axes, g: torch.Generator, classes: int | None = None) -> Tensor:
+    """Logits (rows, C) or (B, rows / B, C) in the layout, as float32 values of the dtype."""
+    n, c = axes.rows, classes or axes.classes
+    if axes.logits == "recorded":
+        pool = recorded()["cls_logits"].float().reshape(-1)
+        x = pool[torch.randint(len(pool), (n, c), generator=g)]
+    else:
+        x = torch.randn(n, c, generator=g) * (40 if axes.logits == "saturated" else 3)
+    dtype = getattr(torch, axes.dtype)
+    if axes.layout == "sliced":
+        wide = torch.full((n, c + 3), float("nan"), dtype=dtype)
+        wide[:, 1 : c + 1] = x
+        return wide[:, 1 : c + 1]
+    x = x.to(dtype)
+    if axes.layout == "nchw":
+        batch = 2 if n % 2 == 0 and n else 1
+        x = x.reshape(batch, n // batch, c).transpose(1, 2).contiguous().transpose(1, 2)
+    return x
+
+
+def draw_labels(axes: Axes, rows, classes: int, g: torch.Generator) -> Tensor:
+    """Mostly background (= classes), some objects, some ignored (-1; 255 where unsigned)."""
+    labels = torch.full(rows, classes)
+    chance = torch.rand(rows, generator=g)
+    if axes.labels != "no positives":
+        objects = torch.randint(classes, rows, generator=g)
+        labels = torch.where(chance < 0.3, objects, labels)
+    labels = torch.where(chance > 0.9, -1, labels)
+    dtype = "int64" if axes.labels == "no positives" else axes.labels
+    if dtype == "uint8":
+        labels = torch.where(labels < 0, 255, labels)
+    return labels.to(getattr(torch, dtype))
+
+
+def reduction_kwargs(axes: Axes, g: torch.Generator) -> dict:
+    """reduction and avg_factor, which only goes with "mean"."""
+    kwargs: dict[str, Any] = {"reduction": axes.reduction}
+    if axes.reduction == "mean" and axes.avg_factor:
+        value = 0.0 if axes.avg_factor == "zero" else 3.7
+        kwargs["avg_factor"] = torch.tensor(value) if axes.avg_factor == "tensor" else value
+    return kwargs
+
+
+def draw_weight(shape, g: torch.Generator) -> Tensor:
+    """A third of the elements is removed by a weight of 0."""
+    return (torch.rand(shape, generator=g) * 1.5 - 0.5).clamp(min=0)
+
+
+def pointwise_problem(axes: Axes, g: torch.Generator) -> Problem:
+    x = draw_logits(axes, g)
+    rows, classes = x.shape[:-1], x.shape[-1]
+    kwargs = reduction_kwargs(axes, g)
+    keep = torch.ones(x.shape, dtype=torch.bool)
+    if axes.form == "dense":
+        share = torch.rand(x.shape, generator=g)
+        y = torch.where(share > 0.8, torch.rand(x.shape, generator=g), 0.0)
+        y = torch.where(share > 0.95, 1.0, y).to(x.dtype)
+        targets, positive = y, y > 0
+    else:
+        labels = draw_labels(axes, rows, classes, g)
+        ignore = 255 if labels.dtype == torch.uint8 else -1
+        kwargs["ignore_index"] = ignore
+        keep &= ((labels != ignore) & (labels <= classes)).unsqueeze(-1)
+        positive = (labels.unsqueeze(-1) == torch.arange(classes)) & keep
+        targets = labels
+        if axes.form == "quality":
+            quality = torch.rand(rows, generator=g)
+            # read only at classes: NaN elsewhere is harmless
+            quality = torch.where(positive.any(-1), quality, float("nan"))
+            targets = (labels, quality)
+    if axes.weight:
+        weight = draw_weight(rows if axes.weight == "row" else x.shape, g)
+        kwargs["weight"] = weight
+        keep &= (weight.unsqueeze(-1) if axes.weight == "row" else weight) > 0
+        # what does not count poisons nothing
+        x = torch.where(keep, x, float("nan")) if x.is_contiguous() else x
+    if axes.class_weight:
+        kwargs["class_weight"] = torch.rand(classes, generator=g) + 0.1
+    return Problem(x, (targets,), kwargs, keep, positive)
+
+
+def dense_targets(problem: Problem) -> Tensor:
+    """The targets of any form as float64 per logit, 0 where nothing counts."""
+    (targets,) = problem.args
+    if isinstance(targets, Tensor) and targets.is_floating_point():
+        y = targets.double()
+    elif isinstance(targets, Tensor):
+        y = problem.positive.double()
+    else:
+        y = torch.where(problem.positive, targets[1].double().unsqueeze(-1), 0.0)
+    return torch.where(problem.keep, y, 0.0)
+
+
+def _bce(x, y):
+    # -y log p - (1-y) log(1-p), written out with log-sigmoids
+    return -y * torch.nn.functional.logsigmoid(x) - (1 - y) * torch.nn.functional.logsigmoid(-x)
+
+
+def focal_formula(x, problem, alpha=0.25, gamma=2.0):
+    y = dense_targets(problem)
+    p, not_p = torch.sigmoid(x), torch.sigmoid(-x)
+    # 1 - p_t = p (1-y) + (1-p) y
+    loss = (p * (1 - y) + not_p * y) ** gamma * _bce(x, y)
+    return loss if alpha is None else (alpha * y + (1 - alpha) * (1 - y)) * loss
+
+
+def focal_star_formula(x, problem, gamma=2.0, beta=1.0, alpha=None):
+    y = dense_targets(problem)
+    log = torch.nn.functional.logsigmoid
+    loss = -(y * log(gamma * x + beta) + (1 - y) * log(-gamma * x + beta)) / gamma
+    return loss if alpha is None else (alpha * y + (1 - alpha) * (1 - y)) * loss
+
+
+def quality_formula(x, problem, beta=2.0):
+    y = dense_targets(problem)
+    return (y * torch.sigmoid(-x) - (1 - y) * torch.sigmoid(x)).abs() ** beta * _bce(x, y)
+
+
+def varifocal_formula(x, problem, alpha=0.75, gamma=2.0, iou_weighted=True, detach_weight=False):
+    y = dense_targets(problem)
+    p = torch.sigmoid(x)
+    p = p.detach() if detach_weight else p
+    positive = (y if iou_weighted else 1) * _bce(x, y)
+    return torch.where(problem.positive, positive, alpha * p**gamma * _bce(x, torch.zeros(())))
+
+
+CASES = [
+    Case(
+        "focal",
+        tl.sigmoid_focal_loss,
+        pointwise_problem,
+        focal_formula,
+        [{}, {"gamma": 0.5, "alpha": 0.6}, {"gamma": 0.0, "alpha": None}, {"gamma": 1.5}],
+    ),
+    Case(
+        "focal_star",
+        tl.focal_star_loss,
+        pointwise_problem,
+        focal_star_formula,
+        [{}, {"gamma": 0.7, "beta": -0.5, "alpha": 0.3}],
+    ),
+    Case(
+        "quality_focal",
+        tl.quality_focal_loss,
+        pointwise_problem,
+        quality_formula,
+        [{}, {"beta": 1.0}, {"beta": 0.0}, {"beta": 2.5}],
+    ),
+    Case(
+        "varifocal",
+        tl.varifocal_loss,
+        pointwise_problem,
+        varifocal_formula,
+        [
+            {},
+            {"gamma": 1.5, "alpha": 0.5, "iou_weighted": False},
+            {"detach_weight": True, "gamma": 0.5},
+        ],
+    ),
+]
+
+
+def case(name: str) -> Case:
+    return next(c for c in CASES if c.name == name)
+
+
+def _sensible(values, largest=170_000) -> bool:
+    """Leave out points that are too large for an interpreter, and those that say nothing new."""
+    point = dict(zip(AXES, values, strict=False))
+    if point.get("rows", 0) * point.get("classes", 1) > largest:
+        return False
+    return not (point.get("upstream") == "random" and point.get("reduction", "none") != "none")
+
+
+def points(c: Case, full: bool = False) -> list[Axes]:
+    """A pairwise covering set of this case's axes, or their product."""
+    values = [c.axes.get(name, default) for name, default in AXES.items()]
+    if full:
+        return [Axes(*p) for p in itertools.product(*values) if _sensible(p, 2_600_000)]
+    from allpairspy import AllPairs
+
+    return [Axes(*p) for p in AllPairs(values, filter_func=_sensible)]

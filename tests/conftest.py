@@ -1,0 +1,79 @@
+"""Fixtures for both runs of the suite: plain (eager) and TRITON_INTERPRET=1 (the kernels)."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+from torch import Tensor
+
+import tritonloss
+from tritonloss._dispatch import HAS_TRITON, INTERPRET
+
+torch.set_num_threads(1)
+
+GPU = HAS_TRITON and torch.cuda.is_available() and not INTERPRET
+DEVICE = "cuda" if GPU else "cpu"
+# The kernels run on a GPU, or interpreted on the CPU; without either the eager path is tested.
+BACKENDS = ["eager", "triton"] if GPU else ["triton"] if INTERPRET else ["eager"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="the product of the test axes")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "gpu" in item.keywords and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU"))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Run the test on every backend that this process offers."""
+    with tritonloss.backend(request.param):
+        yield request.param
+
+
+class _PoisonedTorch:
+    """``torch`` for the launchers, whose ``empty*`` hand out NaN: a value left unwritten shows."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def _poison(tensor: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+            return tensor
+        dtype = tensor.dtype
+        return tensor.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min)
+
+    def empty(self, *args, **kwargs):
+        return self._poison(torch.empty(*args, **kwargs))
+
+    def empty_like(self, *args, **kwargs):
+        return self._poison(torch.empty_like(*args, **kwargs))
+
+    def empty_strided(self, *args, **kwargs):
+        return self._poison(torch.empty_strided(*args, **kwargs))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_outputs():
+    """Every buffer that a launcher allocates is full of NaN before its kernel runs."""
+    if not HAS_TRITON:
+        yield
+        return
+    kernels = importlib.import_module("tritonloss.kernels")
+    modules = [
+        importlib.import_module(f"tritonloss.kernels.{info.name}")
+        for info in pkgutil.iter_modules(kernels.__path__)
+    ]
+    patch = pytest.MonkeyPatch()
+    for module in modules:
+        if hasattr(module, "torch"):
+            patch.setattr(module, "torch", _PoisonedTorch())
+    yield
+    patch.undo()
