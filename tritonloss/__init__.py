@@ -6,21 +6,20 @@ if not (_Path(__file__).parent / "kernels").is_dir():
     # A checkout that is not installed keeps the kernels one folder up.
     __path__.append(str(_Path(__file__).parent.parent))
 
+from . import functional
 from ._dispatch import backend, show_config
 from ._version import __version__
-from .losses.elementwise import (
-    focal_star_loss,
-    quality_focal_loss,
-    sigmoid_focal_loss,
-    varifocal_loss,
-)
+from .functional import *  # noqa: F403  (the names of functional.__all__)
+from .modules import FocalLoss, FocalStarLoss, QualityFocalLoss, VarifocalLoss
 
 __all__ = [
+    "FocalLoss",
+    "FocalStarLoss",
+    "QualityFocalLoss",
+    "VarifocalLoss",
     "__version__",
     "backend",
-    "focal_star_loss",
-    "quality_focal_loss",
+    "functional",
     "show_config",
-    "sigmoid_focal_loss",
-    "varifocal_loss",
+    *functional.__all__,
 ]

@@ -65,13 +65,14 @@ def is_number(name: str, value, low=None, high=None, *, open_low=False) -> None:
             raise ValueError(f"{name} must be a number or a 0-d tensor; got {tuple(value.shape)}")
         is_constant(name, value)
         return
-    symbolic = isinstance(value, (torch.SymFloat, torch.SymInt))
-    if not symbolic and (isinstance(value, bool) or not isinstance(value, Real)):
+    # A scheduled value is symbolic while compiling: comparisons are guards, isfinite is not
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a number or a 0-d tensor; got {type(value).__name__}")
     left = "any number" if low is None else f"{'>' if open_low else '>='} {low}"
     right = "" if high is None else f" and <= {high}"
     if (
-        (not symbolic and not math.isfinite(value))
+        (not compiling and not math.isfinite(value))
         or (low is not None and (value <= low if open_low else value < low))
         or (high is not None and value > high)
     ):

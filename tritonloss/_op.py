@@ -63,14 +63,9 @@ def scalars(x: Tensor, *values: float | Tensor) -> Tensor | tuple[float, ...]:
         return values
     if len(values) == 1 and isinstance(values[0], Tensor):
         return values[0].reshape(1)
-    return torch.stack(
-        [
-            v.detach().to(device=x.device, dtype=torch.float32)
-            if isinstance(v, Tensor)
-            else torch.full((), v, dtype=torch.float32, device=x.device)
-            for v in values
-        ]
-    )
+    one = torch.ones((), device=x.device)
+    # A product, because Dynamo keeps a scheduled number symbolic there, unlike in torch.full
+    return torch.stack([(v.detach() if isinstance(v, Tensor) else v) * one for v in values])
 
 
 def call(op: Callable, launch: Callable, x: Tensor, *args):

@@ -1,0 +1,98 @@
+"""The losses as modules: hyper-parameters in ``__init__``, tensors in ``forward``.
+
+A module of a stateless loss is its function and a docstring; names, defaults and meaning of all
+arguments are those of the function.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from .losses import elementwise
+
+# Arguments that belong to a batch, not to the module.
+PER_CALL = ("weight", "avg_factor")
+
+
+class _Loss(nn.Module):
+    """Holds the keyword arguments of ``function``; tensors among them become buffers.
+
+    The attributes may be changed between steps, to schedule them.
+    """
+
+    function: ClassVar[Callable]
+    _hyper: ClassVar[dict]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        parameters = inspect.signature(cls.function).parameters.values()
+        own = [p for p in parameters if p.kind == p.KEYWORD_ONLY and p.name not in PER_CALL]
+        cls._hyper = {p.name: p.default for p in own}
+        cls.__signature__ = inspect.Signature(own)
+
+    def __init__(self, **hyper):
+        super().__init__()
+        unknown = sorted(set(hyper) - set(self._hyper))
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} takes {', '.join(self._hyper)}; got {', '.join(unknown)}"
+            )
+        for name, value in (self._hyper | hyper).items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, *inputs: Tensor, **per_call) -> Tensor:
+        hyper = {name: getattr(self, name) for name in self._hyper}
+        return type(self).function(*inputs, **per_call, **hyper)
+
+    def extra_repr(self) -> str:
+        values = ((name, getattr(self, name)) for name in self._hyper)
+        return ", ".join(f"{k}={v}" for k, v in values if not isinstance(v, Tensor))
+
+
+class FocalLoss(_Loss):
+    """``forward(logits, targets, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.sigmoid_focal_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> loss = tritonloss.FocalLoss(gamma=2.0)(torch.zeros(2, 3), torch.tensor([1, 3]))
+        >>> round(loss.item(), 4)
+        0.1155
+    """
+
+    function = staticmethod(elementwise.sigmoid_focal_loss)
+
+
+class FocalStarLoss(_Loss):
+    """``forward(logits, targets, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.focal_star_loss`.
+    """
+
+    function = staticmethod(elementwise.focal_star_loss)
+
+
+class QualityFocalLoss(_Loss):
+    """``forward(logits, (labels, quality), *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.quality_focal_loss`.
+    """
+
+    function = staticmethod(elementwise.quality_focal_loss)
+
+
+class VarifocalLoss(_Loss):
+    """``forward(logits, (labels, quality), *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.varifocal_loss`.
+    """
+
+    function = staticmethod(elementwise.varifocal_loss)
