@@ -8,19 +8,28 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 from ._dispatch import backend, show_config
 from ._version import __version__
+from .losses.distribution import distribution_expectation, distribution_focal_loss
 from .losses.elementwise import (
+    class_balanced_weight,
     focal_star_loss,
+    generalized_focal_loss,
     quality_focal_loss,
     sigmoid_focal_loss,
+    softmax_focal_loss,
     varifocal_loss,
 )
 
 __all__ = [
     "__version__",
     "backend",
+    "class_balanced_weight",
+    "distribution_expectation",
+    "distribution_focal_loss",
     "focal_star_loss",
+    "generalized_focal_loss",
     "quality_focal_loss",
     "show_config",
     "sigmoid_focal_loss",
+    "softmax_focal_loss",
     "varifocal_loss",
 ]

@@ -49,6 +49,15 @@ def kernel_op(fake: Callable):
     return decorate
 
 
+def fake_row_loss(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """``(loss, scale)`` of a loss with one value per row of x; args end with the reduction."""
+    if args[-1] == "none":
+        loss, scale = x.shape[:-1], (0,)
+    else:
+        loss, scale = (), ()
+    return x.new_empty(loss, dtype=torch.float32), x.new_empty(scale, dtype=torch.float32)
+
+
 def traced(x: Tensor) -> bool:
     """True if ``x`` is on its way into a graph, where only ops may touch it."""
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
