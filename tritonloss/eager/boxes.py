@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tritonloss._reduce import reduced
 
-from .elementwise import upcast
+from ._entry import entered
 
 
 def _side(low: Tensor, high: Tensor) -> Tensor:
@@ -93,10 +93,8 @@ def box_loss(
 ) -> Tensor:
     """Any box loss: the reference of ``kernels/boxes.py``, and the CPU path."""
     with torch.autocast(pred.device.type, enabled=False):
-        pred = upcast(pred)
-        pred = torch.add(pred, pred.detach(), alpha=0)  # an infinite coordinate gives NaN
-        target = target.to(pred.dtype)
-        target = torch.add(target, target, alpha=0)
+        pred = entered(pred)
+        target = entered(target.to(pred.dtype))
         count = pred.shape[:-1].numel()
         if weight is not None:
             keep = weight > 0

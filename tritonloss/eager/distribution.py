@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonloss._reduce import reduced
 
-from .elementwise import upcast
+from ._entry import entered
 
 
 def distribution_focal(
@@ -15,8 +15,7 @@ def distribution_focal(
 ) -> Tensor:
     """Cross entropy with the two bins beside the target."""
     with torch.autocast(x.device.type, enabled=False):
-        x = upcast(x)
-        x = torch.add(x, x.detach(), alpha=0)  # an infinite logit gives NaN
+        x = entered(x)
         last = x.shape[-1] - 1
         y = target.to(x.dtype).clamp(0, last)
         count = target.numel()
@@ -37,7 +36,6 @@ def distribution_focal(
 def expectation(x: Tensor) -> Tensor:
     """Mean bin of softmax(x): (..., bins) -> (...)."""
     with torch.autocast(x.device.type, enabled=False):
-        x = upcast(x)
-        x = torch.add(x, x.detach(), alpha=0)  # an infinite logit gives NaN
+        x = entered(x)
         bins = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
         return (torch.softmax(x, -1) * bins).sum(-1)

@@ -18,6 +18,8 @@ from tritonloss._reduce import mean_divisor, reduced
 from tritonloss._targets import Targets
 from tritonloss.eager._blocks import summed
 
+from ._entry import entered, upcast
+
 # A logit that is no negative is replaced by this one, whose loss and gradient are exactly 0.
 NO_LOSS = -1e30
 
@@ -28,11 +30,6 @@ class Pointwise(NamedTuple):
     negative: Callable  # (x, *params): target 0
     positive: Callable  # (x, y, *params): the labelled class, y its quality (1 for labels)
     dense: Callable  # (x, y, *params): any y in [0, 1]
-
-
-def upcast(x: Tensor) -> Tensor:
-    """float32 for 16-bit inputs."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -303,8 +300,7 @@ def softmax_focal(
     The label's probability is sigmoid(d), d = x_label - logsumexp(others): a binary focal loss.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = upcast(x)
-        x = torch.add(x, x.detach(), alpha=0)  # an infinite logit gives NaN
+        x = entered(x)
         n_classes = x.shape[-1]
         labels = labels.long()
         keep = (labels >= 0) & (labels < n_classes) & (labels != ignore_index)
