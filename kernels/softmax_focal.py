@@ -104,8 +104,9 @@ def softmax_focal_forward_kernel(
         x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
         other = (cls != label_2d) & (cls < n_classes)
         x_label += tl.sum(tl.where(cls == label_2d, x, 0.0), CLASS_AXIS)
-        new_top = tl.maximum(top, tl.max(tl.where(other, x, -1e38), CLASS_AXIS))
-        e = tl.exp(x - tl.expand_dims(new_top, CLASS_AXIS))
+        others = tl.where(other, x, -1e38)
+        new_top = tl.maximum(top, tl.max(others, CLASS_AXIS))
+        e = tl.exp(others - tl.expand_dims(new_top, CLASS_AXIS))
         total = total * tl.exp(top - new_top) + tl.sum(tl.where(other, e, 0.0), CLASS_AXIS)
         top = new_top
         first += BLOCK_C
@@ -180,6 +181,7 @@ def softmax_focal_backward_kernel(
     stats_ptrs = stats_ptr + start + offs
     top = tl.load(stats_ptrs, mask=keep, other=0.0)
     total = tl.load(stats_ptrs + n, mask=keep, other=1.0)
+    total = tl.where(total == 0.0, 1.0, total)
     d = tl.load(stats_ptrs + 2 * tl.cast(n, tl.int64), mask=keep, other=0.0)
     grad = upstream(
         grad_ptr, scale_ptr, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, REDUCED
@@ -202,7 +204,7 @@ def softmax_focal_backward_kernel(
         cls = tl.expand_dims(first + tl.arange(0, BLOCK_C), 1 - CLASS_AXIS)
         x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
         x = tl.load(x_ptrs, mask=keep_2d & (cls < n_classes), other=0).to(tl.float32)
-        share = tl.exp(x - top_2d) / total_2d
+        share = tl.exp(tl.minimum(x - top_2d, 0.0)) / total_2d
         result = slope_2d * tl.where(cls == label_2d, 1.0, -share)
         result = tl.where(keep_2d, result, 0.0)
         out_ptrs = out_ptr + out_row + cls * tl.cast(out_sc, tl.int64)

@@ -128,7 +128,23 @@ def differentiable(forward: Callable, backward: Callable, reference: Callable | 
                 grad_x = backward(grads, saved, x, *args)
             return grad_x, *(None for _ in args)
 
-    return Kernel.apply
+    return lambda x, *args: Kernel.apply(x, *(distinct(x, args) if traced(x) else args))
+
+
+def distinct(x: Tensor, args: tuple) -> tuple:
+    """The arguments with a view in place of each repetition, which Dynamo does not take.
+
+    A box quality may well be the weight of its row, too.
+    """
+    seen = [x]
+    result = []
+    for a in args:
+        if isinstance(a, Tensor):
+            if any(a is b for b in seen):
+                a = a.view_as(a)
+            seen.append(a)
+        result.append(a)
+    return tuple(result)
 
 
 def _through_reference(reference, grads, x, args):
