@@ -10,12 +10,31 @@ from . import functional
 from ._dispatch import backend, show_config
 from ._version import __version__
 from .functional import *  # noqa: F403  (the names of functional.__all__)
-from .modules import FocalLoss, FocalStarLoss, QualityFocalLoss, VarifocalLoss
+from .modules import (
+    CIoULoss,
+    DIoULoss,
+    DistributionFocalLoss,
+    FocalLoss,
+    FocalStarLoss,
+    GIoULoss,
+    Integral,
+    IoULoss,
+    QualityFocalLoss,
+    SoftmaxFocalLoss,
+    VarifocalLoss,
+)
 
 __all__ = [
+    "CIoULoss",
+    "DIoULoss",
+    "DistributionFocalLoss",
     "FocalLoss",
     "FocalStarLoss",
+    "GIoULoss",
+    "Integral",
+    "IoULoss",
     "QualityFocalLoss",
+    "SoftmaxFocalLoss",
     "VarifocalLoss",
     "__version__",
     "backend",

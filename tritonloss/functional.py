@@ -1,15 +1,29 @@
 """The loss functions: the same objects as in ``tritonloss`` itself."""
 
+from .losses.boxes import ciou_loss, diou_loss, giou_loss, iou_loss
+from .losses.distribution import distribution_expectation, distribution_focal_loss
 from .losses.elementwise import (
+    class_balanced_weight,
     focal_star_loss,
+    generalized_focal_loss,
     quality_focal_loss,
     sigmoid_focal_loss,
+    softmax_focal_loss,
     varifocal_loss,
 )
 
 __all__ = [
+    "ciou_loss",
+    "class_balanced_weight",
+    "diou_loss",
+    "distribution_expectation",
+    "distribution_focal_loss",
     "focal_star_loss",
+    "generalized_focal_loss",
+    "giou_loss",
+    "iou_loss",
     "quality_focal_loss",
     "sigmoid_focal_loss",
+    "softmax_focal_loss",
     "varifocal_loss",
 ]

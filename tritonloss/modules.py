@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .losses import elementwise
+from .losses import boxes, distribution, elementwise
 
 # Arguments that belong to a batch, not to the module.
 PER_CALL = ("weight", "avg_factor")
@@ -96,3 +96,66 @@ class VarifocalLoss(_Loss):
     """
 
     function = staticmethod(elementwise.varifocal_loss)
+
+
+class SoftmaxFocalLoss(_Loss):
+    """``forward(logits, labels, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.softmax_focal_loss`.
+    """
+
+    function = staticmethod(elementwise.softmax_focal_loss)
+
+
+class DistributionFocalLoss(_Loss):
+    """``forward(logits, target, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.distribution_focal_loss`.
+    """
+
+    function = staticmethod(distribution.distribution_focal_loss)
+
+
+class Integral(_Loss):
+    """``forward(logits)``: the mean bin of each distribution.
+
+    See :func:`tritonloss.distribution_expectation`.
+    """
+
+    function = staticmethod(distribution.distribution_expectation)
+
+
+class IoULoss(_Loss):
+    """``forward(pred, target, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.iou_loss`.
+    """
+
+    function = staticmethod(boxes.iou_loss)
+
+
+class GIoULoss(_Loss):
+    """``forward(pred, target, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.giou_loss`.
+    """
+
+    function = staticmethod(boxes.giou_loss)
+
+
+class DIoULoss(_Loss):
+    """``forward(pred, target, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.diou_loss`.
+    """
+
+    function = staticmethod(boxes.diou_loss)
+
+
+class CIoULoss(_Loss):
+    """``forward(pred, target, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.ciou_loss`.
+    """
+
+    function = staticmethod(boxes.ciou_loss)
