@@ -1,4 +1,4 @@
-"""AP, aLRP and Rank & Sort written out as float64 loops over the positives: the oracle of the tests.
+"""AP, aLRP and Rank & Sort as float64 loops over the positives: the oracle of the tests.
 
 Every function takes one list: flat ``logits``, boolean ``positive`` and ``negative`` of the same
 length (neither: ignored), and returns values and full-length gradients in float64. The formulas
