@@ -319,6 +319,12 @@ def unflat(t: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
     return t.view([shape[d] for d in order]).permute(back)
 
 
+def take(t: Tensor, where: Tensor) -> Tensor:
+    """Entries of ``t`` at (P, dims) coordinates, whose surplus dimensions are left out."""
+    where = where[:, : t.dim()]
+    return t[tuple(where.unbind(1))] if t.dim() else t.expand(len(where))
+
+
 def normalise(
     logits: Tensor,
     targets: Tensor,
@@ -343,17 +349,16 @@ def normalise(
         keep = (targets >= 0) & (targets <= n_classes) & (targets != ignore_index)
         anchors = (keep & (targets < n_classes)).nonzero()
         keep = keep[..., None]
-        where = torch.cat([anchors, targets[tuple(anchors.unbind(1))].long()[:, None]], 1)
+        where = torch.cat([anchors, take(targets, anchors).long()[:, None]], 1)
     if weight is not None:
         keep = keep & ((weight if weight.shape == shape else weight[..., None]) > 0)
     if group is not None:
         keep = keep & (group >= 0)
         if num_groups is not None:
             keep &= group < num_groups
-    where = where[keep.expand(shape)[tuple(where.unbind(1))]]
+    where = where[take(keep.expand(shape), where)]
     if value is not None:
-        at = where.unbind(1)
-        value = value.detach()[tuple(at if value.shape == shape else at[:-1])].double()
+        value = take(value.detach(), where).double()
 
     index, anchor = torch.zeros(2, len(where), dtype=torch.int64)
     for d in order:
