@@ -29,7 +29,7 @@ NEGATIVES = (0, 1, 1000, 100_000)
 DELTAS = (0, 1e-3, 0.1, 0.5, 1, 5)
 AXES = (LOSSES, INPUTS, POSITIVES, NEGATIVES, DELTAS, (torch.float32, torch.float64))
 
-pytestmark = pytest.mark.skipif(INTERPRET, reason="eager path; test_ranking_kernels.py has the rest")
+pytestmark = pytest.mark.skipif(INTERPRET, reason="test_ranking_kernels.py runs the kernels")
 
 
 def check(loss, kind, n_pos, n_neg, delta, dtype):
@@ -46,14 +46,14 @@ def quick(row):
     return len(row) < 4 or (row[2], row[3]) != (2000, 100_000)
 
 
-@pytest.mark.parametrize("case", list(AllPairs(AXES, filter_func=quick)), ids=lambda c: "-".join(map(str, c)))
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        full = metafunc.config.getoption("--full")
+        cases = itertools.product(*AXES) if full else AllPairs(AXES, filter_func=quick)
+        metafunc.parametrize("case", list(cases), ids=lambda c: "-".join(map(str, c)))
+
+
 def test_reference(case):
-    check(*case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", list(itertools.product(*AXES)), ids=lambda c: "-".join(map(str, c)))
-def test_reference_full(case):
     check(*case)
 
 
@@ -434,7 +434,7 @@ def test_errors(options, error, words):
 def test_errors_of_localization_error():
     with pytest.raises(ValueError, match=r"localization_error .*\(4,\).*\(4, 3\)"):
         ranking.alrp_loss(X, LABELS, X)
-    with pytest.raises(TypeError, match="localization_error .*int64"):
+    with pytest.raises(TypeError, match=r"localization_error .*int64"):
         ranking.alrp_loss(X, LABELS, LABELS)
 
 

@@ -346,10 +346,11 @@ def normalise(
         keep = torch.ones((), dtype=torch.bool) if nothing_ignored else targets >= 0
         where = (targets > 0).nonzero()
     else:
+        targets = targets.long()
         keep = (targets >= 0) & (targets <= n_classes) & (targets != ignore_index)
         anchors = (keep & (targets < n_classes)).nonzero()
         keep = keep[..., None]
-        where = torch.cat([anchors, take(targets, anchors).long()[:, None]], 1)
+        where = torch.cat([anchors, take(targets, anchors)[:, None]], 1)
     if weight is not None:
         keep = keep & ((weight if weight.shape == shape else weight[..., None]) > 0)
     if group is not None:
