@@ -37,9 +37,12 @@ class Problem(NamedTuple):
 
     @property
     def positive(self):
-        return torch.nn.functional.one_hot(
-            self.labels.clamp(min=0), self.logits.shape[1] + 1
-        )[:, :-1].bool() & (self.labels >= 0)[:, None]
+        return (
+            torch.nn.functional.one_hot(self.labels.clamp(min=0), self.logits.shape[1] + 1)[
+                :, :-1
+            ].bool()
+            & (self.labels >= 0)[:, None]
+        )
 
     @property
     def negative(self):

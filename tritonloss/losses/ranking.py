@@ -12,9 +12,31 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss import _op
-from tritonloss._dispatch import _transforms_active
+from tritonloss._dispatch import _transforms_active, use_triton
+from tritonloss._op import wrap_triton
 from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
 from tritonloss.eager import ranking as eager
+
+try:
+    from tritonloss.kernels.ranking import (
+        Kernels,
+        capacity_of,
+        collect_kernel,
+        compact_kernel,
+        finish_kernel,
+        launch_backward,
+        launch_forward,
+        negatives_kernel,
+        order_kernel,
+        pairs_kernel,
+        scatter_kernel,
+        settle_kernel,
+        spread_kernel,
+        tabulate_kernel,
+        walkable,
+    )
+except ImportError:  # no Triton: the eager path alone
+    launch_forward = launch_backward = None
 
 
 class RankSort(NamedTuple):
@@ -149,15 +171,99 @@ _average_precision = _op.differentiable(_average_precision_forward, _first_backw
 _alrp = _op.differentiable(_alrp_forward, _first_backward, None)
 
 
+def _fake_forward(x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups):
+    capacity = capacity_of(x, labels)
+    shape = x.shape[:-1] if loss == "alrp" else (0,)
+    return (
+        x.new_empty((), dtype=torch.float32),
+        x.new_empty((), dtype=torch.float32),
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty((8, capacity), dtype=torch.float32),
+        x.new_empty((7, 2 * capacity), dtype=torch.float32),
+        x.new_empty(capacity, dtype=torch.int64),
+        x.new_empty((2, num_groups), dtype=torch.int32),
+        x.new_empty(2, dtype=torch.int64),
+        x.new_empty((), dtype=torch.float32),
+    )
+
+
+@_op.kernel_op(_fake_forward)
+def ranking_forward(
+    x: Tensor,
+    dense: Tensor | None,
+    labels: Tensor | None,
+    value: Tensor | None,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: Tensor,
+    loss: str,
+    ignore_index: int,
+    num_groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernels = Kernels(
+        wrap_triton(compact_kernel), wrap_triton(order_kernel), wrap_triton(pairs_kernel),
+        wrap_triton(negatives_kernel), wrap_triton(collect_kernel), wrap_triton(settle_kernel),
+        wrap_triton(spread_kernel), wrap_triton(tabulate_kernel), wrap_triton(finish_kernel),
+        wrap_triton(scatter_kernel),
+    )  # fmt: skip
+    return launch_forward(
+        x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups,
+        kernels=kernels,
+    )  # fmt: skip
+
+
+@_op.kernel_op(lambda x, *args: torch.empty_like(x))
+def ranking_backward(
+    x: Tensor,
+    first_grad: Tensor,
+    second_grad: Tensor | None,
+    dense: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: Tensor,
+    ignore_index: int,
+    num_groups: int,
+    positives: Tensor,
+    knots: Tensor,
+    items: Tensor,
+    lists: Tensor,
+    counter: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    kernels = Kernels(negatives=wrap_triton(negatives_kernel), scatter=wrap_triton(scatter_kernel))
+    return launch_backward(
+        x, first_grad, second_grad, dense, labels, weight, group, delta, ignore_index, num_groups,
+        positives, knots, items, lists, counter, scale, kernels=kernels,
+    )  # fmt: skip
+
+
+def _forward(x, *args):
+    first, second, coefficient, *scratch = _op.call(ranking_forward, launch_forward, x, *args)
+    return (first, second, coefficient), scratch
+
+
+def _backward(upstream, saved, x, dense, labels, value, weight, group, delta, loss, *rest):
+    return _op.call(
+        ranking_backward, launch_backward, x, upstream[0],
+        upstream[1] if loss == "rank_sort" else None, dense, labels, weight, group, delta, *rest,
+        *saved,
+    )  # fmt: skip
+
+
+_kernels = _op.differentiable(_forward, _backward, None)
+
+
 class _Inputs(NamedTuple):
     """Checked arguments that all ranking losses share."""
 
+    logits: Tensor
     targets: Targets
     weight: Tensor | None
     group: Tensor | None
     delta: float | Tensor
+    ignore_index: int
     num_groups: int
-    need_grad: bool
 
 
 def _parse(logits, targets, delta, weight, ignore_index, group, num_groups) -> _Inputs:
@@ -171,11 +277,30 @@ def _parse(logits, targets, delta, weight, ignore_index, group, num_groups) -> _
     weight = parse_weight(logits, weight)
     targets = parse_targets(logits, targets, ignore_index, weight, dense_low=-torch.inf)
     group = _parse_group(logits, group, num_groups)
+    return _Inputs(logits, targets, weight, group, delta, ignore_index, num_groups or 1)
+
+
+def _run(loss: str, inputs: _Inputs, value: Tensor | None):
+    """The kernels' outputs, or None where the eager path is taken."""
+    logits, targets, weight, group, delta, ignore_index, num_groups = inputs
+    if not use_triton(logits) or logits.numel() == 0:
+        return None
+    wide_group = None if group is None else group.expand(logits.shape)
+    if not walkable(logits, targets.dense, weight, wide_group):
+        return None
+    return _kernels(
+        logits, targets.dense, targets.labels, value, weight, wide_group,
+        _op.scalars(logits, delta), loss, ignore_index, num_groups,
+    )  # fmt: skip
+
+
+def _eager_args(inputs: _Inputs, *between):
+    logits, _, weight, group, delta, ignore_index, num_groups = inputs
     if _op.traced(logits) and not isinstance(delta, Tensor):
         # an op's float would recompile the graph at each new value
         delta = torch.full((), delta, dtype=torch.float64)
     need_grad = logits.requires_grad and torch.is_grad_enabled()
-    return _Inputs(targets, weight, group, delta, num_groups or 1, need_grad)
+    return weight, group, delta, *between, ignore_index, num_groups, need_grad
 
 
 def _parse_group(logits: Tensor, group: Tensor | None, num_groups: int | None) -> Tensor | None:
@@ -264,13 +389,13 @@ def rank_sort_loss(
     Reference:
         Oksuz et al., Rank & Sort Loss for Object Detection and Instance Segmentation, ICCV 2021.
     """
-    args = _parse(logits, targets, delta, weight, ignore_index, group, num_groups)
-    dense, labels = args.targets.dense, args.targets.labels
-    outputs = _rank_sort(
-        logits, labels if dense is None else dense, args.targets.quality, args.weight, args.group,
-        args.delta, ignore_index, args.num_groups, args.need_grad,
-    )  # fmt: skip
-    return RankSort(*outputs)
+    inputs = _parse(logits, targets, delta, weight, ignore_index, group, num_groups)
+    labels, quality, dense = inputs.targets
+    outputs = _run("rank_sort", inputs, quality)
+    if outputs is None:
+        targets = labels if dense is None else dense
+        outputs = _rank_sort(logits, targets, quality, *_eager_args(inputs))
+    return RankSort(outputs[0], outputs[1])
 
 
 def ap_loss(
@@ -309,12 +434,13 @@ def ap_loss(
         Chen et al., Towards Accurate One-Stage Object Detection with AP-Loss, CVPR 2019; AP-loss
         for Accurate One-Stage Object Detection, TPAMI 2021.
     """
-    args = _parse(logits, targets, delta, weight, ignore_index, group, num_groups)
-    dense, labels = args.targets.dense, args.targets.labels
-    return _average_precision(
-        logits, labels if dense is None else dense, args.weight, args.group, args.delta,
-        bool(interpolated), ignore_index, args.num_groups, args.need_grad,
-    )  # fmt: skip
+    inputs = _parse(logits, targets, delta, weight, ignore_index, group, num_groups)
+    labels, _, dense = inputs.targets
+    outputs = _run("ap" if interpolated else "ap_plain", inputs, None)
+    if outputs is not None:
+        return outputs[0]
+    targets = labels if dense is None else dense
+    return _average_precision(logits, targets, *_eager_args(inputs, bool(interpolated)))
 
 
 def alrp_loss(
@@ -361,19 +487,19 @@ def alrp_loss(
         Oksuz et al., A Ranking-based, Balanced Loss Function Unifying Classification and
         Localisation in Object Detection, NeurIPS 2020.
     """
-    args = _parse(logits, targets, delta, weight, ignore_index, group, num_groups)
+    inputs = _parse(logits, targets, delta, weight, ignore_index, group, num_groups)
     error = localization_error
     check.is_floating("localization_error", error)
     check.has_shape(
         "localization_error", error, logits.shape[:-1], "one per anchor: logits without the classes"
     )
     check.on_device_of("localization_error", error, "logits", logits)
-    dense, labels = args.targets.dense, args.targets.labels
-    cls, coefficient = _alrp(
-        logits, labels if dense is None else dense, error.detach(), args.weight, args.group,
-        args.delta, ignore_index, args.num_groups, args.need_grad,
-    )  # fmt: skip
-    coefficient = coefficient.detach()
+    labels, _, dense = inputs.targets
+    outputs = _run("alrp", inputs, error.detach().contiguous())
+    if outputs is None:
+        targets = labels if dense is None else dense
+        outputs = _alrp(logits, targets, error.detach(), *_eager_args(inputs))
+    cls, coefficient = outputs[0], outputs[-1].detach()
     counted = torch.where(coefficient != 0, error.to(coefficient.dtype), 0.0)
     return ALRP(cls, (coefficient * counted).sum())
 
