@@ -490,12 +490,13 @@ def negatives_kernel(
             lowest = tl.min(tl.where(found, knot, 2**31 - 1), 0)
             highest = tl.max(tl.where(found, knot, -1), 0)
             if lowest == highest:  # an untrained model: all in one segment
-                slot = histogram_ptr + 2 * lowest.to(tl.int64)
-                tl.atomic_add(slot, tl.sum(found.to(tl.int64), 0), sem="relaxed")
-                tl.atomic_add(slot + 1, tl.sum(amount, 0), sem="relaxed")
+                common = histogram_ptr + 2 * lowest.to(tl.int64)
+                tl.atomic_add(common, tl.sum(found.to(tl.int64), 0), sem="relaxed")
+                tl.atomic_add(common + 1, tl.sum(amount, 0), sem="relaxed")
             else:
                 slot = histogram_ptr + 2 * knot.to(tl.int64)
-                tl.atomic_add(slot, tl.full(offs.shape, 1, tl.int64), mask=found, sem="relaxed")
+                one = tl.full(slot.shape, 1, tl.int64)
+                tl.atomic_add(slot, one, mask=found, sem="relaxed")
                 tl.atomic_add(slot + 1, amount, mask=found & (amount > 0), sem="relaxed")
         start += tl.num_programs(0).to(tl.int64) * BLOCK
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import ranking_reference as reference
 import torch
+from conftest import DEVICE
 
 import tritonloss.losses.ranking as ranking
 
@@ -101,25 +102,32 @@ def make(kind: str, n_pos: int, n_neg: int, dtype=torch.float32, seed=0) -> Prob
                                                     torch.float32))  # fmt: skip
 
 
+def to_device(t):
+    """Arguments on the device under test, with their strides."""
+    if isinstance(t, torch.Tensor):
+        return t.to(DEVICE)
+    return tuple(map(to_device, t)) if isinstance(t, tuple) else t
+
+
 def ours(loss: str, logits, targets, error, **options):
     """Two values; gradients in logits of each, and of the second in ``error``."""
-    x = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    x = to_device(logits.detach()).clone(memory_format=torch.preserve_format).requires_grad_()
+    targets = to_device(targets)
+    labels = targets[0] if isinstance(targets, tuple) else targets
+    options = {name: to_device(value) for name, value in options.items()}
+    second, grad_2, error_grad = torch.zeros(()), None, None
     if loss == "rank_sort":
         first, second = ranking.rank_sort_loss(x, targets, **options)
         (grad_2,) = torch.autograd.grad(second, x, retain_graph=True)
-        error_grad = None
     elif loss == "alrp":
-        e = error.detach().clone().requires_grad_()
-        labels = targets[0] if isinstance(targets, tuple) else targets
+        e = to_device(error.detach()).clone().requires_grad_()
         first, second = ranking.alrp_loss(x, labels, e, **options)
         (error_grad,) = torch.autograd.grad(second, e)
-        grad_2 = None
     else:
-        labels = targets[0] if isinstance(targets, tuple) else targets
         first = ranking.ap_loss(x, labels, interpolated=loss == "ap", **options)
-        second, grad_2, error_grad = torch.zeros(()), None, None
     (grad_1,) = torch.autograd.grad(first, x)
-    return (first.detach(), second.detach()), grad_1, grad_2, error_grad
+    grads = [None if g is None else g.cpu() for g in (grad_1, grad_2, error_grad)]
+    return (first.detach().cpu(), second.detach().cpu()), *grads
 
 
 def expected(loss: str, problem: Problem, delta: float):

@@ -24,12 +24,15 @@ import tritonloss
 import tritonloss.losses.ranking as ranking
 from tritonloss._dispatch import INTERPRET
 
-POSITIVES = (0, 1, 2, 7, 300, 2000)
-NEGATIVES = (0, 1, 1000, 100_000)
+# The interpreter takes a millisecond a program, and its kernels take no float64.
+POSITIVES = (0, 1, 2, 7, 130) if INTERPRET else (0, 1, 2, 7, 300, 2000)
+NEGATIVES = (0, 1, 1000, 5000) if INTERPRET else (0, 1, 1000, 100_000)
+DTYPES = (torch.float32,) if INTERPRET else (torch.float32, torch.float64)
+MANY = 5000 if INTERPRET else 300_000
 DELTAS = (0, 1e-3, 0.1, 0.5, 1, 5)
-AXES = (LOSSES, INPUTS, POSITIVES, NEGATIVES, DELTAS, (torch.float32, torch.float64))
+AXES = (LOSSES, INPUTS, POSITIVES, NEGATIVES, DELTAS, DTYPES)
 
-pytestmark = pytest.mark.skipif(INTERPRET, reason="test_ranking_kernels.py runs the kernels")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def check(loss, kind, n_pos, n_neg, delta, dtype):
@@ -61,7 +64,7 @@ def test_reference(case):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_many_logits(loss, delta):
     """Several chunks, ignored rows among them."""
-    problem = make("random", 20, 300_000)
+    problem = make("random", 20, MANY)
     got = ours(loss, problem.logits, (problem.labels, problem.quality), problem.quality,
                delta=delta)  # fmt: skip
     assert_agrees(got, expected(loss, problem, delta), problem, 1e-6, 1e-5)
@@ -121,17 +124,19 @@ def test_gradients_sum_to_zero(loss, kind):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_permutation(loss):
+def test_permutation(loss, backend):
+    """The kernels give the same bits; eager promises rounding."""
     problem = make("tied", 40, 1500)
     targets = (problem.labels, problem.quality)
     order = torch.randperm(len(problem.labels))
     shuffled = ours(loss, problem.logits[order], tuple(t[order] for t in targets),
                     problem.quality[order])  # fmt: skip
     straight = ours(loss, problem.logits, targets, problem.quality)
+    tolerance = 0 if backend == "triton" else 1e-6
     for a, b in zip(shuffled[0], straight[0], strict=True):
-        assert a == pytest.approx(b.item(), rel=1e-6)
+        assert a == pytest.approx(b.item(), rel=tolerance, abs=0)
     for a, b in zip(shuffled[1:], straight[1:], strict=True):
-        assert a is None or relative_error(a, b[order]) <= 1e-6
+        assert a is None or relative_error(a, b[order]) <= tolerance
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -300,6 +305,12 @@ def test_half_precision(loss, dtype):
     assert scaled.grad[problem.negative & (x > -2)].count_nonzero() > 100
 
 
+def test_more_dense_positives_than_room_is_loud():
+    """Dense scratch holds an eighth of many logits: more positives give NaN, not a wrong number."""
+    loss = ranking.ap_loss(torch.zeros(300, 10), torch.ones(300, 10))
+    assert loss == 0 or (INTERPRET and loss.isnan())
+
+
 # ----------------------------------------------------------------------------- property based
 
 
@@ -315,7 +326,7 @@ def small_problems(draw):
     return x[:, None], labels, quality, delta
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=20 if INTERPRET else 150, deadline=None)
 @given(small_problems(), st.sampled_from(LOSSES))
 def test_small_problems(small, loss):
     x, labels, quality, delta = small
