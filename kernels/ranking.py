@@ -734,12 +734,13 @@ def finish_kernel(
     place_ptr,
     counter_ptr,
     first_ptr,  # [] float32 out: mean of VALUE_ROW
-    second_ptr,  # [] float32 out: mean of FIRST
+    second_ptr,  # [] float32 out: mean of FIRST; aLRP: loc
     scale_ptr,  # [] float32 out: 1 / lists with a positive
     # shapes
     capacity,
     # constants
     VALUE_ROW: tl.constexpr,  # row of the first value
+    LOSS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program: means over the positives of each list and over lists; NaN if a logit was."""
@@ -755,7 +756,11 @@ def finish_kernel(
         each = 1.0 / tl.load(place_ptr + SIZE * capacity + i, mask=mask, other=1).to(tl.float64)
         error = tl.load(positive_ptr + VALUE_ROW * capacity + i, mask=mask, other=0.0)
         value += error.to(tl.float64) * each
-        error = tl.load(positive_ptr + FIRST * capacity + i, mask=mask, other=0.0)
+        if LOSS == "alrp":
+            error = tl.load(positive_ptr + VALUE * capacity + i, mask=mask, other=0.0)
+            each = tl.load(positive_ptr + OTHER * capacity + i, mask=mask, other=0.0).to(tl.float64)
+        else:
+            error = tl.load(positive_ptr + FIRST * capacity + i, mask=mask, other=0.0)
         second += error.to(tl.float64) * each
         n_lists += (mask & (start == i)).to(tl.int32)
         first += TILE
@@ -995,7 +1000,7 @@ def launch_forward(
 
     Returns:
         ``(first value, second value, coefficient of the rows' errors, *Scratch)``. The second is
-        Rank & Sort's sorting error; the coefficient is empty but for aLRP.
+        Rank & Sort's sorting error or aLRP's loc; the coefficient is empty but for aLRP.
     """
     device = x.device
     capacity = capacity_of(x, labels)
@@ -1048,7 +1053,7 @@ def launch_forward(
                              **tile)  # fmt: skip
     kernels.tabulate[grid](positives, places, knots, counter, pointer, capacity, number, **tile)
     kernels.finish[(1,)](positives, places, counter, first, second, scale, capacity,
-                         VALUE_ROW=(FIRST if loss == "ap" else RANK_PLUS).value, TILE=RANKING.block,
+                         VALUE_ROW=(FIRST if loss == "ap" else RANK_PLUS).value, LOSS=kind, TILE=RANKING.block,
                          num_warps=RANKING.num_warps)  # fmt: skip
 
     coefficient = torch.zeros(0, dtype=torch.float32, device=device)

@@ -496,12 +496,16 @@ def alrp_loss(
     check.on_device_of("localization_error", error, "logits", logits)
     labels, _, dense = inputs.targets
     outputs = _run("alrp", inputs, error.detach().contiguous())
-    if outputs is None:
+    through_kernels = outputs is not None
+    if not through_kernels:
         targets = labels if dense is None else dense
         outputs = _alrp(logits, targets, error.detach(), *_eager_args(inputs))
     cls, coefficient = outputs[0], outputs[-1].detach()
-    counted = torch.where(coefficient != 0, error.to(coefficient.dtype), 0.0)
-    return ALRP(cls, (coefficient * counted).sum())
+    loc = (coefficient * torch.where(coefficient != 0, error.to(coefficient.dtype), 0.0)).sum()
+    if through_kernels:
+        # their sum does not depend on the order of the anchors
+        loc = outputs[1].detach() + (loc - loc.detach())
+    return ALRP(cls, loc)
 
 
 def self_balanced_weight(cls_loss: Tensor, box_loss: Tensor) -> Tensor:
