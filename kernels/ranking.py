@@ -1053,8 +1053,8 @@ def launch_forward(
                              **tile)  # fmt: skip
     kernels.tabulate[grid](positives, places, knots, counter, pointer, capacity, number, **tile)
     kernels.finish[(1,)](positives, places, counter, first, second, scale, capacity,
-                         VALUE_ROW=(FIRST if loss == "ap" else RANK_PLUS).value, LOSS=kind, TILE=RANKING.block,
-                         num_warps=RANKING.num_warps)  # fmt: skip
+                         VALUE_ROW=(FIRST if loss == "ap" else RANK_PLUS).value, LOSS=kind,
+                         TILE=RANKING.block, num_warps=RANKING.num_warps)  # fmt: skip
 
     coefficient = torch.zeros(0, dtype=torch.float32, device=device)
     if loss == "alrp":
