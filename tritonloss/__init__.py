@@ -11,6 +11,8 @@ from ._dispatch import backend, show_config
 from ._version import __version__
 from .functional import *  # noqa: F403  (the names of functional.__all__)
 from .modules import (
+    ALRPLoss,
+    APLoss,
     CIoULoss,
     DIoULoss,
     DistributionFocalLoss,
@@ -20,11 +22,15 @@ from .modules import (
     Integral,
     IoULoss,
     QualityFocalLoss,
+    RankSortLoss,
     SoftmaxFocalLoss,
     VarifocalLoss,
 )
 
 __all__ = [
+    "ALRPLoss",
+    "APLoss",
+    "RankSortLoss",
     "CIoULoss",
     "DIoULoss",
     "DistributionFocalLoss",

@@ -11,8 +11,20 @@ from .losses.elementwise import (
     softmax_focal_loss,
     varifocal_loss,
 )
+from .losses.ranking import (
+    ALRP,
+    RankSort,
+    alrp_loss,
+    ap_loss,
+    rank_sort_loss,
+    self_balanced_weight,
+)
 
 __all__ = [
+    "ALRP",
+    "RankSort",
+    "alrp_loss",
+    "ap_loss",
     "ciou_loss",
     "class_balanced_weight",
     "diou_loss",
@@ -23,6 +35,8 @@ __all__ = [
     "giou_loss",
     "iou_loss",
     "quality_focal_loss",
+    "rank_sort_loss",
+    "self_balanced_weight",
     "sigmoid_focal_loss",
     "softmax_focal_loss",
     "varifocal_loss",
