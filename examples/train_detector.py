@@ -47,7 +47,7 @@ class Config:
     steps: int | None = None
     stop_after: int | None = None
     batch: int = 8
-    lr: float = 3e-3
+    lr: float = 4e-3
     seed: int = 0
     out: str | None = None
     threads: int | None = None
@@ -290,7 +290,7 @@ def parse_arguments(arguments: list[str] | None) -> Config:
     add("--steps", type=positive(int), help=f"default: {steps}")
     add("--stop-after", type=positive(int), metavar="STEP", help="stop early, to resume later")
     add("--batch", type=positive(int), help="crops per step; default: 8")
-    add("--lr", type=positive(float), help="highest learning rate; default: 0.003")
+    add("--lr", type=positive(float), help="highest learning rate; default: 0.004")
     add("--channels", type=positive(int), help="width of the network, in 16s; default: 48")
     add("--seed", type=int, help="default: 0")
     add("--threads", type=positive(int), help="CPU threads; default: torch's choice")

@@ -13,7 +13,7 @@ import tritonloss
 
 from .model import decode
 
-BOX_WEIGHT, DFL_WEIGHT = 2.0, 0.25
+BOX_WEIGHT, DFL_WEIGHT = 1.0, 0.25
 LARGE = 28.0  # boxes larger than this (root of the area, pixels) belong to stride 8
 BOX_LOSSES = {
     "iou": tritonloss.iou_loss,
