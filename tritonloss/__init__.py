@@ -14,11 +14,19 @@ from .losses.elementwise import (
     sigmoid_focal_loss,
     varifocal_loss,
 )
+from .losses.ghm import authentic_smooth_l1_loss, ghm_c_loss, ghm_r_loss
+from .losses.prime_sample import carl_loss, iou_hlr, isr_p_weight
 
 __all__ = [
     "__version__",
+    "authentic_smooth_l1_loss",
     "backend",
+    "carl_loss",
     "focal_star_loss",
+    "ghm_c_loss",
+    "ghm_r_loss",
+    "iou_hlr",
+    "isr_p_weight",
     "quality_focal_loss",
     "show_config",
     "sigmoid_focal_loss",
