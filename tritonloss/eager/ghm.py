@@ -6,6 +6,7 @@ over cache-sized blocks of rows, and no buffer as large as the logits is made bu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -115,7 +116,12 @@ def region_weights(count, state, momentum, bias_correction: bool, normalize: str
     updates = updates + filled
     amount = seen
     if bias_correction:
-        amount = amount / (1 - momentum ** updates.clamp(min=1))
+        if isinstance(momentum, Tensor):
+            log_m = momentum.to(dtype).log()
+        else:
+            log_m = math.log(momentum) if momentum else -math.inf
+        # 1 - m^t, without cancellation for m near 1
+        amount = amount / -torch.expm1(updates.clamp(min=1) * log_m)
     n = filled.sum().clamp(min=1) if normalize == "nonempty" else count.shape[-1]
     weights = torch.where(filled, 1 / (n * torch.where(filled, amount, 1)), 0)
     weights = torch.cat([weights, torch.zeros_like(weights[:1])])

@@ -7,17 +7,112 @@ losses, times the weight of the region.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from tritonloss import _checks as check
+from tritonloss import _op
+from tritonloss._dispatch import use_triton
+from tritonloss._op import wrap_triton
 from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
 from tritonloss.eager import ghm as eager
 
 from .elementwise import run_pointwise
 
+try:
+    from tritonloss.kernels.elementwise import pointwise_kernel, walkable
+    from tritonloss.kernels.ghm import (
+        harmonise_kernel,
+        launch_backward,
+        launch_forward,
+        region_sums_kernel,
+        region_totals_kernel,
+    )
+except ImportError:  # no Triton: the eager path alone
+    launch_forward = launch_backward = pointwise_kernel = None
+    region_sums_kernel = region_totals_kernel = harmonise_kernel = None
+
 NORMALIZE = ("nonempty", "all")
 State = tuple[Tensor, Tensor]
+
+
+def _fake_forward(x, dense, labels, quality, weight, amount, updates, params, kind, bins, *rest):
+    weights = x.new_empty(bins, dtype=torch.float32)
+    new_state = (torch.empty_like(weights if t is None else t) for t in (amount, updates))
+    return x.new_empty((), dtype=torch.float32), *new_state, weights
+
+
+@_op.kernel_op(_fake_forward)
+def ghm_forward(
+    x: Tensor,
+    dense: Tensor | None,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    weight: Tensor | None,
+    amount: Tensor | None,
+    updates: Tensor | None,
+    params: Tensor,
+    kind: str,
+    bins: int,
+    bias_correction: bool,
+    normalize: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = (
+        wrap_triton(region_sums_kernel),
+        wrap_triton(region_totals_kernel),
+        wrap_triton(harmonise_kernel),
+    )
+    return launch_forward(
+        x, dense, labels, quality, weight, amount, updates, params, kind, bins, bias_correction,
+        normalize, ignore_index, kernels,
+    )  # fmt: skip
+
+
+@_op.kernel_op(lambda x, *args: torch.empty_like(x))
+def ghm_backward(
+    x: Tensor,
+    grad: Tensor,
+    weights: Tensor,
+    dense: Tensor | None,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    weight: Tensor | None,
+    params: Tensor,
+    kind: str,
+    ignore_index: int,
+) -> Tensor:
+    return launch_backward(
+        x, grad, weights, dense, labels, quality, weight, params, kind, ignore_index,
+        wrap_triton(pointwise_kernel),
+    )  # fmt: skip
+
+
+def _forward(x, *args):
+    loss, amount, updates, weights = _op.call(ghm_forward, launch_forward, x, *args)
+    return (loss, amount, updates), (weights,)
+
+
+def _backward(grads, saved, x, dense, labels, quality, weight, amount, updates, params, kind,
+              bins, bias_correction, normalize, ignore_index):  # fmt: skip
+    return _op.call(
+        ghm_backward, launch_backward, x, grads[0], saved[0], dense, labels, quality, weight,
+        params, kind, ignore_index,
+    )  # fmt: skip
+
+
+def _reference(x, dense, labels, quality, weight, amount, updates, params, kind, bins,
+               bias_correction, normalize, ignore_index):  # fmt: skip
+    state = None if amount is None else (amount, updates)
+    return eager.harmonised(
+        x, Targets(labels, quality, dense), weight, state, params[1], params[0], kind, bins,
+        bias_correction, normalize, ignore_index,
+    )[:1]  # fmt: skip
+
+
+_kernels = _op.differentiable(_forward, _backward, _reference, constants=2)
 
 
 def _check_parameters(x, bins, momentum, state, normalize) -> None:
@@ -45,6 +140,18 @@ def _harmonised(
     kind, x, targets, weight, mu, bins, momentum, state, bias_correction, normalize, ignore_index
 ):
     """Choice of the implementation, for checked arguments."""
+    if use_triton(x) and x.numel() > 0 and walkable(x, targets.dense, weight):
+        # 1 - m and log m are formed in float64: float32 would lose both for m near 1
+        if isinstance(momentum, Tensor):
+            params = (mu, momentum, 1 - momentum.double(), momentum.double().log())
+        else:
+            params = (mu, momentum, 1 - momentum, math.log(momentum) if momentum else -math.inf)
+        amount, updates = (None, None) if state is None else (s.contiguous() for s in state)
+        loss, *new_state = _kernels(
+            x, targets.dense, targets.labels, targets.quality, weight, amount, updates,
+            _op.scalars(x, *params), kind, bins, bool(bias_correction), normalize, ignore_index,
+        )  # fmt: skip
+        return loss if state is None else (loss, tuple(new_state))
     loss, new_state = eager.harmonised(
         x, targets, weight, state, momentum, mu, kind, bins, bool(bias_correction), normalize,
         ignore_index,
