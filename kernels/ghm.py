@@ -1,10 +1,9 @@
 """Gradient harmonising: one read of the logits gives the count and the loss of every region.
 
-A region is a cell of a small table, its row and column the high and low part of the region's
-number. The table of a tile is a product of one-hot rows and one-hot columns times the loss, which
-tensor cores compute; the loss goes in as two parts that are exact (to 2^-22) in TF32. Each program
-owns a table, and tables are summed in a fixed order: no atomics, and the same bits in every run.
-The backward is ``pointwise_kernel`` with the weight of each region.
+Each program keeps a table of its own. It counts a tile by a histogram, whose filled regions then
+say which sums to take: mostly few, for nearly all logits of a detector are easy. Tables are added
+up in a fixed order: no atomics, and the same bits in every run. The backward is
+``pointwise_kernel`` with the weight of each region.
 """
 
 from __future__ import annotations
@@ -13,39 +12,40 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import HISTOGRAM_PROGRAMS, HISTOGRAMS, scalar_args
+from ._launch import HISTOGRAM, HISTOGRAM_PROGRAMS, scalar_args
 from ._tiles import pointwise_value, region_of
 from .elementwise import launch_backward as pointwise_backward
 from .elementwise import load_logits, load_params, pointwise_kernel, walk_over
 
-# Two parts of the loss and a one; the fourth column of each group is a spare.
-PIECES = tl.constexpr(4)
+
+@triton.jit
+def _lowest_bit(bits):
+    """Position of the lowest bit set: the exponent of that bit as a float."""
+    alone = (bits & -bits).to(tl.float32)
+    return ((alone.to(tl.int32, bitcast=True) >> 23) & 255) - 127
 
 
 @triton.jit
-def _table(region, value, HIGH: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr):
-    """[HIGH, LOW * PIECES] sums over a tile; a region of -HIGH * LOW is counted nowhere."""
-    rows = tl.arange(0, HIGH)
-    columns = tl.arange(0, LOW * PIECES)
-    piece = columns % PIECES
-    # Rounded towards 0 to the 11 bits of TF32; the rest is exact, and of the value's sign.
-    upper = (value.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    lower = value - upper
-    left = tl.where((region // LOW)[None, :] == rows[:, None], 1.0, 0.0)
-    part = tl.where(piece[None, :] == 0, upper[:, None], lower[:, None])
-    part = tl.where(piece[None, :] == 2, 1.0, part)
-    right = tl.where((region % LOW)[:, None] == (columns // PIECES)[None, :], part, 0.0)
-    return tl.dot(left, right, input_precision=PRECISION)
+def _add_by_region(total, region, value, counts, REGIONS: tl.constexpr):
+    """``total`` [REGIONS] plus the sum of the values of each region whose count is not 0."""
+    regions = tl.arange(0, REGIONS)
+    word = 0
+    while word < REGIONS // 32:
+        filled = (counts > 0) & (regions // 32 == word)
+        bits = tl.sum(tl.where(filled, 1 << (regions % 32), 0), 0)
+        while bits != 0:
+            k = word * 32 + _lowest_bit(bits)
+            amount = tl.sum(tl.where(region == k, value, 0.0), 0)
+            total = tl.where(regions == k, total + amount, total)
+            bits = bits & (bits - 1)
+        word += 1
+    return total
 
 
 @triton.jit
-def _halves(values):
-    """Even and odd elements: both stay in their thread."""
-    return tl.split(tl.reshape(values, [values.shape[0] // 2, 2]))
-
-
-@triton.jit
-def _tile_table(
+def _add_tile(
+    total,
+    count,
     start,
     offs,
     n,
@@ -57,9 +57,7 @@ def _tile_table(
     strides,
     mu,
     KIND: tl.constexpr,
-    HIGH: tl.constexpr,
-    LOW: tl.constexpr,
-    PRECISION: tl.constexpr,
+    REGIONS: tl.constexpr,
     N_DIMS: tl.constexpr,
     CLASS_DIM: tl.constexpr,
     LINEAR: tl.constexpr,
@@ -82,16 +80,9 @@ def _tile_table(
         MASKED,
     )
     value = pointwise_value(x, y, positive, mu, 0.0, 0.0, 0.0, KIND)
-    # No row of the table has a negative number.
-    region = tl.where(keep, region_of(x, y, mu, bins, KIND), -HIGH * LOW)
-    r0, r1 = _halves(region)
-    v0, v1 = _halves(value)
-    r00, r01 = _halves(r0)
-    v00, v01 = _halves(v0)
-    r10, r11 = _halves(r1)
-    v10, v11 = _halves(v1)
-    table = _table(r00, v00, HIGH, LOW, PRECISION) + _table(r01, v01, HIGH, LOW, PRECISION)
-    return table + (_table(r10, v10, HIGH, LOW, PRECISION) + _table(r11, v11, HIGH, LOW, PRECISION))
+    region = tl.where(keep, region_of(x, y, mu, bins, KIND), -1)
+    counts = tl.histogram(region, REGIONS, mask=keep)
+    return _add_by_region(total, region, value, counts, REGIONS), count + counts
 
 
 @triton.jit
@@ -103,7 +94,8 @@ def region_sums_kernel(
     quality_ptr,  # [rows], or None
     weight_ptr,  # [rows] or per logit, or None: a mask
     params_ptr,  # [4] float32, or None
-    partial_ptr,  # [3, HIGH * LOW, programs] float32: upper and lower part of the loss, count
+    loss_ptr,  # [REGIONS, programs] float32
+    count_ptr,  # [REGIONS, programs] int32
     # shapes
     n,
     n_classes,
@@ -136,9 +128,7 @@ def region_sums_kernel(
     p3,
     # constants
     KIND: tl.constexpr,
-    HIGH: tl.constexpr,
-    LOW: tl.constexpr,
-    PRECISION: tl.constexpr,
+    REGIONS: tl.constexpr,
     N_DIMS: tl.constexpr,
     CLASS_DIM: tl.constexpr,
     LINEAR: tl.constexpr,
@@ -158,29 +148,29 @@ def region_sums_kernel(
         (weight_s0, weight_s1, weight_s2, weight_s3),
     )
     mu, _, _, _ = load_params(params_ptr, (p0, p1, p2, p3))
-    table = tl.zeros([HIGH, LOW * PIECES], tl.float32)
+    total = tl.zeros([REGIONS], tl.float32)
+    count = tl.zeros([REGIONS], tl.int32)
     start = pid * BLOCK
     while start + BLOCK <= n:
-        table += _tile_table(
-            start, offs, n, pointers, n_classes, bins, ignore_index, sizes, strides, mu,
-            KIND, HIGH, LOW, PRECISION, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
+        total, count = _add_tile(
+            total, count, start, offs, n, pointers, n_classes, bins, ignore_index, sizes, strides,
+            mu, KIND, REGIONS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
         )  # fmt: skip
         start += programs * BLOCK
     if start < n:
-        table += _tile_table(
-            start, offs, n, pointers, n_classes, bins, ignore_index, sizes, strides, mu,
-            KIND, HIGH, LOW, PRECISION, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
+        total, count = _add_tile(
+            total, count, start, offs, n, pointers, n_classes, bins, ignore_index, sizes, strides,
+            mu, KIND, REGIONS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
         )  # fmt: skip
-    columns = tl.arange(0, LOW * PIECES)
-    piece = columns % PIECES
-    region = tl.arange(0, HIGH)[:, None] * LOW + (columns // PIECES)[None, :]
-    cell = piece[None, :] * (HIGH * LOW) + region
-    tl.store(partial_ptr + cell * programs + pid, table, mask=(piece < 3)[None, :] & (region >= 0))
+    cells = tl.arange(0, REGIONS) * programs + pid
+    tl.store(loss_ptr + cells, total)
+    tl.store(count_ptr + cells, count)
 
 
 @triton.jit
 def region_totals_kernel(
-    partial_ptr,  # [3, regions, programs] float32
+    loss_ptr,  # [regions, programs] float32
+    count_ptr,  # [regions, programs] int32
     total_ptr,  # [2, regions] float32: loss and count
     programs,
     BLOCK: tl.constexpr,
@@ -190,11 +180,10 @@ def region_totals_kernel(
     regions = tl.num_programs(0)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < programs
-    cells = partial_ptr + region * programs + lanes
-    upper = tl.load(cells, mask=mask, other=0.0)
-    lower = tl.load(cells + regions * programs, mask=mask, other=0.0)
-    count = tl.load(cells + 2 * regions * programs, mask=mask, other=0.0)
-    tl.store(total_ptr + region, tl.sum(upper, 0) + tl.sum(lower, 0))
+    cells = region * programs + lanes
+    loss = tl.load(loss_ptr + cells, mask=mask, other=0.0)
+    count = tl.load(count_ptr + cells, mask=mask, other=0)
+    tl.store(total_ptr + region, tl.sum(loss, 0))
     tl.store(total_ptr + regions + region, tl.sum(count.to(tl.int64), 0).to(tl.float32))
 
 
@@ -277,15 +266,15 @@ def launch_forward(
     """
     sums, totals, harmonise = kernels
     regions = max(triton.next_power_of_2(bins), 32)
-    how = HISTOGRAMS[regions]
     n = x.numel()
-    programs = min(triton.cdiv(n, how.block), HISTOGRAM_PROGRAMS)
+    programs = min(triton.cdiv(n, HISTOGRAM.block), HISTOGRAM_PROGRAMS)
     logit_weight = weight if weight is not None and weight.dim() == x.dim() else None
     walk = walk_over(x, labels, weight, None, [dense, logit_weight])
     x_s, row_s, _, dense_s, weight_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)
     device = x.device
-    partial = torch.empty((3, regions, programs), dtype=torch.float32, device=device)
+    losses = torch.empty((regions, programs), dtype=torch.float32, device=device)
+    counts = torch.empty_like(losses, dtype=torch.int32)
     sums[(programs,)](
         x,
         dense,
@@ -293,7 +282,8 @@ def launch_forward(
         quality,
         weight,
         pointer,
-        partial,
+        losses,
+        counts,
         n,
         x.shape[-1],
         bins,
@@ -305,19 +295,16 @@ def launch_forward(
         ignore_index,
         *numbers,
         KIND=kind,
-        HIGH=how.high,
-        LOW=how.low,
-        # MFMA takes float32 as it is
-        PRECISION="ieee" if torch.version.hip else "tf32",
+        REGIONS=regions,
         N_DIMS=walk.layout.n_dims,
         CLASS_DIM=walk.class_dim,
         LINEAR=walk.linear,
         ROW_WEIGHT=walk.row_weight,
-        BLOCK=how.block,
-        num_warps=1,
+        BLOCK=HISTOGRAM.block,
+        num_warps=HISTOGRAM.num_warps,
     )
     total = torch.empty((2, regions), dtype=torch.float32, device=device)
-    totals[(regions,)](partial, total, programs, BLOCK=HISTOGRAM_PROGRAMS, num_warps=4)
+    totals[(regions,)](losses, counts, total, programs, BLOCK=HISTOGRAM_PROGRAMS, num_warps=4)
     loss = torch.empty((), dtype=torch.float32, device=device)
     weights = torch.empty(bins, dtype=torch.float32, device=device)
     new_amount = torch.empty_like(weights if amount is None else amount)
