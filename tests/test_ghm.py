@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import recorded
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tritonloss as tl
 from tritonloss._dispatch import INTERPRET
@@ -339,11 +343,14 @@ def test_unit_regions_approximate_the_density_of_the_paper(bins):
 # ---- tracing
 
 
-def test_compile_fullgraph_with_state():
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_compile_fullgraph_with_state(compiler, backend):
     torch._dynamo.reset()
     x, labels, _, _ = make("labels")
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend=compiler)
     def run(x, A, t, momentum):
         return tl.ghm_c_loss(
             x, labels, bins=30, momentum=momentum, state=(A, t), bias_correction=True
@@ -369,6 +376,140 @@ def test_compile_fullgraph_ghm_r():
     x, y, _, _ = make("dense", (30, 4))
     run = torch.compile(tl.ghm_r_loss, fullgraph=True, backend="aot_eager")
     assert torch.allclose(run(x, y), tl.ghm_r_loss(x, y))
+
+
+# ---- modules
+
+
+def train(loss, steps, call=None, seed=0):
+    """Loss values of a few training steps on fresh logits."""
+    values = []
+    for step in range(steps):
+        x, labels, _, _ = make("labels", seed=seed + step, spread=1.0 + step)
+        x.requires_grad_()
+        value = (loss if call is None else call)(x, labels)
+        value.backward()
+        values.append(value.detach())
+    return values
+
+
+def test_module_is_the_function_and_resumes_from_its_state_dict(backend):
+    options = dict(bins=10, momentum=0.75, bias_correction=True)
+    loss, state = tl.GHMCLoss(**options), (torch.zeros(10), torch.zeros(10))
+    for seed, got in enumerate(train(loss, 3)):
+        x, labels, _, _ = make("labels", seed=seed, spread=1.0 + seed)
+        want, state = tl.ghm_c_loss(x, labels, state=state, **options)
+        assert torch.allclose(got, want)
+    assert torch.equal(loss.amount, state[0])
+    resumed = tl.GHMCLoss(**options)
+    resumed.load_state_dict(loss.state_dict())
+    copied = copy.deepcopy(loss)
+    want = train(loss, 2, seed=3)
+    assert train(resumed, 2, seed=3) == want
+    assert train(copied, 2, seed=3) == want
+
+
+def test_module_keeps_its_counts_in_float32(backend):
+    loss = tl.GHMCLoss(momentum=0.75)
+    train(loss, 2)
+    before = loss.amount.clone()
+    for cast in ("half", "bfloat16", "double"):
+        getattr(nn.Sequential(nn.Linear(2, 2), loss), cast)()
+        assert loss.amount.dtype == loss.updates.dtype == torch.float32
+        assert torch.equal(loss.amount, before)
+    assert loss.to("meta").amount.device.type == "meta"
+
+
+def test_module_does_not_learn_in_eval_mode(backend):
+    loss = tl.GHMCLoss(momentum=0.75)
+    train(loss, 2)
+    before, counted = loss.amount.clone(), loss.updates.clone()
+    train(loss.eval(), 2)
+    assert torch.equal(loss.amount, before) and torch.equal(loss.updates, counted)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_module_counts_once(reentrant, backend):
+    def gradients(checkpointed):
+        loss, found = tl.GHMCLoss(momentum=0.75, bias_correction=True), []
+        for seed in range(3):
+            x, labels, _, _ = make("labels", seed=seed)
+            x.requires_grad_()
+            if checkpointed:
+                # the loss behind another operation, so that something is recomputed
+                value = checkpoint(
+                    lambda x, labels=labels: loss(x.sin(), labels), x, use_reentrant=reentrant
+                )
+            else:
+                value = loss(x.sin(), labels)
+            value.backward()
+            found += [x.grad, loss.amount.clone(), loss.updates.clone()]
+        return found
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_two_forwards_before_a_backward(backend):
+    loss = tl.GHMCLoss(momentum=0.5)
+    (a, labels, _, _), (b, other, _, _) = make("labels", seed=0), make("labels", seed=1)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    (loss(a, labels) + loss(b, other)).backward()
+    assert loss.updates.max() == 2
+
+
+def test_compiled_module_updates_its_buffers(backend):
+    torch._dynamo.reset()
+    losses = [tl.GHMCLoss(momentum=0.75) for _ in range(2)]
+    compiled = torch.compile(losses[1], fullgraph=True, backend="aot_eager")
+    for want, got in zip(train(losses[0], 3), train(losses[1], 3, compiled), strict=True):
+        assert torch.allclose(got, want)
+    assert torch.allclose(losses[0].amount, losses[1].amount)
+    assert torch.equal(losses[0].updates, losses[1].updates)
+
+
+def test_regression_module(backend):
+    loss = tl.GHMRLoss(momentum=0.7)
+    x, y, _, _ = make("dense", (60, 4), spread=0.05)
+    state = torch.zeros(10), torch.zeros(10)
+    want, state = tl.ghm_r_loss(x, y, momentum=0.7, state=state)
+    assert torch.equal(loss(x, y), want) and torch.equal(loss.amount, state[0])
+
+
+# ---- kernels
+
+
+@pytest.mark.skipif(not INTERPRET, reason="runs the kernels, interpreted")
+@pytest.mark.parametrize(("form", "bins"), [("labels", 10), ("dense", 40)])
+def test_few_programs_walk_over_many_tiles(form, bins, monkeypatch):
+    """Two tiles a program and a rest; the recorded detector's logits beside spread ones."""
+    from tritonloss.kernels import ghm
+
+    monkeypatch.setattr(ghm, "HISTOGRAM_PROGRAMS", 2)
+    x, targets, y, keep = make(form, (50, 40))
+    x[10:] = recorded()["cls_logits"].flatten()[: 40 * 40].reshape(40, 40)
+    want, want_grad, _ = loop(x, y, keep, bins)
+    with tl.backend("triton"):
+        loss, grad = step(tl.ghm_c_loss, x, targets, bins=bins)
+        again, grad_again = step(tl.ghm_c_loss, x, targets, bins=bins)
+    assert relative(loss, want) < 1e-6
+    assert relative(grad, want_grad) < 1e-5
+    assert torch.equal(loss, again) and torch.equal(grad, grad_again)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="opcheck needs an op that runs")
+@pytest.mark.parametrize("state", [False, True])
+def test_opcheck(state):
+    from tritonloss.losses.ghm import ghm_backward, ghm_forward
+
+    x, labels, _, _ = make("labels")
+    A = torch.rand(10) if state else None
+    params = torch.tensor([0.0, 0.5, 0.5, math.log(0.5)])
+    args = (x, None, labels, None, None, A, A, params, "bce", 10, True, "nonempty", -1)
+    torch.library.opcheck(ghm_forward, args)
+    weights = ghm_forward(*args)[3]
+    args = (x, torch.tensor(1.0), weights, None, labels, None, None, params, "bce", -1)
+    torch.library.opcheck(ghm_backward, args)
 
 
 # ---- errors

@@ -16,8 +16,12 @@ from .losses.elementwise import (
 )
 from .losses.ghm import authentic_smooth_l1_loss, ghm_c_loss, ghm_r_loss
 from .losses.prime_sample import carl_loss, iou_hlr, isr_p_weight
+from .modules import CARLLoss, GHMCLoss, GHMRLoss
 
 __all__ = [
+    "CARLLoss",
+    "GHMCLoss",
+    "GHMRLoss",
     "__version__",
     "authentic_smooth_l1_loss",
     "backend",
