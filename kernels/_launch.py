@@ -15,6 +15,14 @@ class Config:
 
 # 16 elements a thread: four 16-byte loads of float32 in flight before the first use.
 POINTWISE = Config(block=2048, num_warps=4)
+# Elements of a tile of rows x classes; a row of 80 classes is one tile wide, so 16 rows a program.
+SOFTMAX_BY_CLASS = Config(block=2048, num_warps=4)
+# Rows lie next to each other (a permuted NCHW head): 128 rows, one a thread, 16 classes at a time.
+SOFTMAX_BY_ROW = Config(block=2048, num_warps=4)
+# Elements of a tile of rows x bins: 64 rows of 32 bins (of which 17 are read in the common case).
+DISTRIBUTION = Config(block=2048, num_warps=4)
+# Two boxes a thread: four 16-byte loads in flight, and the gradient still fits in registers.
+BOXES = Config(block=256, num_warps=4)
 # One program sums all partial results in a fixed order.
 FINISH = Config(block=1024, num_warps=4)
 

@@ -99,6 +99,12 @@ def draw_logits(axes: Axes, g: torch.Generator, classes: int | None = None) -> T
         x = pool[torch.randint(len(pool), (n, c), generator=g)]
     else:
         x = torch.randn(n, c, generator=g) * (40 if axes.logits == "saturated" else 3)
+    return in_layout(x, axes)
+
+
+def in_layout(x: Tensor, axes: Axes) -> Tensor:
+    """Float32 values (rows, C), in the dtype and the layout."""
+    n, c = x.shape
     dtype = getattr(torch, axes.dtype)
     if axes.layout == "sliced":
         wide = torch.full((n, c + 3), float("nan"), dtype=dtype)
@@ -217,6 +223,125 @@ def varifocal_formula(x, problem, alpha=0.75, gamma=2.0, iou_weighted=True, deta
     return torch.where(problem.positive, positive, alpha * p**gamma * _bce(x, torch.zeros(())))
 
 
+def row_weight(axes: Axes, x: Tensor, keep: Tensor, kwargs: dict, g: torch.Generator):
+    """Draw the weight of rows, and fill what it removes with NaN: it poisons nothing."""
+    if axes.weight:
+        kwargs["weight"] = draw_weight(x.shape[:-1], g)
+        keep &= kwargs["weight"] > 0
+        x = torch.where(keep.unsqueeze(-1), x, float("nan")) if x.is_contiguous() else x
+    return x
+
+
+def softmax_problem(axes: Axes, g: torch.Generator) -> Problem:
+    x = draw_logits(axes, g)
+    classes = x.shape[-1]
+    kwargs = reduction_kwargs(axes, g)
+    labels = torch.randint(-1, classes, x.shape[:-1], generator=g)
+    if axes.labels == "uint8":
+        labels = labels.clamp(max=250)
+        labels = torch.where(labels < 0, 255, labels)
+        kwargs["ignore_index"] = 255
+    labels = labels.to(getattr(torch, axes.labels))
+    keep = labels != kwargs.get("ignore_index", -1)
+    positive = (labels.unsqueeze(-1) == torch.arange(classes)) & keep.unsqueeze(-1)
+    if axes.class_weight:
+        kwargs["alpha"] = torch.rand(classes, generator=g) + 0.1
+    x = row_weight(axes, x, keep, kwargs, g)
+    return Problem(x, (labels,), kwargs, keep, positive & keep.unsqueeze(-1))
+
+
+def softmax_formula(x, problem, gamma=2.0):
+    label = problem.args[0].long().where(problem.keep, 0).unsqueeze(-1)
+    log_p = x.log_softmax(-1)
+    others = log_p.masked_fill(label == torch.arange(x.shape[-1]), -float("inf"))
+    # 1 - p as a sum: 1.0 - p would cancel
+    not_p = others.exp().sum(-1)
+    loss = -(not_p**gamma) * log_p.gather(-1, label).squeeze(-1)
+    alpha = problem.kwargs.get("alpha")
+    return loss if alpha is None else alpha.double()[label.squeeze(-1)] * loss
+
+
+def distribution_problem(axes: Axes, g: torch.Generator) -> Problem:
+    x = draw_logits(axes, g)
+    n = x.shape[-1] - 1
+    kwargs = reduction_kwargs(axes, g)
+    y = torch.rand(x.shape[:-1], generator=g) * n
+    chance = torch.rand(y.shape, generator=g)
+    y = torch.where(chance < 0.1, y.round(), torch.where(chance > 0.9, float(n), y))
+    keep = torch.ones_like(y, dtype=torch.bool)
+    positive = (y.unsqueeze(-1) - torch.arange(n + 1)).abs() < 1
+    x = row_weight(axes, x, keep, kwargs, g)
+    y = torch.where(keep, y, float("nan"))
+    return Problem(x, (y,), kwargs, keep, positive)
+
+
+def distribution_formula(x, problem):
+    y = torch.where(problem.keep, problem.args[0].double(), 0)
+    left = y.floor().clamp(max=x.shape[-1] - 2)
+    log_p = x.log_softmax(-1)
+    at = log_p.gather(-1, torch.stack([left, left + 1], -1).long())
+    return -(left + 1 - y) * at[..., 0] - (y - left) * at[..., 1]
+
+
+def box_problem(axes: Axes, g: torch.Generator) -> Problem:
+    centre, size = torch.rand(axes.rows, 2, generator=g), torch.rand(axes.rows, 2, generator=g)
+    target = torch.cat([centre - size / 2, centre + size / 2], -1) * 64
+    pred = target + torch.randn(axes.rows, 4, generator=g) * 8
+    chance = torch.rand(axes.rows, 1, generator=g)
+    pred = torch.where(chance < 0.1, target, pred)  # equal boxes: every min and max is a tie
+    pred = torch.where(chance > 0.9, pred + 100, pred)  # boxes apart
+    pred = torch.where((chance > 0.8) & (chance < 0.9), pred.round(), pred)
+    x = in_layout(pred, axes)
+    target = target.reshape(x.shape)
+    target = torch.where(target == pred.reshape(x.shape), x.float(), target)
+    kwargs = reduction_kwargs(axes, g)
+    keep = torch.ones(x.shape[:-1], dtype=torch.bool)
+    positive = (chance > 0.9).reshape(keep.shape).unsqueeze(-1)
+    x = row_weight(axes, x, keep, kwargs, g)
+    return Problem(x, (target,), kwargs, keep, positive)
+
+
+def box_formula(kind: str):
+    def formula(x, problem, eps=1e-7, alpha_threshold=0.5):
+        target = problem.args[0].double()
+        low, high = torch.minimum(x, target), torch.maximum(x, target)
+
+        def sides(left_top, right_bottom):
+            return (right_bottom - left_top).clamp(min=0).unbind(-1)
+
+        (wp, hp), (wt, ht) = sides(x[..., :2], x[..., 2:]), sides(target[..., :2], target[..., 2:])
+        (wi, hi), (wc, hc) = sides(high[..., :2], low[..., 2:]), sides(low[..., :2], high[..., 2:])
+        union = (wp * hp + wt * ht - wi * hi).clamp(min=eps)
+        iou = wi * hi / union
+        if kind == "iou":
+            return 1 - iou
+        if kind == "giou":
+            hull = (wc * hc).clamp(min=eps)
+            return 1 - iou + (hull - union) / hull
+        centres = (x[..., :2] + x[..., 2:] - target[..., :2] - target[..., 2:]) / 2
+        loss = 1 - iou + centres.square().sum(-1) / (wc**2 + hc**2).clamp(min=eps)
+        if kind == "diou":
+            return loss
+        v = 4 / torch.pi**2 * (torch.atan2(wt, ht) - torch.atan2(wp, hp)) ** 2
+        v = torch.where((wp == 0) & (hp == 0), 0, v)  # no size, no aspect ratio
+        alpha = (v / (1 - iou + v).clamp(min=eps)).detach()
+        return loss + torch.where(iou > alpha_threshold, alpha, 0) * v
+
+    return formula
+
+
+# For losses with one value per row: sizes around their blocks, weights per row, own inputs. Each of
+# their test files traces them once.
+ROW_AXES = {
+    "rows": [7, 0, 1, 257, 600],
+    "form": ["labels"],
+    "weight": [None, "row"],
+    "labels": ["int64"],
+    "class_weight": [False],
+    "mode": ["plain"],
+}
+BOX_AXES = ROW_AXES | {"classes": [4], "logits": ["random"]}
+
 CASES = [
     Case(
         "focal",
@@ -249,6 +374,32 @@ CASES = [
             {"gamma": 1.5, "alpha": 0.5, "iou_weighted": False},
             {"detach_weight": True, "gamma": 0.5},
         ],
+    ),
+    Case(
+        "softmax_focal",
+        tl.softmax_focal_loss,
+        softmax_problem,
+        softmax_formula,
+        [{}, {"gamma": 0.0}, {"gamma": 0.5}, {"gamma": 1.5}],
+        ROW_AXES | {"labels": ["int64", "int16", "uint8"], "class_weight": [False, True]},
+    ),
+    Case(
+        "distribution_focal",
+        tl.distribution_focal_loss,
+        distribution_problem,
+        distribution_formula,
+        axes=ROW_AXES | {"classes": [17, 16, 2, 101]},
+    ),
+    Case("iou", tl.iou_loss, box_problem, box_formula("iou"), axes=BOX_AXES),
+    Case("giou", tl.giou_loss, box_problem, box_formula("giou"), axes=BOX_AXES),
+    Case("diou", tl.diou_loss, box_problem, box_formula("diou"), axes=BOX_AXES),
+    Case(
+        "ciou",
+        tl.ciou_loss,
+        box_problem,
+        box_formula("ciou"),
+        [{}, {"alpha_threshold": 0.0}, {"alpha_threshold": -1.0}],
+        BOX_AXES,
     ),
 ]
 

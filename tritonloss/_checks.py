@@ -58,22 +58,28 @@ def is_input(name: str, value, shape, meaning: str, x_name: str, x: Tensor) -> N
     is_constant(name, value)
 
 
-def is_number(name: str, value, low=None, high=None, *, open_low=False) -> None:
-    """A finite number (or a 0-d tensor, whose value is not read) in [low, high] or (low, high]."""
+def is_index(name: str, value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+
+
+def is_number(name: str, value, low=None, high=None, *, open_low=False, open_high=False) -> None:
+    """A finite number (or a 0-d tensor, whose value is not read) from low to high."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor; got {tuple(value.shape)}")
         is_constant(name, value)
         return
-    symbolic = isinstance(value, (torch.SymFloat, torch.SymInt))
-    if not symbolic and (isinstance(value, bool) or not isinstance(value, Real)):
+    # A scheduled value is symbolic while compiling: comparisons are guards, isfinite is not
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a number or a 0-d tensor; got {type(value).__name__}")
     left = "any number" if low is None else f"{'>' if open_low else '>='} {low}"
-    right = "" if high is None else f" and <= {high}"
+    right = "" if high is None else f" and {'<' if open_high else '<='} {high}"
     if (
-        (not symbolic and not math.isfinite(value))
+        (not compiling and not math.isfinite(value))
         or (low is not None and (value <= low if open_low else value < low))
-        or (high is not None and value > high)
+        or (high is not None and (value >= high if open_high else value > high))
     ):
         raise ValueError(f"{name} must be finite and {left}{right}; got {value}")
 

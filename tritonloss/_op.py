@@ -49,6 +49,15 @@ def kernel_op(fake: Callable):
     return decorate
 
 
+def fake_row_loss(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """``(loss, scale)`` of a loss with one value per row of x; args end with the reduction."""
+    if args[-1] == "none":
+        loss, scale = x.shape[:-1], (0,)
+    else:
+        loss, scale = (), ()
+    return x.new_empty(loss, dtype=torch.float32), x.new_empty(scale, dtype=torch.float32)
+
+
 def traced(x: Tensor) -> bool:
     """True if ``x`` is on its way into a graph, where only ops may touch it."""
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
@@ -61,16 +70,14 @@ def scalars(x: Tensor, *values: float | Tensor) -> Tensor | tuple[float, ...]:
     """
     if not traced(x) and not any(isinstance(v, Tensor) for v in values):
         return values
+    tensors = [
+        v.detach().to(x.device, non_blocking=True) if isinstance(v, Tensor) else v for v in values
+    ]
     if len(values) == 1 and isinstance(values[0], Tensor):
-        return values[0].reshape(1)
-    return torch.stack(
-        [
-            v.detach().to(device=x.device, dtype=torch.float32)
-            if isinstance(v, Tensor)
-            else torch.full((), v, dtype=torch.float32, device=x.device)
-            for v in values
-        ]
-    )
+        return tensors[0].reshape(1)
+    one = torch.ones((), device=x.device)
+    # A product, because Dynamo keeps a scheduled number symbolic there, unlike in torch.full
+    return torch.stack([(v * one).float() for v in tensors])
 
 
 def call(op: Callable, launch: Callable, x: Tensor, *args):
@@ -125,7 +132,23 @@ def differentiable(
                 grad_x = backward(grads, saved, x, *args)
             return grad_x, *(None for _ in args)
 
-    return Kernel.apply
+    return lambda x, *args: Kernel.apply(x, *(distinct(x, args) if traced(x) else args))
+
+
+def distinct(x: Tensor, args: tuple) -> tuple:
+    """The arguments with a view in place of each repetition, which Dynamo does not take.
+
+    A box quality may well be the weight of its row, too.
+    """
+    seen = [x]
+    result = []
+    for a in args:
+        if isinstance(a, Tensor):
+            if any(a is b for b in seen):
+                a = a.view_as(a)
+            seen.append(a)
+        result.append(a)
+    return tuple(result)
 
 
 def _through_reference(reference, grads, x, args):

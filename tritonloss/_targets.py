@@ -29,8 +29,7 @@ def parse_targets(
     logits: Tensor, targets, ignore_index: int, weight: Tensor | None = None
 ) -> Targets:
     """Tell the forms apart by dtype and shape, and check them."""
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    check.is_index("ignore_index", ignore_index)
     rows, n_classes = logits.shape[:-1], logits.shape[-1]
     if isinstance(targets, Tensor):
         if not targets.dtype.is_floating_point:
@@ -104,6 +103,14 @@ def parse_weight(logits: Tensor, weight: Tensor | None) -> Tensor | None:
     check.on_device_of("weight", weight, "logits", logits)
     check.is_constant("weight", weight)
     return weight if weight.dim() == logits.dim() else weight.contiguous()
+
+
+def parse_row_weight(x: Tensor, weight: Tensor | None, x_name: str = "logits") -> Tensor | None:
+    """Weight per row, contiguous."""
+    if weight is None:
+        return None
+    check.is_input("weight", weight, x.shape[:-1], "one per row", x_name, x)
+    return weight.contiguous()
 
 
 def parse_class_weight(logits: Tensor, class_weight: Tensor | None, name="class_weight"):

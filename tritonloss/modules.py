@@ -1,25 +1,165 @@
-"""The losses as modules: hyper-parameters in the constructor, tensors in ``forward``."""
+"""The losses as modules: hyper-parameters in ``__init__``, tensors in ``forward``.
+
+A module of a stateless loss is its function and a docstring; names, defaults and meaning of all
+arguments are those of the function.
+"""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .losses.ghm import ghm_c_loss, ghm_r_loss
-from .losses.prime_sample import carl_loss
+from .losses import boxes, distribution, elementwise, ghm, prime_sample
 
-__all__ = ["CARLLoss", "GHMCLoss", "GHMRLoss"]
+# Arguments that belong to a batch, not to the module.
+PER_CALL = ("weight", "avg_factor", "state")
 
 
 class _Loss(nn.Module):
-    """Keeps the keyword arguments of a function."""
+    """Holds the keyword arguments of ``function``; tensors among them become buffers.
 
-    def __init__(self, **options):
+    The attributes may be changed between steps, to schedule them.
+    """
+
+    function: ClassVar[Callable]
+    _hyper: ClassVar[dict]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        parameters = inspect.signature(cls.function).parameters.values()
+        own = [p for p in parameters if p.kind == p.KEYWORD_ONLY and p.name not in PER_CALL]
+        cls._hyper = {p.name: p.default for p in own}
+        cls.__signature__ = inspect.Signature(own)
+
+    def __init__(self, **hyper):
         super().__init__()
-        self.options = options
+        unknown = sorted(set(hyper) - set(self._hyper))
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} takes {', '.join(self._hyper)}; got {', '.join(unknown)}"
+            )
+        for name, value in (self._hyper | hyper).items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, *inputs: Tensor, **per_call) -> Tensor:
+        hyper = {name: getattr(self, name) for name in self._hyper}
+        return type(self).function(*inputs, **per_call, **hyper)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+        values = ((name, getattr(self, name)) for name in self._hyper)
+        return ", ".join(f"{k}={v}" for k, v in values if not isinstance(v, Tensor))
+
+
+class FocalLoss(_Loss):
+    """``forward(logits, targets, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.sigmoid_focal_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> loss = tritonloss.FocalLoss(gamma=2.0)(torch.zeros(2, 3), torch.tensor([1, 3]))
+        >>> round(loss.item(), 4)
+        0.1155
+    """
+
+    function = staticmethod(elementwise.sigmoid_focal_loss)
+
+
+class FocalStarLoss(_Loss):
+    """``forward(logits, targets, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.focal_star_loss`.
+    """
+
+    function = staticmethod(elementwise.focal_star_loss)
+
+
+class QualityFocalLoss(_Loss):
+    """``forward(logits, (labels, quality), *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.quality_focal_loss`.
+    """
+
+    function = staticmethod(elementwise.quality_focal_loss)
+
+
+class VarifocalLoss(_Loss):
+    """``forward(logits, (labels, quality), *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.varifocal_loss`.
+    """
+
+    function = staticmethod(elementwise.varifocal_loss)
+
+
+class SoftmaxFocalLoss(_Loss):
+    """``forward(logits, labels, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.softmax_focal_loss`.
+    """
+
+    function = staticmethod(elementwise.softmax_focal_loss)
+
+
+class DistributionFocalLoss(_Loss):
+    """``forward(logits, target, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.distribution_focal_loss`.
+    """
+
+    function = staticmethod(distribution.distribution_focal_loss)
+
+
+class Integral(_Loss):
+    """``forward(logits)``: the mean bin of each distribution.
+
+    See :func:`tritonloss.distribution_expectation`.
+    """
+
+    function = staticmethod(distribution.distribution_expectation)
+
+
+class IoULoss(_Loss):
+    """``forward(pred, target, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.iou_loss`.
+    """
+
+    function = staticmethod(boxes.iou_loss)
+
+
+class GIoULoss(_Loss):
+    """``forward(pred, target, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.giou_loss`.
+    """
+
+    function = staticmethod(boxes.giou_loss)
+
+
+class DIoULoss(_Loss):
+    """``forward(pred, target, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.diou_loss`.
+    """
+
+    function = staticmethod(boxes.diou_loss)
+
+
+class CIoULoss(_Loss):
+    """``forward(pred, target, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.ciou_loss`.
+    """
+
+    function = staticmethod(boxes.ciou_loss)
 
 
 def _recomputing() -> bool:
@@ -27,18 +167,18 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class _Harmonised(_Loss):
-    """Running counts of the gradient norms, kept between steps.
+class _Harmonised(nn.Module):
+    """Keeps running counts of the gradient norms between steps.
 
     Attributes:
         amount: ``(bins,)`` float32, the running count A of each region.
         updates: ``(bins,)`` float32, how often it was updated.
     """
 
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.register_buffer("amount", torch.zeros(options["bins"], dtype=torch.float32))
-        self.register_buffer("updates", torch.zeros(options["bins"], dtype=torch.float32))
+    def __init__(self, **hyper):
+        super().__init__(**hyper)
+        self.register_buffer("amount", torch.zeros(self.bins, dtype=torch.float32))
+        self.register_buffer("updates", torch.zeros(self.bins, dtype=torch.float32))
         self._before = None  # the state that the last training step began with
 
     def _apply(self, fn, recurse=True):
@@ -51,16 +191,15 @@ class _Harmonised(_Loss):
                 self._buffers[name] = before.to(after.device)
         return self
 
-    def _call(self, function, *args, **kwargs) -> Tensor:
-        momentum = self.options["momentum"]
-        if not isinstance(momentum, Tensor) and momentum == 0:
-            return function(*args, **kwargs, **self.options)
+    def forward(self, *inputs: Tensor, **per_call) -> Tensor:
+        if not isinstance(self.momentum, Tensor) and self.momentum == 0:
+            return super().forward(*inputs, **per_call)
         if _recomputing() and self._before is not None:
             # The same weights as the first time, and the step counts once.
-            return function(*args, **kwargs, **self.options, state=self._before)[0]
+            return super().forward(*inputs, **per_call, state=self._before)[0]
         # A copy: the backward reads it after the buffers have moved on.
         state = self.amount.clone(), self.updates.clone()
-        loss, (amount, updates) = function(*args, **kwargs, **self.options, state=state)
+        loss, (amount, updates) = super().forward(*inputs, **per_call, state=state)
         if self.training:
             self._before = state
             with torch.no_grad():
@@ -69,15 +208,12 @@ class _Harmonised(_Loss):
         return loss
 
 
-class GHMCLoss(_Harmonised):
-    """GHM-C with its running counts, see :func:`tritonloss.ghm_c_loss`.
+class GHMCLoss(_Harmonised, _Loss):
+    """``forward(logits, targets, *, weight=None)``.
 
-    The counts are buffers: part of the ``state_dict``, float32 in a half-precision model, updated
-    once per forward in training mode. A forward that a checkpoint runs again does not count; it
-    sees the state of the module's last forward.
-
-    Args:
-        bins, momentum, bias_correction, normalize, ignore_index: as the function takes them.
+    See :func:`tritonloss.ghm_c_loss`. The running counts are buffers: part of the ``state_dict``,
+    float32 in a half-precision model, updated once per forward in training mode. A forward that a
+    checkpoint runs again does not count; it begins with the state of the module's last forward.
 
     Example:
         >>> import torch, tritonloss
@@ -87,78 +223,22 @@ class GHMCLoss(_Harmonised):
         tensor(True)
     """
 
-    def __init__(
-        self,
-        bins: int = 10,
-        momentum: float | Tensor = 0.0,
-        bias_correction: bool = False,
-        normalize: str = "nonempty",
-        ignore_index: int = -1,
-    ):
-        super().__init__(
-            bins=bins,
-            momentum=momentum,
-            bias_correction=bias_correction,
-            normalize=normalize,
-            ignore_index=ignore_index,
-        )
-
-    def forward(self, logits: Tensor, targets, weight: Tensor | None = None) -> Tensor:
-        return self._call(ghm_c_loss, logits, targets, weight=weight)
+    function = staticmethod(ghm.ghm_c_loss)
 
 
-class GHMRLoss(_Harmonised):
-    """GHM-R with its running counts, see :func:`tritonloss.ghm_r_loss` and :class:`GHMCLoss`.
+class GHMRLoss(_Harmonised, _Loss):
+    """``forward(pred, target, *, weight=None)``.
 
-    Args:
-        mu, bins, momentum, bias_correction, normalize: as the function takes them.
-
-    Example:
-        >>> import torch, tritonloss
-        >>> loss = tritonloss.GHMRLoss(momentum=0.7)
-        >>> value = loss(torch.randn(8, 4), torch.randn(8, 4))
+    See :func:`tritonloss.ghm_r_loss`; buffers as in :class:`GHMCLoss`.
     """
 
-    def __init__(
-        self,
-        mu: float | Tensor = 0.02,
-        bins: int = 10,
-        momentum: float | Tensor = 0.0,
-        bias_correction: bool = False,
-        normalize: str = "nonempty",
-    ):
-        super().__init__(
-            mu=mu,
-            bins=bins,
-            momentum=momentum,
-            bias_correction=bias_correction,
-            normalize=normalize,
-        )
-
-    def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        return self._call(ghm_r_loss, pred, target, weight=weight)
+    function = staticmethod(ghm.ghm_r_loss)
 
 
 class CARLLoss(_Loss):
-    """Classification-aware regression loss, see :func:`tritonloss.carl_loss`.
+    """``forward(logits, labels, box_loss, *, avg_factor=None)``.
 
-    Args:
-        k, bias, activation, keep_loss: as the function takes them.
-
-    Example:
-        >>> import torch, tritonloss
-        >>> loss = tritonloss.CARLLoss(k=1.0, bias=0.2)
-        >>> value = loss(torch.randn(3, 2), torch.tensor([0, 1, 2]), torch.rand(3, 4))
+    See :func:`tritonloss.carl_loss`.
     """
 
-    def __init__(
-        self,
-        k: float | Tensor = 1.0,
-        bias: float | Tensor = 0.2,
-        activation: str = "sigmoid",
-        keep_loss: bool = False,
-    ):
-        super().__init__(k=k, bias=bias, activation=activation, keep_loss=keep_loss)
-
-    def forward(self, logits: Tensor, labels: Tensor, box_loss: Tensor, avg_factor=None) -> Tensor:
-        return carl_loss(logits, labels, box_loss, avg_factor=avg_factor, **self.options)
+    function = staticmethod(prime_sample.carl_loss)

@@ -6,6 +6,7 @@ them, and that of a positive only for the one labelled logit per row. No one-hot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from tritonloss._reduce import mean_divisor, reduced
 from tritonloss._targets import Targets
 from tritonloss.eager._blocks import summed
+
+from ._entry import entered, upcast
 
 # A logit that is no negative is replaced by this one, whose loss and gradient are exactly 0.
 NO_LOSS = -1e30
@@ -29,11 +32,6 @@ class Pointwise(NamedTuple):
     dense: Callable  # (x, y, *params): any y in [0, 1]
 
 
-def upcast(x: Tensor) -> Tensor:
-    """float32 for 16-bit inputs."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)); linear only where that is exact in the dtype."""
     return F.softplus(x, threshold=20 if x.dtype == torch.float32 else 40)
@@ -41,9 +39,15 @@ def softplus(x: Tensor) -> Tensor:
 
 def power(base: Tensor, exponent) -> Tensor:
     """base ** exponent for base in [0, 1], with 0^0 = 1 and a gradient of 0 at 0."""
-    if not isinstance(exponent, (int, float)) or exponent < 1:
-        base = base.clamp(min=1e-37 if base.dtype == torch.float32 else 1e-300)
-    return base.pow(exponent)
+    if not isinstance(exponent, Tensor):
+        if exponent == 1 or exponent == 2:
+            return base.pow(int(exponent))
+        if torch.compiler.is_compiling():
+            # as a tensor, a scheduled number stays symbolic and does not recompile
+            exponent = exponent * torch.ones((), dtype=base.dtype, device=base.device)
+        elif exponent > 1:
+            return base.pow(exponent)
+    return base.clamp(min=1e-37 if base.dtype == torch.float32 else 1e-300).pow(exponent)
 
 
 def bce(x: Tensor, y: Tensor) -> Tensor:
@@ -155,9 +159,7 @@ def pointwise(
 ) -> Tensor:
     """Any pointwise loss: the reference of ``kernels/elementwise.py``, and the CPU path."""
     with torch.autocast(x.device.type, enabled=False):
-        x = upcast(x)
-        # An infinite logit gives NaN, not a plausible number.
-        x = torch.add(x, x.detach(), alpha=0)
+        x = entered(x)
         row_weight, logit_weight = split_weight(x, weight)
         if targets.dense is not None:
             value, count = _dense(x, targets.dense, row_weight, logit_weight, params, kind)
@@ -298,30 +300,72 @@ def _labelled(x, rows, logit_weight, params, kind, whole):
     return value if logit_weight is None else value * logit_weight, count
 
 
+# Stands in for the labelled logit among the others: far below every allowed logit.
+NO_LOGIT = -1e38
+
+
+def softmax_focal(
+    x: Tensor,
+    labels: Tensor,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    avg_factor,
+    params: tuple,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """Softmax focal loss: the reference of ``kernels/softmax_focal.py``, and the CPU path.
+
+    The label's probability is sigmoid(d), d = x_label - logsumexp(others): a binary focal loss.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = entered(x)
+        n_classes = x.shape[-1]
+        labels = labels.long()
+        keep = (labels >= 0) & (labels < n_classes) & (labels != ignore_index)
+        if weight is not None:
+            keep = keep & (weight > 0)
+        x = torch.where(keep.unsqueeze(-1), x, 0)
+        index = labels.clamp(0, n_classes - 1).unsqueeze(-1)
+        others = x.masked_fill(index == torch.arange(n_classes, device=x.device), NO_LOGIT)
+        top = others.detach().amax(-1, keepdim=True)
+        log_total = torch.exp(others - top).sum(-1).log()
+        d = (x.gather(-1, index) - top).squeeze(-1) - log_total
+        value = FOCAL.negative(-d, 1.0, 1.0, *params)
+        if alpha is not None:
+            value = value * alpha.to(x.dtype)[index.squeeze(-1)]
+        if weight is not None:
+            value = value * weight.to(x.dtype)
+        return reduced(torch.where(keep, value, 0), keep.sum(), reduction, avg_factor)
+
+
 def generalized_focal(x_left, x_right, y, y_left, y_right, beta, reduction, avg_factor):
     """General form of the GFocal paper on the softmax of a pair of logits."""
     with torch.autocast(x_left.device.type, enabled=False):
         x = upcast(x_right) - upcast(x_left)
-        y, y_left, y_right = (t.to(x.dtype) for t in (y, y_left, y_right))
-        share = (y - y_left) / (y_right - y_left)  # of the right value
-        # y - (y_l p_l + y_r p_r) = (y_r - y_l) (share - p_r), exact at either end
-        signed = torch.lerp(torch.sigmoid(x), -torch.sigmoid(-x), share) * (y_right - y_left)
-        distance = signed.abs()
-        factor = distance.clamp(min=1e-37).pow(beta) if beta < 1 else distance.pow(beta)
-        return reduced(
-            factor * (y_right - y_left) * bce(x, share), x.numel(), reduction, avg_factor
+        x = torch.add(x, x.detach(), alpha=0)  # an infinite logit gives NaN
+        y, y_left, y_right = (
+            t.to(x.dtype) if isinstance(t, Tensor) else t for t in (y, y_left, y_right)
         )
+        width = y_right - y_left
+        share = (y - y_left) / width  # of the right value
+        # y - (y_l p_l + y_r p_r) = (y_r - y_l) (share - p_r), exact at either end
+        signed = torch.lerp(torch.sigmoid(x), -torch.sigmoid(-x), share) * width
+        value = power(signed.abs(), beta) * width * bce(x, share)
+        return reduced(value, x.numel(), reduction, avg_factor)
 
 
 def class_balanced_weight(samples: Tensor, beta: float, normalize: bool) -> Tensor:
     """(1 - beta) / (1 - beta^n), 0 where n = 0."""
     n = samples.double()
-    # expm1 and log1p: 1 - beta^n would cancel for beta -> 1
-    log_beta = torch.log1p(torch.tensor(beta - 1.0, dtype=torch.float64, device=n.device))
-    safe = n.clamp(min=1)
-    weight = torch.expm1(log_beta) / torch.expm1(safe * log_beta) if beta < 1 else 1 / safe
+    safe = torch.where(n > 0, n, 1)
+    if beta == 0:
+        weight = torch.ones_like(n)
+    else:
+        # expm1 and log1p: 1 - beta^n would cancel for beta -> 1
+        weight = (beta - 1) / torch.expm1(safe * math.log1p(beta - 1))
     weight = torch.where(n > 0, weight, 0)
     if normalize:
         total = weight.sum()
         weight = weight * (n.numel() / torch.where(total > 0, total, 1))
-    return weight
+    return weight.float()

@@ -13,20 +13,37 @@ from tritonloss import _checks as check
 from tritonloss import _op
 from tritonloss._dispatch import use_triton
 from tritonloss._op import wrap_triton
-from tritonloss._targets import Targets, is_logits, parse_class_weight, parse_targets, parse_weight
+from tritonloss._targets import (
+    Targets,
+    is_logits,
+    parse_class_weight,
+    parse_labels,
+    parse_row_weight,
+    parse_targets,
+    parse_weight,
+)
 from tritonloss.eager import _blocks
 from tritonloss.eager import elementwise as eager
 
 try:
     from tritonloss.kernels._reduce import finish_kernel
+    from tritonloss.kernels._rows import rows_walkable
     from tritonloss.kernels.elementwise import (
         launch_backward,
         launch_forward,
         pointwise_kernel,
         walkable,
     )
+    from tritonloss.kernels.softmax_focal import (
+        launch_softmax_backward,
+        launch_softmax_forward,
+        softmax_focal_backward_kernel,
+        softmax_focal_forward_kernel,
+    )
 except ImportError:  # no Triton: the eager path alone
     launch_forward = launch_backward = pointwise_kernel = finish_kernel = None
+    launch_softmax_forward = launch_softmax_backward = None
+    softmax_focal_forward_kernel = softmax_focal_backward_kernel = None
 
 
 def _fake_forward(x, dense, labels, quality, weight, class_weight, avg_factor, params, kind,
@@ -216,7 +233,7 @@ def sigmoid_focal_loss(
         >>> logits = torch.tensor([[2.0, -1.0], [0.5, -3.0]], requires_grad=True)
         >>> loss = tritonloss.sigmoid_focal_loss(logits, torch.tensor([0, 2]), avg_factor=1)
         >>> round(loss.item(), 4)
-        0.3017
+        0.3006
 
     Reference:
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.
@@ -360,3 +377,250 @@ def varifocal_loss(
         "varifocal", logits, targets, params, weight, class_weight, ignore_index, reduction,
         avg_factor,
     )  # fmt: skip
+
+
+def _fake_softmax_forward(x, *args):
+    stats = x.new_empty((3, x.numel() // x.shape[-1]), dtype=torch.float32)
+    return *_op.fake_row_loss(x, *args), stats
+
+
+@_op.kernel_op(_fake_softmax_forward)
+def softmax_focal_forward(
+    x: Tensor,
+    labels: Tensor,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_softmax_forward(
+        x, labels, alpha, weight, avg_factor, params, ignore_index, reduction,
+        wrap_triton(softmax_focal_forward_kernel), wrap_triton(finish_kernel),
+    )  # fmt: skip
+
+
+@_op.kernel_op(lambda x, *args: torch.empty_like(x))
+def softmax_focal_backward(
+    x: Tensor,
+    grad: Tensor,
+    scale: Tensor,
+    stats: Tensor,
+    labels: Tensor,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    params: Tensor,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    return launch_softmax_backward(
+        x, grad, scale, stats, labels, alpha, weight, params, ignore_index, reduction,
+        wrap_triton(softmax_focal_backward_kernel),
+    )  # fmt: skip
+
+
+def _softmax_forward(x, *args):
+    loss, *saved = _op.call(softmax_focal_forward, launch_softmax_forward, x, *args)
+    return (loss,), tuple(saved)
+
+
+def _softmax_backward(grads, saved, x, labels, alpha, weight, avg_factor, *rest):
+    return _op.call(
+        softmax_focal_backward, launch_softmax_backward, x, grads[0], *saved,
+        labels, alpha, weight, *rest,
+    )  # fmt: skip
+
+
+def _softmax_reference(x, labels, alpha, weight, avg_factor, params, ignore_index, reduction):
+    avg_factor = None if avg_factor is None else avg_factor[0]
+    return eager.softmax_focal(
+        x, labels, alpha, weight, avg_factor, tuple(params), ignore_index, reduction
+    )
+
+
+_softmax_kernels = _op.differentiable(_softmax_forward, _softmax_backward, _softmax_reference)
+
+
+def softmax_focal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: Tensor | None = None,
+    gamma: float | Tensor = 2.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""Focal loss on the softmax over classes, of which one is right.
+
+    .. math:: L = -\alpha_y (1-p_y)^\gamma \log p_y, \quad p = \mathrm{softmax}(x)
+
+    Args:
+        logits: ``(..., C)``, float16, bfloat16, float32 or float64, any strides. Background, if
+            there is one, is a class with a logit of its own.
+        labels: integers ``(...)`` in 0..C-1, or ``ignore_index``.
+        alpha: ``(C,)`` floating, weight of the rows of each class.
+        gamma: focusing power, >= 0; 0 is cross entropy. A number or a 0-d tensor.
+        weight: ``(...)`` per row; rows whose weight is not above 0 are removed from loss, gradient
+            and divisor.
+        ignore_index: label whose rows contribute exactly 0.
+        reduction: ``"none"`` (one value per row), ``"sum"`` or ``"mean"``.
+        avg_factor: number or 0-d tensor; with ``"mean"``, divide the sum by this; a value <= 0
+            counts as 1. Without it, divide by the number of rows that are not ignored and have a
+            weight above 0.
+
+    Returns:
+        float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> loss = tritonloss.softmax_focal_loss(logits, torch.tensor([0, 1]), reduction="none")
+        >>> [round(v, 4) for v in loss.tolist()]
+        [0.0109, 0.9635]
+
+    Reference:
+        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.
+    """
+    is_logits(logits)
+    check.is_number("gamma", gamma, 0)
+    check.is_reduction(reduction, avg_factor)
+    check.is_index("ignore_index", ignore_index)
+    weight = parse_row_weight(logits, weight)
+    alpha = parse_class_weight(logits, alpha, "alpha")
+    labels = parse_labels("labels", labels, logits, ignore_index, logits.shape[-1] - 1)
+    if use_triton(logits) and logits.numel() > 0 and rows_walkable(logits):
+        return _softmax_kernels(
+            logits,
+            labels,
+            alpha,
+            weight,
+            None if avg_factor is None else _op.scalars(logits, avg_factor),
+            _op.scalars(logits, gamma),
+            ignore_index,
+            reduction,
+        )
+    return eager.softmax_focal(
+        logits, labels, alpha, weight, avg_factor, (gamma,), ignore_index, reduction
+    )
+
+
+def generalized_focal_loss(
+    x_left: Tensor,
+    x_right: Tensor,
+    y: Tensor,
+    y_left: float | Tensor,
+    y_right: float | Tensor,
+    *,
+    beta: float | Tensor,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""The general form behind focal, quality focal and distribution focal loss.
+
+    .. math:: L = -|y - (y_l p_l + y_r p_r)|^\beta
+              \left( (y_r - y) \log p_l + (y - y_l) \log p_r \right),
+              \quad (p_l, p_r) = \mathrm{softmax}(x_l, x_r)
+
+    It is plain torch on every backend: a form to derive losses from, not one to train with.
+    With :math:`x_l = 0, y_l = 0, y_r = 1` it is the quality focal loss of :math:`x_r`, and for hard
+    y the focal loss; with :math:`\beta = 0` and neighbouring bins the distribution focal loss.
+
+    Args:
+        x_left, x_right: logits of the two values, of one shape; any floating dtype and strides.
+        y: the target, same shape, between y_left and y_right.
+        y_left, y_right: the two values, y_left < y_right: numbers or tensors of that shape.
+        beta: focusing power, >= 0.
+        reduction: ``"none"`` (one value per pair), ``"sum"`` or ``"mean"``.
+        avg_factor: number or 0-d tensor; with ``"mean"``, divide the sum by this; a value <= 0
+            counts as 1.
+
+    Returns:
+        float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> x, zero = torch.tensor([0.4]), torch.zeros(1)
+        >>> y = torch.tensor([0.7])
+        >>> loss = tritonloss.generalized_focal_loss(zero, x, y, 0, 1, beta=2)
+        >>> qfl = tritonloss.quality_focal_loss(x, y)
+        >>> torch.allclose(loss, qfl)
+        True
+
+    Reference:
+        Li et al., Generalized Focal Loss, NeurIPS 2020.
+    """
+    check.is_floating("x_left", x_left)
+    check.is_floating("x_right", x_right)
+    check.has_shape("x_right", x_right, x_left.shape, "as x_left")
+    check.on_device_of("x_right", x_right, "x_left", x_left)
+    check.is_number("beta", beta, 0)
+    check.is_reduction(reduction, avg_factor)
+    values = {"y": y, "y_left": y_left, "y_right": y_right}
+    for name, value in values.items():
+        if name == "y" or isinstance(value, Tensor):
+            check.is_input(name, value, x_left.shape, "as x_left", "x_left", x_left)
+        else:
+            check.is_number(name, value)
+    if check.values_checked(x_left):
+        ordered = (y_left <= y) & (y <= y_right)
+        check.require(ordered, "y must lie between y_left and y_right")
+        check.require(torch.as_tensor(y_left < y_right), "y_left must be below y_right")
+    return eager.generalized_focal(x_left, x_right, y, y_left, y_right, beta, reduction, avg_factor)
+
+
+def class_balanced_weight(
+    samples_per_class: Tensor, *, beta: float = 0.9999, normalize: bool = True
+) -> Tensor:
+    r"""Class weights by the effective number of samples.
+
+    .. math:: w_c = (1-\beta) / (1-\beta^{n_c})
+
+    A weight is for whole rows, by the class of the row: ``weight = w[label]``, and 1 for
+    background. Scaling the columns of the logits, as ``class_weight`` does, is something else.
+
+    Args:
+        samples_per_class: ``(C,)``, the number of samples of each class; a class with none gets
+            weight 0.
+        beta: in [0, 1); 0 weights all classes alike, towards 1 the weight becomes 1 / n.
+        normalize: scale the weights so that they sum to C.
+
+    Returns:
+        float32 ``(C,)``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> w = tritonloss.class_balanced_weight(torch.tensor([30, 100, 25]), beta=0.999)
+        >>> [round(v, 3) for v in w.tolist()]
+        [1.196, 0.372, 1.432]
+        >>> labels = torch.tensor([0, 2, 3])  # 3 is background
+        >>> weight = torch.cat([w, w.new_ones(1)])[labels]
+        >>> loss = tritonloss.sigmoid_focal_loss(torch.zeros(3, 3), labels, weight=weight)
+
+    Reference:
+        Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019.
+    """
+    check.is_tensor("samples_per_class", samples_per_class)
+    if samples_per_class.dtype.is_complex or samples_per_class.dtype == torch.bool:
+        raise TypeError("samples_per_class must be an integer or floating tensor")
+    if samples_per_class.dim() != 1:
+        raise ValueError(
+            f"samples_per_class must have shape (C,); got {tuple(samples_per_class.shape)}"
+        )
+    check.is_number("beta", beta, 0, 1, open_high=True)
+    if isinstance(beta, Tensor):
+        raise TypeError("beta must be a number; got a tensor")
+    if check.values_checked(samples_per_class):
+        check.require(samples_per_class >= 0, "samples_per_class must be >= 0")
+    return eager.class_balanced_weight(samples_per_class, beta, normalize)

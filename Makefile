@@ -1,0 +1,43 @@
+# make demo       train a small detector on aerial photos (CPU, about two minutes)
+# make test       everything that CI runs
+# make test-full  the whole product of the test axes
+# make gpu-check  test and time everything on the GPU of this machine
+# make lint       ruff alone
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Outside CI an installed torch or another index may be wanted: make CONSTRAINTS= demo
+CONSTRAINTS ?= -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-full lint gpu-check clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/train_detector.py --data trees --loss gfl --out runs/demo
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Twice: Triton decides at import whether its kernels are interpreted.
+test: lint
+	$(PYTEST) tests
+	TRITON_INTERPRET=1 $(PYTEST) tests -m "not slow"
+
+test-full: lint
+	$(PYTEST) tests --full
+	TRITON_INTERPRET=1 $(PYTEST) tests --full -m "not slow"
+
+# Needs an installed torch with CUDA or ROCm, and nothing else: no venv, no network.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m perf.gpu_check
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

@@ -1,0 +1,162 @@
+"""Which cell learns what, and the table of losses that the example can be trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import tritonloss
+
+from .model import decode
+
+BOX_WEIGHT = 2.0
+LARGE = 28.0  # boxes larger than this (root of the area, pixels) belong to stride 8
+BOX_LOSSES = {
+    "iou": tritonloss.iou_loss,
+    "giou": tritonloss.giou_loss,
+    "diou": tritonloss.diou_loss,
+    "ciou": tritonloss.ciou_loss,
+}
+
+
+class Targets(NamedTuple):
+    """What each cell should say. Shapes depend on the batch and the image size only."""
+
+    labels: torch.Tensor  # (B, N) int64: class, C for background, -1 ignored
+    boxes: torch.Tensor  # (B, N, 4) the box of a positive cell, zeros elsewhere
+    gt_index: torch.Tensor  # (B, N) int64: which box of the batch, -1 where not positive
+    count: torch.Tensor  # () float32: number of positive cells
+
+
+class Predicted(NamedTuple):
+    """What a classification loss may read beside the targets; no gradient flows from here."""
+
+    quality: torch.Tensor  # (B, N) IoU of the predicted box with its target, 0 elsewhere
+    box_loss: torch.Tensor  # (B, N) box loss of each positive cell, 0 elsewhere
+
+
+@torch.no_grad()
+def assign(points, strides, gt_boxes, gt_labels, n_classes: int, radius: float = 1.5) -> Targets:
+    """Centre sampling: cells inside a box and within ``radius`` strides of its centre.
+
+    Among several boxes the smallest wins. Cells inside a region to ignore (label -1) that belong
+    to no box are ignored.
+
+    Args:
+        points, strides: centres (N, 2) and strides (N,) of the cells.
+        gt_boxes, gt_labels: (B, M, 4) and (B, M); rows of zeros are padding.
+    """
+    x, boxes = points[:, None], gt_boxes[:, None]  # (N, 1, 2), (B, 1, M, 4)
+    inside = torch.minimum(x - boxes[..., :2], boxes[..., 2:] - x).amin(-1) > 0
+    centre = (boxes[..., :2] + boxes[..., 2:]) / 2
+    near = (x - centre).abs().amax(-1) < radius * strides[:, None]
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    level = (area > LARGE**2) == (strides[:, None] > strides.min())
+    teaches = gt_labels[:, None] >= 0
+    area = torch.where(inside & near & level & teaches, area, torch.inf)
+    smallest, index = area.min(-1)  # (B, N)
+    positive = smallest < torch.inf
+    ignored = (inside & ~teaches).any(-1)
+
+    outside = torch.where(ignored, -1, n_classes)
+    labels = torch.where(positive, gt_labels.gather(1, index), outside)
+    targets = gt_boxes.gather(1, index[..., None].expand(-1, -1, 4))
+    targets = torch.where(positive[..., None], targets, 0.0)
+    offset = torch.arange(len(gt_boxes), device=index.device)[:, None] * gt_boxes.shape[1]
+    gt_index = torch.where(positive, index + offset, -1)
+    return Targets(labels, targets, gt_index, positive.sum().float())
+
+
+# A classification loss takes the logits (B, N, C), the targets and what the boxes predict, and
+# returns one value, or a named tuple of values that are added up.
+
+
+def quality_focal(logits, targets: Targets, predicted: Predicted):
+    pair = (targets.labels, predicted.quality)
+    return tritonloss.quality_focal_loss(logits, pair, avg_factor=targets.count)
+
+
+def focal(logits, targets: Targets, predicted: Predicted):
+    return tritonloss.sigmoid_focal_loss(logits, targets.labels, avg_factor=targets.count)
+
+
+def focal_star(logits, targets: Targets, predicted: Predicted):
+    return tritonloss.focal_star_loss(logits, targets.labels, avg_factor=targets.count)
+
+
+def varifocal(logits, targets: Targets, predicted: Predicted):
+    pair = (targets.labels, predicted.quality)
+    return tritonloss.varifocal_loss(logits, pair, avg_factor=targets.count)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One entry of ``LOSSES``.
+
+    Args:
+        help: the line that ``--help`` prints.
+        classification: a function as above, or an ``nn.Module`` class with such a ``forward`` if
+            the loss has state (it is then saved in the checkpoint).
+        box: the default box loss.
+        dfl: predict each side as a distribution and train it with the distribution focal loss.
+    """
+
+    help: str
+    classification: Callable
+    box: str = "giou"
+    dfl: bool = False
+
+
+LOSSES = {
+    "gfl": Recipe("quality focal + distribution focal + GIoU", quality_focal, dfl=True),
+    "focal": Recipe("sigmoid focal + GIoU", focal),
+    "focal_star": Recipe("FL*, the one-sided form of focal loss, + GIoU", focal_star),
+    "varifocal": Recipe("varifocal + CIoU", varifocal, box="ciou"),
+}
+
+
+class Criterion(nn.Module):
+    """All losses of one step: tensors of fixed shapes in, a dict of 0-d tensors out.
+
+    Cells that are not positive have weight 0 instead of being cut out: the shapes never depend on
+    the data, so the whole computation compiles into one graph.
+    """
+
+    def __init__(self, loss: str = "gfl", box: str | None = None, bins: int = 8):
+        super().__init__()
+        recipe = LOSSES[loss]
+        make = recipe.classification
+        self.classification = make() if isinstance(make, type) else make
+        self.box = BOX_LOSSES[box or recipe.box]
+        self.box_name = box or recipe.box
+        self.bins = bins if recipe.dfl else 0
+
+    def forward(self, logits, outputs, points, strides, targets: Targets):
+        positive = (targets.gt_index >= 0).float()
+        boxes = decode(outputs, points, strides, self.bins)
+        error = self.box(boxes, targets.boxes, weight=positive, reduction="none")
+        with torch.no_grad():
+            overlap = 1 - tritonloss.iou_loss(
+                boxes, targets.boxes, weight=positive, reduction="none"
+            )
+            predicted = Predicted((overlap * positive).clamp(0, 1), error.detach())
+
+        values = self.classification(logits, targets, predicted)
+        named = values._asdict() if hasattr(values, "_asdict") else {"classification": values}
+        losses = dict(named)
+        count = targets.count.clamp(min=1)
+        losses[self.box_name] = BOX_WEIGHT * error.sum() / count
+        if self.bins:
+            sides = torch.cat([points - targets.boxes[..., :2], targets.boxes[..., 2:] - points], 2)
+            sides = (sides / strides[:, None]).clamp(0, self.bins)
+            losses["dfl"] = 0.25 * tritonloss.distribution_focal_loss(
+                outputs.unflatten(-1, (4, -1)),
+                sides,
+                weight=positive[..., None].expand(-1, -1, 4),
+                avg_factor=count,
+            )
+        return losses

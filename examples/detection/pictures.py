@@ -1,0 +1,106 @@
+"""The two pictures of a run: detections on held-out scenes, and the loss curves."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from .data import IGNORE, Scene
+
+TRUTH, FOUND = "#35d0ff", "#ffb000"
+
+
+def draw_detections(path, scenes: list[Scene], found, classes, min_score: float, title: str):
+    """Ground truth and detections above ``min_score`` on up to 8 windows of the scenes."""
+    panels = []
+    for scene, (boxes, scores, labels) in zip(scenes, found, strict=True):
+        width, height = scene.size
+        rows, columns = max(1, round(height / 320)), max(1, round(width / 320))
+        for k in range(rows * columns):
+            y, x = divmod(k, columns)
+            window = (
+                x * width // columns,
+                y * height // rows,
+                (x + 1) * width // columns,
+                (y + 1) * height // rows,
+            )
+            panels.append((scene, boxes.numpy(), scores.numpy(), labels.numpy(), window))
+        if len(panels) >= 8:
+            break
+    panels = panels[:8] if len(panels) >= 8 else panels[:4]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 4.0 * rows + 0.8), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (scene, boxes, scores, labels, window) in zip(axes.flat, panels, strict=False):
+        axis.imshow(np.asarray(scene.image))
+        known = scene.labels != IGNORE
+        for box in scene.boxes[known]:
+            _box(axis, box, TRUTH, width=1.2)
+        for box, score, label in zip(boxes, scores, labels, strict=True):
+            if score < min_score:
+                continue
+            _box(axis, box, FOUND, width=1.6)
+            if len(classes) > 1:
+                axis.text(
+                    box[0],
+                    box[1] - 1,
+                    f"{classes[label]} {score:.2f}",
+                    color="black",
+                    fontsize=7,
+                    clip_on=True,
+                    bbox={"facecolor": FOUND, "edgecolor": "none", "pad": 0.8},
+                )
+        axis.set_xlim(window[0] - 0.5, window[2] - 0.5)
+        axis.set_ylim(window[3] - 0.5, window[1] - 0.5)
+    handles = [
+        Line2D([], [], color=TRUTH, linewidth=2, label="ground truth"),
+        Line2D([], [], color=FOUND, linewidth=2, label=f"detected (score ≥ {min_score:.2f})"),
+    ]
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.legend(handles=handles, loc="upper right", ncols=2, frameon=False, fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _box(axis, box, colour, width):
+    x1, y1, x2, y2 = box
+    axis.add_patch(
+        Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, ec=colour, lw=width)
+    )
+
+
+def draw_training(path, losses: list[dict], title: str):
+    """One curve per loss: every step faintly, a running mean on top."""
+    names = list(losses[0])
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.6 * len(names), 3.4), sharex=True, squeeze=False
+    )
+    window = max(1, min(50, len(losses) // 10))
+    for k, (name, axis) in enumerate(zip(names, axes[0], strict=True)):
+        values = np.array([step[name] for step in losses])
+        steps = np.arange(1, len(values) + 1)
+        axis.plot(steps, values, color=f"C{k}", alpha=0.25, linewidth=0.8)
+        mean = np.convolve(values, np.ones(window) / window, "valid")
+        axis.plot(steps[window - 1 :], mean, color=f"C{k}", linewidth=2)
+        axis.set_title(name, fontsize=11)
+        axis.set_xlabel("step")
+        top = np.quantile(values, 0.98) * 1.15
+        axis.set_ylim(min(0.0, values.min()), top if top > 0 else 1)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel(f"loss (bold: mean of {window} steps)")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,334 @@
+"""Train a small object detector with a loss of your choice, on a CPU or a GPU.
+
+    python examples/train_detector.py --data trees --loss gfl
+
+writes detections.png, training.png, metrics.json and checkpoint.pt into the folder --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from detection import UsageError, data, evaluate
+from detection.losses import BOX_LOSSES, LOSSES, Criterion, assign
+from detection.model import Detector, cells
+from tqdm import tqdm
+
+import tritonloss
+
+STEPS = {"trees": 600, "digits": 500, "coco": 1000}
+# A resumed run may change these; everything else must be as it was.
+FREE = {"steps", "stop_after", "out", "device", "backend", "compile", "threads", "resume"}
+
+
+@dataclass
+class Config:
+    """Settings of a run; the command line has one option for each, but for the last three."""
+
+    data: str = "trees"
+    coco: str | None = None
+    images: str | None = None
+    val_coco: str | None = None
+    loss: str = "gfl"
+    box_loss: str | None = None
+    device: str = "cpu"
+    backend: str = "auto"
+    compile: bool = False
+    steps: int | None = None
+    stop_after: int | None = None
+    batch: int = 8
+    lr: float = 3e-3
+    seed: int = 0
+    out: str | None = None
+    threads: int | None = None
+    resume: str | None = None
+    channels: int = 48
+    digits: tuple[int, int] = (1500, 200)  # composed images: training, test
+    progress: bool = False
+
+
+@dataclass
+class Result:
+    losses: list[dict] = field(default_factory=list)  # one dict per step
+    ap: dict = field(default_factory=dict)  # AP40, AP50; empty if the run stopped early
+    parameters: int = 0
+    train_seconds: float = 0.0
+    model: torch.nn.Module | None = None
+
+
+def load_data(config: Config) -> data.Dataset:
+    if config.coco is not None:
+        return data.coco(config.coco, config.images, config.val_coco, config.seed)
+    for name in ("images", "val_coco"):
+        if getattr(config, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: only together with --coco")
+    if config.data == "digits":
+        return data.digits(config.seed, *config.digits)
+    return data.trees()
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device, once it is clear that it and the backend work."""
+    try:
+        device = torch.device(config.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"--device {config.device}: cannot be used here: {first}") from None
+    try:
+        with tritonloss.backend(config.backend):
+            tritonloss.iou_loss(torch.ones(1, 4, device=device), torch.ones(1, 4, device=device))
+    except RuntimeError as error:
+        raise UsageError(f"--backend {config.backend}: {error}") from None
+    return device
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Linear warm-up over the first 5 %, then a cosine to 1 %."""
+    warm = max(1, config.steps // 20)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    done = (step - warm) / max(1, config.steps - warm)
+    return config.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def train(config: Config) -> Result:
+    """Train, evaluate on the held-out part and, with ``config.out``, write pictures and figures.
+
+    The same settings give the same losses on the same machine.
+    """
+    saved = load_checkpoint(config.resume) if config.resume else None
+    if saved:
+        same_settings(config, saved)
+    config = dataclasses.replace(config)
+    if config.steps is None:
+        config.steps = saved["config"]["steps"] if saved else STEPS[_data_name(config)]
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config)
+    dataset = load_data(config)
+    if config.out is not None:
+        make_folder(config.out)
+
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.deterministic = True
+    criterion = Criterion(config.loss, config.box_loss, dataset.bins).to(device)
+    model = Detector(len(dataset.classes), criterion.bins, config.channels).to(device)
+    optimizer = torch.optim.AdamW(
+        [*model.parameters(), *criterion.parameters()], lr=config.lr, weight_decay=0.05
+    )
+    compute = torch.compile(criterion, fullgraph=True) if config.compile else criterion
+    points, strides = cells(dataset.crop, dataset.crop, device)
+
+    result = Result(parameters=sum(p.numel() for p in model.parameters()))
+    if saved:
+        model.load_state_dict(saved["model"])
+        criterion.load_state_dict(saved["criterion"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        result.losses = saved["losses"]
+    first, last = len(result.losses), min(config.steps, config.stop_after or config.steps)
+    waiting: list[dict] = []
+    bar = tqdm(
+        total=config.steps,
+        initial=first,
+        unit="step",
+        disable=not config.progress,
+        mininterval=0.2 if sys.stderr.isatty() else 15,  # a log file gets few lines
+    )
+    began = time.perf_counter()
+    with tritonloss.backend(config.backend), bar:
+        for step in range(first, last):
+            # The crops of a step depend on the seed and the step alone, so a run can be resumed.
+            rng = np.random.default_rng([config.seed, 1, step])
+            images, gt_boxes, gt_labels = (x.to(device) for x in dataset.batch(rng, config.batch))
+            targets = assign(points, strides, gt_boxes, gt_labels, len(dataset.classes))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            logits, outputs = model(images)
+            losses = compute(logits, outputs, points, strides, targets)
+            optimizer.zero_grad(set_to_none=True)
+            sum(losses.values()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+            optimizer.step()
+
+            waiting.append({name: value.detach() for name, value in losses.items()})
+            bar.update()
+            if len(waiting) == 20 or step + 1 == last:  # reading a value waits for the GPU
+                result.losses += [{k: float(v) for k, v in row.items()} for row in waiting]
+                waiting.clear()
+                bar.set_postfix({k: f"{v:.3f}" for k, v in result.losses[-1].items()})
+                if not all(map(math.isfinite, result.losses[-1].values())):
+                    raise UsageError(
+                        f"--lr {config.lr}: the loss is not finite at step {step + 1}; "
+                        "try a smaller value"
+                    )
+                if config.out is not None and ((step + 1) % 100 == 0 or step + 1 == last):
+                    save_checkpoint(config, model, criterion, optimizer, result)
+    result.train_seconds = time.perf_counter() - began
+    result.model = model
+    if last == config.steps:
+        found = evaluate.run(model, dataset.test, device)
+        result.ap = evaluate.average_precision(dataset.test, found, len(dataset.classes))
+        if config.out is not None:
+            write_results(config, dataset, found, result)
+    return result
+
+
+def _data_name(config: Config) -> str:
+    return "coco" if config.coco is not None else config.data
+
+
+def make_folder(path: str) -> None:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out: cannot make the folder {path}: {error.strerror}") from None
+
+
+def save_checkpoint(config, model, criterion, optimizer, result) -> None:
+    path = Path(config.out) / "checkpoint.pt"
+    state = {
+        "config": dataclasses.asdict(config),
+        "model": model.state_dict(),
+        "criterion": criterion.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "losses": result.losses,
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)  # an interrupted run leaves the last whole one
+
+
+def load_checkpoint(path: str) -> dict:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"config", "model", "optimizer", "criterion", "rng", "losses"} <= set(saved):
+            raise ValueError("not written by this example")
+    except FileNotFoundError:
+        raise UsageError(f"--resume: no such file: {path}") from None
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"--resume: cannot read the checkpoint {path}: {first}") from None
+    return saved
+
+
+def same_settings(config: Config, saved: dict) -> None:
+    for name, before in saved["config"].items():
+        now = getattr(config, name)
+        if name not in {*FREE, "progress"} and now != before:
+            raise UsageError(
+                f"--{name.replace('_', '-')}: the checkpoint was trained with {before}, not {now}"
+            )
+
+
+def write_results(config: Config, dataset: data.Dataset, found, result: Result) -> None:
+    from detection import pictures
+
+    out = Path(config.out)
+    metrics = {
+        "config": dataclasses.asdict(config),
+        "AP": result.ap,
+        "parameters": result.parameters,
+        "train_seconds": round(result.train_seconds, 2),
+        "versions": {"tritonloss": tritonloss.__version__, "torch": torch.__version__},
+        "losses": result.losses,
+    }
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    title = f"{dataset.name}, loss {config.loss}: " + ", ".join(
+        f"{name} {result.ap[name]:.2f}" for name in ("AP40", "AP50")
+    )
+    pictures.draw_training(out / "training.png", result.losses, title)
+    pictures.draw_detections(
+        out / "detections.png", dataset.test, found, dataset.classes, result.ap["score"], title
+    )
+
+
+def positive(kind):
+    def parse(text: str):
+        value = kind(text)
+        if not (value > 0 and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_arguments(arguments: list[str] | None) -> Config:
+    width = max(map(len, LOSSES))
+    table = "\n".join(f"  {name:<{width}}  {recipe.help}" for name, recipe in LOSSES.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog=f"losses:\n{table}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--data", choices=("trees", "digits"), help="two aerial photos (default) or digits")
+    add("--coco", metavar="JSON", help="train on your own boxes: annotations in COCO format")
+    add("--images", metavar="DIR", help="the folder with the images of --coco")
+    add("--val-coco", metavar="JSON", help="test annotations; default: every fifth image")
+    add("--loss", choices=LOSSES, help="see below; default: gfl")
+    add("--box-loss", choices=BOX_LOSSES, help="default: the one that belongs to --loss")
+    add("--device", help="cpu (default), cuda, cuda:1, ...")
+    add("--backend", choices=("auto", "triton", "eager"), help="of the losses; default: auto")
+    add("--compile", action="store_true", help="torch.compile the losses into one graph")
+    steps = ", ".join(f"{count} for {name}" for name, count in STEPS.items())
+    add("--steps", type=positive(int), help=f"default: {steps}")
+    add("--stop-after", type=positive(int), metavar="STEP", help="stop early, to resume later")
+    add("--batch", type=positive(int), help="crops per step; default: 8")
+    add("--lr", type=positive(float), help="highest learning rate; default: 0.003")
+    add("--channels", type=positive(int), help="width of the network, in 16s; default: 48")
+    add("--seed", type=int, help="default: 0")
+    add("--threads", type=positive(int), help="CPU threads; default: torch's choice")
+    add("--out", metavar="DIR", help="default: runs/DATA-LOSS")
+    add("--resume", metavar="CHECKPOINT", help="continue with the settings of this checkpoint")
+    given = vars(parser.parse_args(arguments))
+    if "resume" in given:
+        before = load_checkpoint(given["resume"])["config"]
+        kept = {name: v for name, v in before.items() if name not in {"stop_after", "resume"}}
+        config = Config(**{**kept, **given, "digits": tuple(before["digits"])})
+    else:
+        config = Config(**given)
+    if config.channels % 16:
+        raise UsageError(f"--channels: must be a multiple of 16, got {config.channels}")
+    if config.seed < 0:
+        raise UsageError(f"--seed: must not be negative, got {config.seed}")
+    config.out = config.out or f"runs/{_data_name(config)}-{config.loss}"
+    config.progress = True
+    return config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        config = parse_arguments(arguments)
+        result = train(config)
+    except UsageError as error:
+        print(f"train_detector.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; --resume continues from the last checkpoint", file=sys.stderr)
+        return 130
+    steps = len(result.losses)
+    speed = f"{steps} steps, {result.parameters:,} parameters, {result.train_seconds:.0f} s"
+    if not result.ap:
+        print(f"{speed}; continue with --resume {config.out}/checkpoint.pt")
+        return 0
+    print(f"{speed}\nAP40 {result.ap['AP40']:.3f}  AP50 {result.ap['AP50']:.3f}")
+    print(f"pictures, metrics and checkpoint: {config.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Losses with one value per row of ``(..., C)``: how their kernels walk, reduce and store.
+
+A program takes BLOCK_R consecutive rows in the memory order of the logits or boxes. Labels, weights
+and losses of rows are contiguous and indexed by ``row``; everything else is read through strides.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._index import coordinates, offset_of
+from ._layout import MAX_DIMS, MAX_INNER_SIZE, Layout, contiguous_strides, merged_dims
+from ._reduce import finish
+
+
+@triton.jit
+def load_rows(start, offs, n_rows, weight_ptr, sizes, row_strides, N_DIMS: tl.constexpr):
+    """Rows start + offs: ``(coords, row, inside, keep, scale)``; scale is 0 where not kept."""
+    inside = offs < n_rows - start
+    coords = coordinates(start, offs, sizes, N_DIMS)
+    row = offset_of(coords, row_strides, N_DIMS)
+    keep = inside
+    scale = tl.full(offs.shape, 1.0, tl.float32)
+    if weight_ptr is not None:
+        scale = tl.load(weight_ptr + row, mask=inside, other=0).to(tl.float32)
+        keep = keep & (scale > 0)
+        scale = tl.where(keep, scale, 0.0)
+    return coords, row, inside, keep, scale
+
+
+@triton.jit
+def store_rows(
+    value, row, inside, keep, pid, out_ptr, count_ptr, REDUCED: tl.constexpr
+):  # fmt: skip
+    """Losses of a block of rows, or their sum and the number of rows that count."""
+    value = tl.where(keep, value, 0.0)
+    if REDUCED:
+        tl.store(out_ptr + pid, tl.sum(value, 0))
+        if count_ptr is not None:
+            tl.store(count_ptr + pid, tl.sum(keep.to(tl.int32), 0))
+    else:
+        tl.store(out_ptr + row, value, mask=inside)
+
+
+@triton.jit
+def upstream(
+    grad_ptr, scale_ptr, coords, strides, keep, N_DIMS: tl.constexpr, REDUCED: tl.constexpr
+):
+    """Upstream gradient of each row, float32."""
+    if REDUCED:
+        grad = tl.load(grad_ptr).to(tl.float32)
+        if scale_ptr is not None:
+            grad *= tl.load(scale_ptr)
+    else:
+        grad_ptrs = grad_ptr + offset_of(coords, strides, N_DIMS)
+        grad = tl.load(grad_ptrs, mask=keep, other=0).to(tl.float32)
+    return grad
+
+
+@triton.jit
+def number(pointer, index: tl.constexpr, value):
+    """A hyper-parameter as float32: from memory when traced, else from the argument."""
+    if pointer is not None:
+        result = tl.load(pointer + index).to(tl.float32)
+    else:
+        result = tl.cast(value, tl.float32)  # Inductor passes Python floats as float64
+    return result
+
+
+def row_layout(x, *others) -> Layout | None:
+    """The rows of ``x`` in its memory order; strides of x, of contiguous rows, of the others."""
+    rows = tuple(x.shape[:-1])
+    n = len(rows)
+    walks = [x.stride()[:n], contiguous_strides(rows), *(t.stride()[:n] for t in others)]
+    return merged_dims(rows, walks)
+
+
+def rows_walkable(x, *others) -> bool:
+    """True if a kernel can read ``x`` and the others in place."""
+    if x.dim() - 1 <= MAX_DIMS and x.numel() <= MAX_INNER_SIZE:
+        return True
+    return row_layout(x, *others) is not None
+
+
+def columns_innermost(x, layout: Layout) -> bool:
+    """True if neighbours in memory belong to one row; False for a permuted NCHW head output."""
+    row_step = layout.strides[0][-1]
+    return row_step == 0 or x.stride(-1) <= row_step
+
+
+def n_rows(x) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def forward_rows(x, block, avg_factor, reduction, launch, finish_with):
+    """Run ``launch(out, counts)`` over the rows of ``x``: ``(loss, scale)`` as in ``finish``."""
+    if reduction == "none":
+        loss = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        launch(loss, None)
+        return loss, torch.empty(0, dtype=torch.float32, device=x.device)
+    n_programs = triton.cdiv(n_rows(x), block)
+    partials = torch.empty(n_programs, dtype=torch.float32, device=x.device)
+    counts = None
+    if reduction == "mean" and avg_factor is None:
+        counts = torch.empty(n_programs, dtype=torch.int32, device=x.device)
+    launch(partials, counts)
+    return finish(partials, counts, avg_factor, reduction, finish_with)
+
+
+def backward_rows(x, out, grad, scale, reduction, *others):
+    """How the backward walks: ``(layout of x, rows, out, grad, *others; grad, scale, reduced)``."""
+    reduced = reduction != "none"
+    if not reduced:
+        scale = None
+        reduced = not any(grad.stride())  # an expanded scalar, as .sum() sends back
+    # The strides of a scalar are not used: any operand with enough dims stands in.
+    layout = row_layout(x, out, out if reduced else grad, *others)
+    if layout is None:
+        grad = grad.contiguous()
+        layout = row_layout(x, out, out if reduced else grad, *others)
+    return layout, grad, scale, reduced

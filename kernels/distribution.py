@@ -1,0 +1,330 @@
+"""Distribution focal loss and expectation: each program holds whole rows of bins in one tile."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._index import offset_of
+from ._launch import DISTRIBUTION
+from ._reduce import finish_kernel
+from ._rows import (
+    backward_rows,
+    columns_innermost,
+    forward_rows,
+    load_rows,
+    n_rows,
+    row_layout,
+    rows_walkable,
+    store_rows,
+    upstream,
+)
+from ._tiles import log1p_unit
+
+MAX_BINS = 1024  # a row is one tile
+
+
+@triton.jit
+def load_bins(x_ptr, coords, strides, x_sc, keep, n_bins, N_DIMS: tl.constexpr,
+              BIN_AXIS: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
+    """A tile of logits and their softmax: ``(x, bins, top, e, total)``; 0 in rows not kept."""
+    bins = tl.expand_dims(tl.arange(0, BLOCK_B), 1 - BIN_AXIS)
+    x_row = tl.expand_dims(offset_of(coords, strides, N_DIMS), BIN_AXIS)
+    x_ptrs = x_ptr + x_row + bins * tl.cast(x_sc, tl.int64)
+    mask = tl.expand_dims(keep, BIN_AXIS) & (bins < n_bins)
+    x = tl.load(x_ptrs, mask=mask, other=0).to(tl.float32)
+    x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
+    top = tl.expand_dims(tl.max(tl.where(bins < n_bins, x, -1e38), BIN_AXIS), BIN_AXIS)
+    e = tl.where(bins < n_bins, tl.exp(x - top), 0.0)
+    return x, bins, top, e, tl.expand_dims(tl.sum(e, BIN_AXIS), BIN_AXIS)
+
+
+@triton.jit
+def load_target(target_ptr, coords, strides, bins, keep, n_bins, N_DIMS: tl.constexpr,
+                BIN_AXIS: tl.constexpr):  # fmt: skip
+    """Weight of each bin: a hat of width 1 around the target, clamped to 0..n; NaN stays NaN."""
+    target_ptrs = target_ptr + offset_of(coords, strides, N_DIMS)
+    y = tl.load(target_ptrs, mask=keep, other=0).to(tl.float32)
+    last = (n_bins - 1).to(tl.float32)
+    y = tl.where(y < 0.0, 0.0, tl.where(y > last, last, y))
+    hat = 1.0 - tl.abs(bins.to(tl.float32) - tl.expand_dims(y, BIN_AXIS))
+    return tl.where((hat <= 0.0) | (bins >= n_bins), 0.0, hat)
+
+
+@triton.jit
+def distribution_focal_forward_kernel(
+    # pointers
+    x_ptr,  # logits
+    target_ptr,  # real targets, per row
+    weight_ptr,  # [rows], or None
+    out_ptr,  # [rows], or [programs] partial sums
+    count_ptr,  # [programs] int32, or None
+    # shapes
+    n,
+    n_bins,
+    size_1,
+    size_2,
+    size_3,
+    # strides
+    x_s0,
+    x_s1,
+    x_s2,
+    x_s3,
+    x_sc,
+    row_s0,
+    row_s1,
+    row_s2,
+    row_s3,
+    target_s0,
+    target_s1,
+    target_s2,
+    target_s3,
+    # constants
+    REDUCED: tl.constexpr,
+    N_DIMS: tl.constexpr,
+    BIN_AXIS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """1-D grid over blocks of rows."""
+    pid = tl.program_id(0).to(tl.int64)
+    coords, row, inside, keep, scale = load_rows(
+        pid * BLOCK_R, tl.arange(0, BLOCK_R), n, weight_ptr, (1, size_1, size_2, size_3),
+        (row_s0, row_s1, row_s2, row_s3), N_DIMS,
+    )  # fmt: skip
+    x, bins, top, e, _ = load_bins(
+        x_ptr, coords, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS, BIN_AXIS, BLOCK_B
+    )
+    hat = load_target(
+        target_ptr, coords, (target_s0, target_s1, target_s2, target_s3), bins, keep, n_bins,
+        N_DIMS, BIN_AXIS,
+    )  # fmt: skip
+    # total - 1 without cancellation: the bins at the maximum are exactly 1 each
+    at_top = (x == top) & (bins < n_bins)
+    rest = tl.sum(tl.where(at_top, 0.0, e), BIN_AXIS)
+    rest += (tl.sum(at_top.to(tl.int32), BIN_AXIS) - 1).to(tl.float32)
+    log_total = tl.where(rest < 1.0, log1p_unit(rest), tl.log(1.0 + rest))
+    value = tl.sum(tl.where(hat == 0.0, 0.0, hat * (top - x)), BIN_AXIS) + log_total
+    store_rows(value * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
+
+
+@triton.jit
+def distribution_focal_backward_kernel(
+    # pointers
+    x_ptr,  # logits
+    target_ptr,  # real targets, per row
+    weight_ptr,  # [rows], or None
+    grad_ptr,  # upstream gradient: [] or per row
+    scale_ptr,  # [] float32, 1 / divisor, or None
+    out_ptr,  # gradient of the logits
+    # shapes
+    n,
+    n_bins,
+    size_1,
+    size_2,
+    size_3,
+    # strides
+    x_s0,
+    x_s1,
+    x_s2,
+    x_s3,
+    x_sc,
+    row_s0,
+    row_s1,
+    row_s2,
+    row_s3,
+    out_s0,
+    out_s1,
+    out_s2,
+    out_s3,
+    out_sc,
+    grad_s0,
+    grad_s1,
+    grad_s2,
+    grad_s3,
+    target_s0,
+    target_s1,
+    target_s2,
+    target_s3,
+    # constants
+    REDUCED: tl.constexpr,
+    N_DIMS: tl.constexpr,
+    BIN_AXIS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """1-D grid over blocks of rows."""
+    pid = tl.program_id(0).to(tl.int64)
+    coords, _, inside, keep, scale = load_rows(
+        pid * BLOCK_R, tl.arange(0, BLOCK_R), n, weight_ptr, (1, size_1, size_2, size_3),
+        (row_s0, row_s1, row_s2, row_s3), N_DIMS,
+    )  # fmt: skip
+    _, bins, _, e, total = load_bins(
+        x_ptr, coords, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS, BIN_AXIS, BLOCK_B
+    )
+    hat = load_target(
+        target_ptr, coords, (target_s0, target_s1, target_s2, target_s3), bins, keep, n_bins,
+        N_DIMS, BIN_AXIS,
+    )  # fmt: skip
+    grad = upstream(
+        grad_ptr, scale_ptr, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, REDUCED
+    )
+    result = (e / total - hat) * tl.expand_dims(grad * scale, BIN_AXIS)
+    result = tl.where(tl.expand_dims(keep, BIN_AXIS), result, 0.0)
+    out_row = tl.expand_dims(offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS), BIN_AXIS)
+    out_ptrs = out_ptr + out_row + bins * tl.cast(out_sc, tl.int64)
+    tl.store(out_ptrs, result, mask=tl.expand_dims(inside, BIN_AXIS) & (bins < n_bins))
+
+
+@triton.jit
+def expectation_kernel(
+    # pointers
+    x_ptr,  # logits
+    grad_ptr,  # [rows] upstream gradient, any strides; None in the forward
+    out_ptr,  # forward: [rows]; backward: gradient of the logits
+    # shapes
+    n,
+    n_bins,
+    size_1,
+    size_2,
+    size_3,
+    # strides
+    x_s0,
+    x_s1,
+    x_s2,
+    x_s3,
+    x_sc,
+    row_s0,
+    row_s1,
+    row_s2,
+    row_s3,
+    out_s0,
+    out_s1,
+    out_s2,
+    out_s3,
+    out_sc,
+    grad_s0,
+    grad_s1,
+    grad_s2,
+    grad_s3,
+    # constants
+    N_DIMS: tl.constexpr,
+    BIN_AXIS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """1-D grid over blocks of rows; forward and backward of the mean bin."""
+    pid = tl.program_id(0).to(tl.int64)
+    coords, row, inside, keep, _ = load_rows(
+        pid * BLOCK_R, tl.arange(0, BLOCK_R), n, None, (1, size_1, size_2, size_3),
+        (row_s0, row_s1, row_s2, row_s3), N_DIMS,
+    )  # fmt: skip
+    _, bins, _, e, total = load_bins(
+        x_ptr, coords, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS, BIN_AXIS, BLOCK_B
+    )
+    k = bins.to(tl.float32)
+    mean = tl.expand_dims(tl.sum(e * k, BIN_AXIS), BIN_AXIS) / total
+    if grad_ptr is None:
+        result = tl.reshape(mean, row.shape)
+        tl.store(out_ptr + row, result, mask=inside)
+    else:
+        grad = upstream(
+            grad_ptr, None, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, False
+        )
+        result = e / total * (k - mean) * tl.expand_dims(grad, BIN_AXIS)
+        out_row = tl.expand_dims(
+            offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS), BIN_AXIS
+        )
+        out_ptrs = out_ptr + out_row + bins * tl.cast(out_sc, tl.int64)
+        tl.store(out_ptrs, result, mask=tl.expand_dims(inside, BIN_AXIS) & (bins < n_bins))
+
+
+def kernels_take(x, *others) -> bool:
+    """True if the kernels can read ``x`` in place and a row fits in a tile."""
+    return x.shape[-1] <= MAX_BINS and rows_walkable(x, *others)
+
+
+def _tile(x, layout) -> dict:
+    """Threads follow the memory."""
+    block_b = triton.next_power_of_2(x.shape[-1])
+    return {
+        "N_DIMS": layout.n_dims,
+        "BIN_AXIS": 1 if columns_innermost(x, layout) else 0,
+        "BLOCK_R": max(DISTRIBUTION.block // block_b, 1),
+        "BLOCK_B": block_b,
+        "num_warps": DISTRIBUTION.num_warps,
+    }
+
+
+def launch_focal_forward(
+    x, target, weight, avg_factor, reduction,
+    kernel=distribution_focal_forward_kernel, finish_with=finish_kernel,
+):  # fmt: skip
+    """Loss of all rows, and the factor that the backward needs.
+
+    Args:
+        x: logits (..., bins), any strides.
+        target: (...), any strides.
+        weight: contiguous (...), or None.
+        avg_factor: a number or a tensor of 1 entry.
+        kernel, finish_with: the wrapped kernels in an op body.
+
+    Returns:
+        ``(loss, scale)``, float32.
+    """
+    layout = row_layout(x, target)
+    tile = _tile(x, layout)
+    x_s, row_s, target_s = layout.strides
+
+    def launch(out, counts):
+        kernel[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+            x, target, weight, out, counts, n_rows(x), x.shape[-1], *layout.sizes[1:],
+            *x_s, x.stride(-1), *row_s, *target_s, REDUCED=reduction != "none", **tile,
+        )  # fmt: skip
+
+    return forward_rows(x, tile["BLOCK_R"], avg_factor, reduction, launch, finish_with)
+
+
+def launch_focal_backward(
+    x, grad, scale, target, weight, reduction, kernel=distribution_focal_backward_kernel
+):
+    """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
+    grad_x = torch.empty_like(x)
+    layout, grad, scale, reduced = backward_rows(x, grad_x, grad, scale, reduction, target)
+    tile = _tile(x, layout)
+    x_s, row_s, out_s, grad_s, target_s = layout.strides
+    kernel[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+        x, target, weight, grad, scale, grad_x, n_rows(x), x.shape[-1], *layout.sizes[1:],
+        *x_s, x.stride(-1), *row_s, *out_s, grad_x.stride(-1), *grad_s, *target_s,
+        REDUCED=reduced, **tile,
+    )  # fmt: skip
+    return grad_x
+
+
+def _launch_expectation(kernel, x, grad, out, layout, out_s, out_sc, grad_s):
+    tile = _tile(x, layout)
+    x_s, row_s = layout.strides[:2]
+    kernel[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+        x, grad, out, n_rows(x), x.shape[-1], *layout.sizes[1:],
+        *x_s, x.stride(-1), *row_s, *out_s, out_sc, *grad_s, **tile,
+    )  # fmt: skip
+    return out
+
+
+def launch_expectation_forward(x, kernel=expectation_kernel):
+    """Mean bin, float32: (..., bins) with any strides -> (...) contiguous."""
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    unused = (0, 0, 0, 0)
+    return _launch_expectation(kernel, x, None, mean, row_layout(x), unused, 0, unused)
+
+
+def launch_expectation_backward(x, grad, kernel=expectation_kernel):
+    """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
+    grad_x = torch.empty_like(x)
+    layout = row_layout(x, grad_x, grad)
+    if layout is None:
+        grad = grad.contiguous()
+        layout = row_layout(x, grad_x, grad)
+    out_s, grad_s = layout.strides[2:]
+    return _launch_expectation(kernel, x, grad, grad_x, layout, out_s, grad_x.stride(-1), grad_s)

@@ -1,0 +1,316 @@
+"""Softmax focal loss over any number of classes: two passes over the logits, none kept.
+
+With ``d = x_label - logsumexp(other logits)`` the softmax probability of the label is sigmoid(d):
+the loss is a binary focal loss of d, and the others' gradients share its slope in proportion to
+their softmax among themselves. Nothing cancels, however sure the prediction.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._index import offset_of
+from ._launch import SOFTMAX_BY_CLASS, SOFTMAX_BY_ROW, scalar_args
+from ._reduce import finish_kernel
+from ._rows import (
+    backward_rows,
+    columns_innermost,
+    forward_rows,
+    load_rows,
+    n_rows,
+    number,
+    row_layout,
+    store_rows,
+    upstream,
+)
+from ._tiles import focal_derivative, focal_value
+
+
+@triton.jit
+def _labels(label_ptr, row, inside, keep, n_classes, ignore_index):
+    label = tl.load(label_ptr + row, mask=inside, other=-1).to(tl.int64)
+    return label, keep & (label >= 0) & (label < n_classes) & (label != ignore_index)
+
+
+@triton.jit
+def _alpha(alpha_ptr, label, keep):
+    alpha = tl.full(label.shape, 1.0, tl.float32)
+    if alpha_ptr is not None:
+        alpha = tl.load(alpha_ptr + label, mask=keep, other=0).to(tl.float32)
+    return alpha
+
+
+@triton.jit
+def softmax_focal_forward_kernel(
+    # pointers
+    x_ptr,  # logits
+    label_ptr,  # [rows] integers
+    alpha_ptr,  # [classes], or None
+    weight_ptr,  # [rows], or None
+    params_ptr,  # [1] gamma, or None
+    out_ptr,  # [rows], or [programs] partial sums
+    count_ptr,  # [programs] int32, or None
+    stats_ptr,  # [3, rows] in memory order: maximum and sum of exp of the others, and d
+    # shapes
+    n,
+    n_classes,
+    size_1,
+    size_2,
+    size_3,
+    # strides
+    x_s0,
+    x_s1,
+    x_s2,
+    x_s3,
+    x_sc,
+    row_s0,
+    row_s1,
+    row_s2,
+    row_s3,
+    # scalars
+    ignore_index,
+    gamma,
+    # constants
+    REDUCED: tl.constexpr,
+    N_DIMS: tl.constexpr,
+    CLASS_AXIS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """1-D grid over blocks of rows; an online softmax walks over tiles of classes."""
+    pid = tl.program_id(0).to(tl.int64)
+    start = pid * BLOCK_R
+    offs = tl.arange(0, BLOCK_R)
+    gamma = number(params_ptr, 0, gamma)
+    coords, row, inside, keep, scale = load_rows(
+        start, offs, n, weight_ptr, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3),
+        N_DIMS,
+    )  # fmt: skip
+    label, keep = _labels(label_ptr, row, inside, keep, n_classes, ignore_index)
+    x_row = tl.expand_dims(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS), CLASS_AXIS)
+    label_2d = tl.expand_dims(label, CLASS_AXIS)
+    keep_2d = tl.expand_dims(keep, CLASS_AXIS)
+
+    top = tl.full([BLOCK_R], -1e38, tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    x_label = tl.zeros([BLOCK_R], tl.float32)
+    first = tl.cast(0, tl.int64)
+    while first < n_classes:
+        cls = tl.expand_dims(first + tl.arange(0, BLOCK_C), 1 - CLASS_AXIS)
+        x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
+        x = tl.load(x_ptrs, mask=keep_2d & (cls < n_classes), other=0).to(tl.float32)
+        x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
+        other = (cls != label_2d) & (cls < n_classes)
+        x_label += tl.sum(tl.where(cls == label_2d, x, 0.0), CLASS_AXIS)
+        others = tl.where(other, x, -1e38)
+        new_top = tl.maximum(top, tl.max(others, CLASS_AXIS))
+        e = tl.exp(others - tl.expand_dims(new_top, CLASS_AXIS))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.where(other, e, 0.0), CLASS_AXIS)
+        top = new_top
+        first += BLOCK_C
+    # one class alone: d is huge, the loss exactly 0
+    d = (x_label - top) - tl.log(tl.where(total == 0.0, 1.0, total))
+    value = focal_value(d, 1.0, 1.0, 1.0, gamma) * _alpha(alpha_ptr, label, keep) * scale
+    store_rows(value, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
+    if stats_ptr is not None:
+        stats_ptrs = stats_ptr + start + offs
+        tl.store(stats_ptrs, top, mask=inside)
+        tl.store(stats_ptrs + n, total, mask=inside)
+        tl.store(stats_ptrs + 2 * tl.cast(n, tl.int64), d, mask=inside)
+
+
+@triton.jit
+def softmax_focal_backward_kernel(
+    # pointers
+    x_ptr,  # logits
+    label_ptr,  # [rows] integers
+    alpha_ptr,  # [classes], or None
+    weight_ptr,  # [rows], or None
+    params_ptr,  # [1] gamma, or None
+    grad_ptr,  # upstream gradient: [] or per row
+    scale_ptr,  # [] float32, 1 / divisor, or None
+    stats_ptr,  # [3, rows] from the forward
+    out_ptr,  # gradient of the logits
+    # shapes
+    n,
+    n_classes,
+    size_1,
+    size_2,
+    size_3,
+    # strides
+    x_s0,
+    x_s1,
+    x_s2,
+    x_s3,
+    x_sc,
+    row_s0,
+    row_s1,
+    row_s2,
+    row_s3,
+    out_s0,
+    out_s1,
+    out_s2,
+    out_s3,
+    out_sc,
+    grad_s0,
+    grad_s1,
+    grad_s2,
+    grad_s3,
+    # scalars
+    ignore_index,
+    gamma,
+    # constants
+    REDUCED: tl.constexpr,
+    N_DIMS: tl.constexpr,
+    CLASS_AXIS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """1-D grid over blocks of rows; one read and one write of the logits."""
+    pid = tl.program_id(0).to(tl.int64)
+    start = pid * BLOCK_R
+    offs = tl.arange(0, BLOCK_R)
+    gamma = number(params_ptr, 0, gamma)
+    coords, row, inside, keep, scale = load_rows(
+        start, offs, n, weight_ptr, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3),
+        N_DIMS,
+    )  # fmt: skip
+    label, keep = _labels(label_ptr, row, inside, keep, n_classes, ignore_index)
+    stats_ptrs = stats_ptr + start + offs
+    top = tl.load(stats_ptrs, mask=keep, other=0.0)
+    total = tl.load(stats_ptrs + n, mask=keep, other=1.0)
+    total = tl.where(total == 0.0, 1.0, total)
+    d = tl.load(stats_ptrs + 2 * tl.cast(n, tl.int64), mask=keep, other=0.0)
+    grad = upstream(
+        grad_ptr, scale_ptr, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, REDUCED
+    )
+    slope = focal_derivative(d, 1.0, 1.0, 1.0, gamma) * _alpha(alpha_ptr, label, keep)
+    slope = tl.where(keep, slope * (grad * scale), 0.0)
+
+    x_row = tl.expand_dims(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS), CLASS_AXIS)
+    out_row = tl.expand_dims(
+        offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS), CLASS_AXIS
+    )
+    label_2d = tl.expand_dims(label, CLASS_AXIS)
+    keep_2d = tl.expand_dims(keep, CLASS_AXIS)
+    inside_2d = tl.expand_dims(inside, CLASS_AXIS)
+    slope_2d = tl.expand_dims(slope, CLASS_AXIS)
+    top_2d = tl.expand_dims(top, CLASS_AXIS)
+    total_2d = tl.expand_dims(total, CLASS_AXIS)
+    first = tl.cast(0, tl.int64)
+    while first < n_classes:
+        cls = tl.expand_dims(first + tl.arange(0, BLOCK_C), 1 - CLASS_AXIS)
+        x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
+        x = tl.load(x_ptrs, mask=keep_2d & (cls < n_classes), other=0).to(tl.float32)
+        share = tl.exp(tl.minimum(x - top_2d, 0.0)) / total_2d
+        result = slope_2d * tl.where(cls == label_2d, 1.0, -share)
+        result = tl.where(keep_2d, result, 0.0)
+        out_ptrs = out_ptr + out_row + cls * tl.cast(out_sc, tl.int64)
+        tl.store(out_ptrs, result, mask=inside_2d & (cls < n_classes))
+        first += BLOCK_C
+
+
+def _tile(x, layout):
+    """``(CLASS_AXIS, BLOCK_R, BLOCK_C, num_warps)``: threads follow the memory."""
+    if columns_innermost(x, layout):
+        config = SOFTMAX_BY_CLASS
+        block_c = min(triton.next_power_of_2(x.shape[-1]), config.block)
+        return 1, config.block // block_c, block_c, config.num_warps
+    config = SOFTMAX_BY_ROW
+    block_c = min(triton.next_power_of_2(x.shape[-1]), 16)
+    return 0, config.block // block_c, block_c, config.num_warps
+
+
+def launch_softmax_forward(
+    x, labels, alpha, weight, avg_factor, params, ignore_index, reduction,
+    kernel=softmax_focal_forward_kernel, finish_with=finish_kernel,
+):  # fmt: skip
+    """Loss of all rows, and what the backward needs.
+
+    Args:
+        x: logits (..., C), any strides.
+        labels: contiguous (...).
+        alpha: contiguous (C,), or None.
+        weight: contiguous (...), or None.
+        avg_factor, params: numbers or float tensors of 1 entry; params holds gamma.
+        kernel, finish_with: the wrapped kernels in an op body.
+
+    Returns:
+        ``(loss, scale, stats)``, float32; stats has shape (3, rows).
+    """
+    layout = row_layout(x)
+    class_axis, block_r, block_c, num_warps = _tile(x, layout)
+    stats = torch.empty((3, n_rows(x)), dtype=torch.float32, device=x.device)
+    pointer, (gamma,) = scalar_args(params, 1)
+    x_s, row_s = layout.strides
+
+    def launch(out, counts):
+        kernel[(triton.cdiv(n_rows(x), block_r),)](
+            x,
+            labels,
+            alpha,
+            weight,
+            pointer,
+            out,
+            counts,
+            stats,
+            n_rows(x),
+            x.shape[-1],
+            *layout.sizes[1:],
+            *x_s,
+            x.stride(-1),
+            *row_s,
+            ignore_index,
+            gamma,
+            REDUCED=reduction != "none",
+            N_DIMS=layout.n_dims,
+            CLASS_AXIS=class_axis,
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=num_warps,
+        )
+
+    return *forward_rows(x, block_r, avg_factor, reduction, launch, finish_with), stats
+
+
+def launch_softmax_backward(
+    x, grad, scale, stats, labels, alpha, weight, params, ignore_index, reduction,
+    kernel=softmax_focal_backward_kernel,
+):  # fmt: skip
+    """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
+    grad_x = torch.empty_like(x)
+    layout, grad, scale, reduced = backward_rows(x, grad_x, grad, scale, reduction)
+    class_axis, block_r, block_c, num_warps = _tile(x, layout)
+    pointer, (gamma,) = scalar_args(params, 1)
+    x_s, row_s, out_s, grad_s = layout.strides
+    kernel[(triton.cdiv(n_rows(x), block_r),)](
+        x,
+        labels,
+        alpha,
+        weight,
+        pointer,
+        grad,
+        scale,
+        stats,
+        grad_x,
+        n_rows(x),
+        x.shape[-1],
+        *layout.sizes[1:],
+        *x_s,
+        x.stride(-1),
+        *row_s,
+        *out_s,
+        grad_x.stride(-1),
+        *grad_s,
+        ignore_index,
+        gamma,
+        REDUCED=reduced,
+        N_DIMS=layout.n_dims,
+        CLASS_AXIS=class_axis,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        num_warps=num_warps,
+    )
+    return grad_x

@@ -1,0 +1,203 @@
+"""IoU, GIoU, DIoU and CIoU loss: formula, known answers, degenerate boxes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+from conftest import DEVICE
+
+import tritonloss as tl
+
+LOSSES = {
+    "iou": tl.iou_loss,
+    "giou": tl.giou_loss,
+    "diou": tl.diou_loss,
+    "ciou": tl.ciou_loss,
+    "ciou everywhere": partial(tl.ciou_loss, alpha_threshold=-1),
+}
+each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def written_out(p, t, kind, alpha_threshold=0.5, eps=1e-7):
+    """The formula for one pair, in plain Python."""
+    wp, hp = max(p[2] - p[0], 0), max(p[3] - p[1], 0)
+    wt, ht = max(t[2] - t[0], 0), max(t[3] - t[1], 0)
+    wi, hi = max(min(p[2], t[2]) - max(p[0], t[0]), 0), max(min(p[3], t[3]) - max(p[1], t[1]), 0)
+    wc, hc = max(p[2], t[2]) - min(p[0], t[0]), max(p[3], t[3]) - min(p[1], t[1])
+    union = max(wp * hp + wt * ht - wi * hi, eps)
+    iou = wi * hi / union
+    if kind == "iou":
+        return 1 - iou
+    if kind == "giou":
+        return 1 - iou + (max(wc * hc, eps) - union) / max(wc * hc, eps)
+    dx, dy = (p[0] + p[2] - t[0] - t[2]) / 2, (p[1] + p[3] - t[1] - t[3]) / 2
+    loss = 1 - iou + (dx**2 + dy**2) / max(wc**2 + hc**2, eps)
+    if kind == "ciou" and iou > alpha_threshold:
+        v = 4 / math.pi**2 * (math.atan2(wt, ht) - math.atan2(wp, hp)) ** 2
+        loss += v * v / max(1 - iou + v, eps)
+    return loss
+
+
+@pytest.mark.parametrize("kind", ["iou", "giou", "diou", "ciou"])
+def test_written_out(kind, backend):
+    g = torch.Generator().manual_seed(3)
+    target = torch.rand(60, 4, generator=g) * 10
+    target[:, 2:] += target[:, :2] + 0.1
+    pred = target + torch.randn(60, 4, generator=g) * 0.8
+    loss = LOSSES[kind](pred.to(DEVICE), target.to(DEVICE), reduction="none")
+    pairs = zip(pred.tolist(), target.tolist(), strict=True)
+    expected = torch.tensor([written_out(p, t, kind) for p, t in pairs])
+    torch.testing.assert_close(loss.cpu(), expected, rtol=2e-6, atol=1e-6)
+
+
+def test_published_values(backend):
+    a, b, c, d = torch.tensor(
+        [[-1, -1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 2], [1, 1, 2, 2]],
+        dtype=torch.float32,
+        device=DEVICE,
+    )
+    giou = tl.giou_loss(torch.stack([a, a, b, b]), torch.stack([a, b, c, d]), reduction="none")
+    assert giou.tolist() == [0.0, 0.75, 1.0, 1.5]
+    target = torch.stack([a, b, c, d])
+    ciou = tl.ciou_loss(a.expand(4, 4), target, reduction="none", alpha_threshold=-1)
+    torch.testing.assert_close(ciou.cpu(), torch.tensor([0.0, 0.8125, 1.19230769, 1.25]))
+
+
+@each_loss
+def test_equal_boxes_have_no_loss(loss, backend):
+    corner = torch.rand(50, 2, device=DEVICE)
+    boxes = torch.cat([corner, corner + torch.rand(50, 2, device=DEVICE) + 0.01], -1)
+    for scale in (1.0, 100.0, 1e9 / 4):
+        pred = (boxes * scale).requires_grad_()
+        value = loss(pred, pred.detach().clone(), reduction="none")
+        assert not value.any()
+        (gradient,) = torch.autograd.grad(value.sum(), pred)
+        # Ties share the gradient of min and max: it pulls no side more than its opposite.
+        assert gradient.isfinite().all()
+        torch.testing.assert_close(gradient[:, :2], -gradient[:, 2:], rtol=1e-5, atol=1e-12)
+
+
+def test_empty_boxes_have_no_iou(backend):
+    point = torch.tensor([[1.0, 1.0, 1.0, 1.0]], device=DEVICE)
+    for loss in LOSSES.values():
+        assert loss(point, point.clone()) == 1
+    inverted = torch.tensor([[2.0, 2.0, 1.0, 1.0]], device=DEVICE)
+    assert tl.iou_loss(inverted, inverted.clone()) == 1
+
+
+@each_loss
+def test_any_box_is_finite_and_agrees_with_float64(loss, backend):
+    values = [-1e9, -1.0, 0.0, 1e-6, 2.0, 1e9]
+    boxes = torch.tensor(list(itertools.product(values, repeat=4)), device=DEVICE)
+    order = torch.randperm(len(boxes), generator=torch.Generator().manual_seed(5))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        pred = boxes.to(dtype, copy=True).requires_grad_()
+        value = loss(pred, boxes[order], reduction="none")
+        (gradient,) = torch.autograd.grad(value.sum(), pred)
+        assert value.isfinite().all() and gradient.isfinite().all()
+        results.append((value.detach().double(), gradient.double()))
+    (value, gradient), (value_64, gradient_64) = results
+    if loss is tl.ciou_loss:
+        return  # halves of 1e9 have an IoU of 0.5, the threshold, give or take a rounding
+    # an inverted box 1e9 wide has a centre that float32 does not hold
+    upright = (boxes[:, 2:] >= boxes[:, :2]).all(-1)
+    upright &= upright[order]
+    torch.testing.assert_close(value[upright], value_64[upright], rtol=1e-5, atol=1e-6)
+    # per box: the gradients of small boxes are a million times those of large ones
+    size = gradient_64.abs().amax(-1, keepdim=True)
+    difference = (gradient - gradient_64).abs()
+    assert (difference <= 1e-5 * size + 1e-9)[upright].all()
+
+
+@each_loss
+def test_ties_are_those_of_torch(loss, backend):
+    grid = torch.tensor(list(itertools.product([0.0, 1.0, 2.0], repeat=4)), device=DEVICE)
+    boxes = grid[(grid[:, 0] <= grid[:, 2]) & (grid[:, 1] <= grid[:, 3])]
+    pred, target = boxes.repeat(len(boxes), 1), boxes.repeat_interleave(len(boxes), 0)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):  # float64 runs in plain torch
+        x = pred.to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(x, target, reduction="sum"), x)
+        gradients.append(gradient.double())
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@each_loss
+def test_order_and_translation_do_not_matter(loss, backend):
+    pred, target = torch.rand(2, 40, 4, device=DEVICE).sort(-1).values
+    value = loss(pred, target, reduction="none")
+    order = torch.randperm(40)
+    torch.testing.assert_close(
+        loss(pred[order], target[order], reduction="none"), value[order], rtol=0, atol=0
+    )
+    moved = loss(pred + 1, target + 1, reduction="none")
+    torch.testing.assert_close(moved, value, rtol=1e-4, atol=1e-4)
+
+
+@each_loss
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_only_a_box_that_counts_poisons(value, loss, backend):
+    pred = torch.tensor([[0.0, 0.0, 2.0, 2.0]] * 3, device=DEVICE)
+    target = pred + 1
+    pred[:2, 2] = value
+    target[0] = value
+    pred.requires_grad_()
+    weight = torch.tensor([0.0, 1.0, 2.0], device=DEVICE)
+    result = loss(pred, target, weight=weight, reduction="none")
+    assert result[0] == 0 and result[1].isnan() and result[2].isfinite()
+    (gradient,) = torch.autograd.grad(result[0] + result[2], pred)
+    assert not gradient[0].any() and gradient[2].isfinite().all()
+
+
+def test_traced(backend):
+    pred, target = torch.rand(2, 9, 4, device=DEVICE).unbind(0)
+    pred.requires_grad_()
+
+    def call(pred):
+        return sum(loss(pred, target) for loss in LOSSES.values())
+
+    values = [call(pred), torch.compile(call, backend="aot_eager", fullgraph=True)(pred)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(v, pred)[0] for v in values))
+
+
+@pytest.mark.parametrize("kind", ["iou", "giou", "diou"])  # CIoU's alpha is not differentiated
+def test_derivatives_of_any_order(kind):
+    pred = torch.tensor([[0, 0, 3, 2], [1, 1, 4, 7.5], [0, 0, 1, 1]], dtype=torch.float64)
+    target = torch.tensor([[0.5, -1, 2, 3], [0.9, 1.2, 4.1, 7], [5, 6, 7, 9]], dtype=torch.float64)
+    call = partial(LOSSES[kind], target=target, reduction="none")
+    pred.requires_grad_()
+    assert torch.autograd.gradcheck(call, pred, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, pred)
+
+
+@each_loss
+def test_vmap_of_grad(loss):
+    pred, target = torch.rand(2, 3, 5, 4).sort(-1).values
+    per_image = torch.func.vmap(torch.func.grad(loss))(pred, target)
+    for image in range(3):
+        expected = torch.func.grad(loss)(pred[image], target[image])
+        torch.testing.assert_close(per_image[image], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"pred": torch.zeros(2, 5)}, ValueError, r"pred must have shape \(\.\.\., 4\)"),
+        ({"target": torch.zeros(3, 4)}, ValueError, r"target must have shape \(2, 4\)"),
+        ({"target": torch.zeros(2, 4).int()}, TypeError, "target must be float16"),
+        ({"target": torch.zeros(2, 4, requires_grad=True)}, ValueError, "target requires grad"),
+        ({"eps": 0}, ValueError, "eps must be finite and > 0"),
+        ({"weight": torch.rand(2, 4)}, ValueError, r"weight must have shape \(2,\)"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of"),
+    ],
+)
+def test_errors_name_the_argument(change, error, match):
+    arguments = {"pred": torch.zeros(2, 4), "target": torch.zeros(2, 4)} | change
+    with pytest.raises(error, match=match):
+        tl.ciou_loss(**arguments)

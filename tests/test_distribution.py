@@ -1,0 +1,158 @@
+"""Distribution focal loss and expectation: formula, known answers, edges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+
+import tritonloss as tl
+
+
+def written_out(row, y):
+    """The formula for one row, in plain Python."""
+    top = max(row)
+    log_total = top + math.log(sum(math.exp(v - top) for v in row))
+    left = min(math.floor(y), len(row) - 2)
+    return -(left + 1 - y) * (row[left] - log_total) - (y - left) * (row[left + 1] - log_total)
+
+
+@pytest.mark.parametrize("bins", [2, 16, 17])
+def test_written_out(bins, backend):
+    g = torch.Generator().manual_seed(bins)
+    x, y = torch.randn(12, bins, generator=g) * 3, torch.rand(12, generator=g) * (bins - 1)
+    loss = tl.distribution_focal_loss(x.to(DEVICE), y.to(DEVICE), reduction="none")
+    rows = zip(x.double().tolist(), y.tolist(), strict=True)
+    expected = torch.tensor([written_out(row, v) for row, v in rows])
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_whole_targets_are_cross_entropy(backend):
+    x = torch.randn(17, 17, device=DEVICE, requires_grad=True)
+    y = torch.arange(17, device=DEVICE)  # 16, the last bin, included
+    loss, expected = tl.distribution_focal_loss(x, y.float()), F.cross_entropy(x, y)
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(v, x)[0] for v in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_targets_outside_are_an_error_or_clamped(backend, monkeypatch):
+    x = torch.randn(3, 8, device=DEVICE)
+    y = torch.tensor([-1.0, 7.5, float("inf")], device=DEVICE)
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r"target must lie in \[0, 7\]"):
+            tl.distribution_focal_loss(x, y)
+    monkeypatch.setattr("tritonloss._checks.values_checked", lambda x: False)
+    torch.testing.assert_close(
+        tl.distribution_focal_loss(x, y), tl.distribution_focal_loss(x, y.clamp(0, 7))
+    )
+    y[0] = float("nan")
+    loss = tl.distribution_focal_loss(x, y, reduction="none")
+    assert loss[0].isnan() and loss[1:].isfinite().all()
+
+
+def test_extreme_logits_are_finite(backend):
+    values = torch.tensor([-1e30, -65504.0, 0.0, 65504.0, 1e30], device=DEVICE)
+    x = torch.cartesian_prod(values, values, values).requires_grad_()
+    y = torch.linspace(0, 2, len(x), device=DEVICE)
+    loss = tl.distribution_focal_loss(x, y, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.isfinite().all() and gradient.isfinite().all() and (loss >= 0).all()
+    side = tl.distribution_expectation(x)
+    assert side.isfinite().all() and torch.autograd.grad(side.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_only_a_row_that_counts_poisons(value, backend):
+    x = torch.zeros(3, 17, device=DEVICE)
+    x[:2, 3] = value
+    x.requires_grad_()
+    y = torch.tensor([value, 1.0, 1.0], device=DEVICE)
+    weight = torch.tensor([0.0, 1.0, 2.0], device=DEVICE)
+    loss = tl.distribution_focal_loss(x, y, weight=weight, reduction="none")
+    assert loss[0] == 0 and loss[1].isnan() and loss[2].isfinite()
+    (gradient,) = torch.autograd.grad(loss[0] + loss[2], x)
+    assert not gradient[0].any() and gradient[2].isfinite().all()
+    side = tl.distribution_expectation(x)
+    assert side[:2].isnan().all() and side[2] == 8
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "nchw", "sliced"])
+@pytest.mark.parametrize("sides", [1, 4])
+def test_expectation(sides, layout, backend):
+    x = torch.randn(2, 6, 5, sides * 17, device=DEVICE)
+    if layout == "nchw":
+        x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    elif layout == "sliced":
+        x = x[..., 1 : 1 + sides * 16]
+    x = x.requires_grad_()
+    side = tl.distribution_expectation(x, sides=sides)
+    p = x.double().unflatten(-1, (sides, -1)).softmax(-1)
+    expected = (p * torch.arange(p.shape[-1], device=DEVICE)).sum(-1)
+    expected = expected.squeeze(-1) if sides == 1 else expected
+    torch.testing.assert_close(side.double(), expected, rtol=1e-6, atol=1e-6)
+    grad = torch.randn_like(side)
+    (gradient,) = torch.autograd.grad(side, x, grad)
+    (reference,) = torch.autograd.grad(expected, x, grad.double())
+    torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-6)
+    if layout != "sliced":
+        assert gradient.stride() == x.stride()
+
+
+def test_traced(backend):
+    x, y = torch.randn(6, 17, device=DEVICE, requires_grad=True), torch.rand(6, device=DEVICE) * 16
+
+    def call(x):  # one tensor in two places, as a quality that is also the weight
+        side = tl.distribution_expectation(x).sum()
+        return side + tl.distribution_focal_loss(x, y, weight=y)
+
+    values = [call(x), torch.compile(call, backend="aot_eager", fullgraph=True)(x)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(v, x)[0] for v in values))
+
+
+def test_derivatives_of_any_order():
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0.0, 1.3, 4.0, 2.7], dtype=torch.float64)
+
+    def call(x):
+        loss = tl.distribution_focal_loss(x, y, reduction="none")
+        return loss, tl.distribution_expectation(x)
+
+    assert torch.autograd.gradcheck(call, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, x)
+
+
+def test_vmap_of_grad():
+    x, y = torch.randn(3, 4, 5), torch.rand(3, 4) * 4
+    per_image = torch.func.vmap(torch.func.grad(tl.distribution_focal_loss))(x, y)
+    for image in range(3):
+        expected = torch.func.grad(tl.distribution_focal_loss)(x[image], y[image])
+        torch.testing.assert_close(per_image[image], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"logits": torch.randn(2, 1)}, ValueError, r"logits must have shape \(\.\.\., n \+ 1\)"),
+        ({"logits": torch.ones(2, 4).int()}, TypeError, "logits must be float16"),
+        ({"target": torch.zeros(3)}, ValueError, r"target must have shape \(2,\)"),
+        ({"target": torch.zeros(2).long()}, TypeError, "target must be float16"),
+        ({"target": torch.zeros(2, requires_grad=True)}, ValueError, "target requires grad"),
+        ({"weight": torch.rand(2, 4)}, ValueError, r"weight must have shape \(2,\)"),
+    ],
+)
+def test_errors_name_the_argument(change, error, match):
+    arguments = {"logits": torch.randn(2, 4), "target": torch.zeros(2)} | change
+    with pytest.raises(error, match=match):
+        tl.distribution_focal_loss(**arguments)
+
+
+def test_expectation_errors():
+    with pytest.raises(ValueError, match=r"logits must have shape \(\.\.\., 4 \* \(n \+ 1\)\)"):
+        tl.distribution_expectation(torch.randn(2, 17), sides=4)
+    with pytest.raises(ValueError, match="sides must be an int >= 1"):
+        tl.distribution_expectation(torch.randn(2, 17), sides=0)

@@ -1,0 +1,282 @@
+"""The training example: command line, resume, COCO files, and what a small detector reaches."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+for module in ("pycocotools", "sklearn", "matplotlib", "PIL", "tqdm"):
+    pytest.importorskip(module, reason="the example needs tritonloss[examples]")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the plain run of the suite has these tests", allow_module_level=True)
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+Image = importlib.import_module("PIL.Image")
+train_detector = importlib.import_module("train_detector")
+data, evaluate = train_detector.data, train_detector.evaluate
+losses = importlib.import_module("detection.losses")
+model = importlib.import_module("detection.model")
+LOSSES = losses.LOSSES
+
+SMALL = {"data": "digits", "digits": (24, 8), "batch": 2, "channels": 16, "steps": 10}
+
+
+def config(**settings):
+    return train_detector.Config(**{**SMALL, **settings})
+
+
+def values(result):
+    return np.array([list(step.values()) for step in result.losses])
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Six images with coloured squares of two categories, as a user's own data."""
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for k in range(6):
+        pixels = rng.integers(0, 60, (60, 80, 3), dtype=np.uint8)
+        x, y, side = (int(v) for v in rng.integers((2, 2, 12), (50, 30, 25)))
+        pixels[y : y + side, x : x + side, k % 2] = 250
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+        images.append({"id": k, "file_name": f"{k}.png", "width": 80, "height": 60})
+        annotations.append(
+            {"id": k, "image_id": k, "category_id": 7 + 10 * (k % 2), "bbox": [x, y, side, side]}
+        )
+    categories = [{"id": 17, "name": "green"}, {"id": 7, "name": "red"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(content))
+    return path, content
+
+
+def test_coco_files_give_the_boxes_and_classes_written_in_them(coco):
+    path, content = coco
+    dataset = data.coco(path, path.parent, side=160)
+    assert dataset.classes == ["red", "green"]
+    assert (len(dataset.train), len(dataset.test)) == (5, 1)
+    for scene in dataset.train + dataset.test:
+        k = int(Path(scene.source).stem)
+        x, y, w, h = content["annotations"][k]["bbox"]
+        np.testing.assert_allclose(scene.boxes, 2 * np.array([[x, y, x + w, y + h]]))
+        assert scene.labels.tolist() == [k % 2]
+        assert scene.image.size == scene.size == (160, 120)
+
+
+def test_coco_run_writes_what_it_promises(coco, tmp_path):
+    path, _ = coco
+    out = tmp_path / "out"
+    arguments = ["--coco", path, "--images", path.parent, "--out", out, "--steps", 3, "--batch", 2]
+    assert train_detector.main([str(a) for a in [*arguments, "--channels", 16]]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(metrics["losses"]) == 3
+    assert {"AP40", "AP50"} <= set(metrics["AP"])
+    for picture in ("detections.png", "training.png"):
+        assert min(Image.open(out / picture).size) > 200
+
+
+def test_crowd_regions_teach_nothing(coco, tmp_path):
+    path, content = coco
+    content["annotations"][0]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    dataset = data.coco(path, path.parent, side=160)
+    labels = [s.labels.tolist() for s in dataset.train + dataset.test if s.source == "0.png"]
+    assert labels == [[data.IGNORE]]
+
+
+def without(part, key):
+    return lambda c: c[part][0].pop(key)
+
+
+def first_box(value):
+    return lambda c: c["annotations"][0].update(bbox=value)
+
+
+BROKEN = {
+    "no list": (lambda c: c.pop("annotations"), "--coco", "has no list 'annotations'"),
+    "no bbox": (without("annotations", "bbox"), "--coco", "annotations[0] has no 'bbox'"),
+    "no file_name": (without("images", "file_name"), "--coco", "images[0] has no 'file_name'"),
+    "no boxes": (lambda c: c["annotations"].clear(), "--coco", "no boxes"),
+    "not finite": (first_box([1, 2, math.nan, 4]), "--coco", "finite"),
+    "not numbers": (first_box([1, 2, "a", 4]), "--coco", "finite"),
+    "too short": (first_box([1, 2, 3]), "--coco", "[x, y, width, height]"),
+    "negative": (first_box([1, 2, -3, 4]), "--coco", "negative"),
+    "category": (
+        lambda c: c["annotations"][0].update(category_id=99),
+        "--coco",
+        "unknown category_id 99",
+    ),
+    "image": (lambda c: c["annotations"][0].update(image_id=99), "--coco", "unknown image_id 99"),
+    "missing image": (
+        lambda c: c["images"][0].update(file_name="gone.png"),
+        "--images",
+        "gone.png",
+    ),
+    "unreadable image": (
+        lambda c: c["images"][0].update(file_name="boxes.json"),
+        "--images",
+        "cannot read the image",
+    ),
+}
+
+
+def fails(capsys, arguments, *parts):
+    """Exit code 2 and one line on stderr that holds every part."""
+    assert train_detector.main([str(a) for a in arguments]) == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message, message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_annotations_are_named(coco, capsys, name):
+    path, content = coco
+    spoil, *parts = BROKEN[name]
+    spoil(content)
+    path.write_text(json.dumps(content))
+    fails(capsys, ["--coco", path, "--images", path.parent], *parts)
+
+
+def test_truncated_image_is_named(coco, capsys, tmp_path):
+    path, _ = coco
+    for file in path.parent.glob("*.png"):
+        file.write_bytes(file.read_bytes()[:500])
+    arguments = ["--coco", path, "--images", path.parent, "--out", tmp_path / "out", "--steps", 1]
+    fails(capsys, arguments, "--images", "cannot read the image")
+
+
+def test_bad_arguments_are_named(coco, capsys, tmp_path):
+    path, _ = coco
+    folder = path.parent
+    text = tmp_path / "text.json"
+    text.write_text("{")
+    fails(capsys, ["--coco", tmp_path / "none.json", "--images", folder], "--coco", "none.json")
+    fails(capsys, ["--coco", text, "--images", folder], "--coco", "not JSON")
+    fails(capsys, ["--coco", path, "--images", tmp_path / "none"], "--images", "none")
+    fails(capsys, ["--coco", path], "--images")
+    fails(capsys, ["--images", folder], "--images", "--coco")
+    fails(capsys, ["--val-coco", path], "--val-coco", "--coco")
+    fails(capsys, ["--out", text], "--out")
+    fails(capsys, ["--device", "tpu7"], "--device")
+    fails(capsys, ["--resume", tmp_path / "none.pt"], "--resume", "none.pt")
+    fails(capsys, ["--resume", text], "--resume", "text.json")
+    fails(capsys, ["--channels", 20], "--channels")
+    fails(capsys, ["--seed", -1], "--seed")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_missing_gpu_is_named(capsys):
+    fails(capsys, ["--device", "cuda"], "--device cuda")
+
+
+def test_triton_on_the_cpu_is_named(capsys):
+    fails(capsys, ["--backend", "triton"], "--backend triton")
+
+
+def test_command_line_without_traceback(tmp_path):
+    """As a user runs it: a process of its own, from another folder."""
+    command = [sys.executable, str(ROOT / "examples" / "train_detector.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = {"capture_output": True, "text": True, "env": environment, "cwd": tmp_path}
+    shown = subprocess.run([*command, "--help"], check=True, **run).stdout
+    for name, recipe in LOSSES.items():
+        assert name in shown and recipe.help in shown
+    for wrong in (["--loss", "nothing"], ["--steps", "0"], ["--coco", "none", "--images", "."]):
+        failed = subprocess.run([*command, *wrong], **run)
+        assert failed.returncode == 2
+        assert wrong[0] in failed.stderr and "Traceback" not in failed.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains(loss):
+    result = train_detector.train(config(loss=loss, steps=20, lr=3e-3))
+    total = values(result).sum(1)
+    assert np.isfinite(total).all()
+    assert total[-5:].mean() < total[:5].mean()
+    assert 0 <= result.ap["AP50"] <= result.ap["AP40"] <= 1
+
+
+def test_same_seed_same_losses():
+    first, again, other = (train_detector.train(config(steps=4, seed=s)) for s in (0, 0, 1))
+    np.testing.assert_array_equal(values(first), values(again))
+    assert (values(first) != values(other)).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_resumed_run_repeats_the_straight_one(loss, tmp_path):
+    out = str(tmp_path / "run")
+    settings = config(loss=loss, out=out)
+    straight = train_detector.train(dataclasses.replace(settings, out=None))
+    half = train_detector.train(dataclasses.replace(settings, stop_after=5))
+    assert len(half.losses) == 5 and not half.ap
+    resumed = train_detector.train(
+        dataclasses.replace(settings, resume=f"{out}/checkpoint.pt", out=None)
+    )
+    np.testing.assert_array_equal(values(straight), values(resumed))
+    assert straight.ap == resumed.ap
+
+
+def test_resume_takes_its_settings_from_the_checkpoint(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    train_detector.train(config(steps=3, stop_after=1, out=out))
+    checkpoint = f"{out}/checkpoint.pt"
+    fails(capsys, ["--resume", checkpoint, "--loss", "focal"], "--loss", "gfl")
+    assert train_detector.main(["--resume", checkpoint, "--backend", "eager"]) == 0
+    assert len(json.loads(Path(out, "metrics.json").read_text())["losses"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_compiled_losses_are_the_same(loss):
+    eager = train_detector.train(config(loss=loss, steps=5))
+    compiled = train_detector.train(config(loss=loss, steps=5, compile=True))
+    np.testing.assert_allclose(values(compiled), values(eager), rtol=1e-4)
+
+
+def test_cells_learn_the_smallest_box_around_them():
+    points, strides = model.cells(64, 64)
+    boxes = torch.tensor([[[8.0, 8, 28, 28], [14, 14, 22, 22], [0, 0, 64, 64], [40, 0, 60, 20]]])
+    targets = losses.assign(points, strides, boxes, torch.tensor([[0, 1, 2, -1]]), 3)
+    at = {(*p.tolist(), s.item()): k for k, (p, s) in enumerate(zip(points, strides, strict=True))}
+    label = targets.labels[0]
+    assert label[at[18.0, 18.0, 4.0]] == 1  # in both of the first two boxes
+    assert label[at[22.0, 14.0, 4.0]] == 0
+    assert label[at[36.0, 36.0, 8.0]] == 2
+    assert label[at[50.0, 10.0, 4.0]] == -1 and label[at[62.0, 62.0, 4.0]] == 3
+    assert targets.count == ((label >= 0) & (label < 3)).sum()
+    assert ((targets.gt_index[0] >= 0) == ((label >= 0) & (label < 3))).all()
+
+
+def test_nms_keeps_the_best_of_each_class():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [1, 0, 11, 10], [20, 0, 30, 10]])
+    kept = model.nms(boxes, torch.tensor([0.5, 0.9, 0.4, 0.3]), torch.tensor([0, 0, 1, 0]))
+    assert kept.tolist() == [1, 2, 3]
+
+
+def test_average_precision_of_perfect_and_of_no_detections():
+    scenes = data.digits(0, 0, 6).test
+    perfect = [
+        (torch.from_numpy(s.boxes), torch.ones(len(s.labels)), torch.from_numpy(s.labels))
+        for s in scenes
+    ]
+    assert evaluate.average_precision(scenes, perfect, 10)["AP50"] == pytest.approx(1)
+    nothing = [tuple(x[:0] for x in one) for one in perfect]
+    assert evaluate.average_precision(scenes, nothing, 10)["AP50"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["gfl", "focal"])
+def test_digits_are_found(loss):
+    result = train_detector.train(train_detector.Config(data="digits", loss=loss, steps=500))
+    assert result.ap["AP50"] >= 0.90

@@ -1,0 +1,41 @@
+"""Distribution focal loss and the expectation of a distribution, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonloss._reduce import reduced
+
+from ._entry import entered
+
+
+def distribution_focal(
+    x: Tensor, target: Tensor, weight: Tensor | None, avg_factor, reduction: str
+) -> Tensor:
+    """Cross entropy with the two bins beside the target."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = entered(x)
+        last = x.shape[-1] - 1
+        y = target.to(x.dtype).clamp(0, last)
+        count = target.numel()
+        if weight is not None:
+            keep = weight > 0
+            count = keep.sum()
+            x, y = torch.where(keep.unsqueeze(-1), x, 0), torch.where(keep, y, 0)
+        # y == n belongs to the bins n - 1 and n; a NaN has no bin, and makes the loss NaN below
+        left = torch.where(y >= 0, y, 0).long().clamp(max=last - 1)
+        log_p = torch.log_softmax(x, -1).gather(-1, torch.stack((left, left + 1), -1))
+        right_share = y - left
+        value = -((1 - right_share) * log_p[..., 0] + right_share * log_p[..., 1])
+        if weight is not None:
+            value = torch.where(keep, value * weight.to(x.dtype), 0)
+        return reduced(value, count, reduction, avg_factor)
+
+
+def expectation(x: Tensor) -> Tensor:
+    """Mean bin of softmax(x): (..., bins) -> (...)."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = entered(x)
+        bins = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
+        return (torch.softmax(x, -1) * bins).sum(-1)

@@ -1,0 +1,37 @@
+"""The loss functions: the same objects as in ``tritonloss`` itself."""
+
+from .losses.boxes import ciou_loss, diou_loss, giou_loss, iou_loss
+from .losses.distribution import distribution_expectation, distribution_focal_loss
+from .losses.elementwise import (
+    class_balanced_weight,
+    focal_star_loss,
+    generalized_focal_loss,
+    quality_focal_loss,
+    sigmoid_focal_loss,
+    softmax_focal_loss,
+    varifocal_loss,
+)
+from .losses.ghm import authentic_smooth_l1_loss, ghm_c_loss, ghm_r_loss
+from .losses.prime_sample import carl_loss, iou_hlr, isr_p_weight
+
+__all__ = [
+    "authentic_smooth_l1_loss",
+    "carl_loss",
+    "ciou_loss",
+    "class_balanced_weight",
+    "diou_loss",
+    "distribution_expectation",
+    "distribution_focal_loss",
+    "focal_star_loss",
+    "generalized_focal_loss",
+    "ghm_c_loss",
+    "ghm_r_loss",
+    "giou_loss",
+    "iou_hlr",
+    "iou_loss",
+    "isr_p_weight",
+    "quality_focal_loss",
+    "sigmoid_focal_loss",
+    "softmax_focal_loss",
+    "varifocal_loss",
+]

@@ -1,0 +1,243 @@
+"""IoU, GIoU, DIoU and CIoU loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonloss import _checks as check
+from tritonloss import _op
+from tritonloss._dispatch import use_triton
+from tritonloss._op import wrap_triton
+from tritonloss._targets import parse_row_weight
+from tritonloss.eager import boxes as eager
+
+try:
+    from tritonloss.kernels._reduce import finish_kernel
+    from tritonloss.kernels._rows import rows_walkable
+    from tritonloss.kernels.boxes import (
+        box_backward_kernel,
+        box_forward_kernel,
+        launch_box_backward,
+        launch_box_forward,
+    )
+except ImportError:  # no Triton: the eager path alone
+    launch_box_forward = launch_box_backward = finish_kernel = None
+    box_forward_kernel = box_backward_kernel = None
+
+
+@_op.kernel_op(_op.fake_row_loss)
+def box_forward(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    kind: str,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    return launch_box_forward(
+        pred, target, weight, avg_factor, params, kind, reduction,
+        wrap_triton(box_forward_kernel), wrap_triton(finish_kernel),
+    )  # fmt: skip
+
+
+@_op.kernel_op(lambda pred, *args: torch.empty_like(pred))
+def box_backward(
+    pred: Tensor,
+    grad: Tensor,
+    scale: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    params: Tensor,
+    kind: str,
+    reduction: str,
+) -> Tensor:
+    return launch_box_backward(
+        pred, grad, scale, target, weight, params, kind, reduction,
+        wrap_triton(box_backward_kernel),
+    )  # fmt: skip
+
+
+def _forward(pred, *args):
+    loss, scale = _op.call(box_forward, launch_box_forward, pred, *args)
+    return (loss,), (scale,)
+
+
+def _backward(grads, saved, pred, target, weight, avg_factor, *rest):
+    return _op.call(
+        box_backward, launch_box_backward, pred, grads[0], saved[0], target, weight, *rest
+    )
+
+
+def _reference(pred, target, weight, avg_factor, params, kind, reduction):
+    avg_factor = None if avg_factor is None else avg_factor[0]
+    return eager.box_loss(pred, target, weight, avg_factor, tuple(params), kind, reduction)
+
+
+_kernels = _op.differentiable(_forward, _backward, _reference)
+
+
+def _box_loss(kind, pred, target, eps, alpha_threshold, weight, reduction, avg_factor) -> Tensor:
+    """Checks, choice of the implementation, call: the same for every box loss."""
+    check.is_floating("pred", pred)
+    if pred.dim() == 0 or pred.shape[-1] != 4:
+        raise ValueError(f"pred must have shape (..., 4); got {tuple(pred.shape)}")
+    check.is_input("target", target, pred.shape, "as pred", "pred", pred)
+    check.is_number("eps", eps, 0, open_low=True)
+    check.is_number("alpha_threshold", alpha_threshold)
+    check.is_reduction(reduction, avg_factor)
+    weight = parse_row_weight(pred, weight, "pred")
+    if use_triton(pred) and pred.numel() > 0 and rows_walkable(pred, target):
+        return _kernels(
+            pred,
+            target,
+            weight,
+            None if avg_factor is None else _op.scalars(pred, avg_factor),
+            _op.scalars(pred, eps, alpha_threshold),
+            kind,
+            reduction,
+        )
+    return eager.box_loss(pred, target, weight, avg_factor, (eps, alpha_threshold), kind, reduction)
+
+
+def iou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    eps: float | Tensor = 1e-7,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""One minus the intersection over union of each pair of boxes.
+
+    .. math:: L = 1 - \mathrm{IoU}, \quad \mathrm{IoU} = |P \cap T| / \max(|P \cup T|, \epsilon)
+
+    Widths and heights are clamped at 0: an inverted box is empty, and an empty box has IoU 0. Value
+    and gradient are finite for all coordinates up to 1e9.
+
+    Args:
+        pred: boxes ``(..., 4)`` as x1, y1, x2, y2; float16, bfloat16, float32 or float64, any
+            strides.
+        target: boxes of the same shape, floating.
+        eps: smallest union, > 0.
+        weight: ``(...)``; boxes whose weight is not above 0 are removed from loss, gradient and
+            divisor, whatever stands in them.
+        reduction: ``"none"`` (one value per pair), ``"sum"`` or ``"mean"``.
+        avg_factor: number or 0-d tensor; with ``"mean"``, divide the sum by this; a value <= 0
+            counts as 1. Without it, divide by the number of boxes that have a weight above 0.
+
+    Returns:
+        float32 (float64 for float64 boxes).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> pred = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0]])
+        >>> target = torch.tensor([[0.0, 0.0, 2.0, 1.0], [5.0, 5.0, 6.0, 6.0]])
+        >>> tritonloss.iou_loss(pred, target, reduction="none").tolist()
+        [0.5, 1.0]
+
+    Reference:
+        Yu et al., UnitBox: An Advanced Object Detection Network, ACM MM 2016, which takes the
+        logarithm; 1 - IoU is what came to be used.
+    """
+    return _box_loss("iou", pred, target, eps, 0.0, weight, reduction, avg_factor)
+
+
+def giou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    eps: float | Tensor = 1e-7,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""IoU loss with a penalty for the empty part of the smallest box around both.
+
+    .. math:: L = 1 - \mathrm{IoU} + (|C| - |P \cup T|) / |C|
+
+    The arguments, result and errors are those of :func:`iou_loss`; eps is the smallest area of C.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> pred = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+        >>> tritonloss.giou_loss(pred, pred + 1).item()
+        1.5
+
+    Reference:
+        Rezatofighi et al., Generalized Intersection over Union, CVPR 2019.
+    """
+    return _box_loss("giou", pred, target, eps, 0.0, weight, reduction, avg_factor)
+
+
+def diou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    eps: float | Tensor = 1e-7,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""IoU loss with a penalty for the distance of the centres.
+
+    .. math:: L = 1 - \mathrm{IoU} + \rho^2 / c^2
+
+    with :math:`\rho` the distance of the centres and c the diagonal of the smallest box around
+    both. The arguments, result and errors are those of :func:`iou_loss`; eps is the smallest
+    :math:`c^2`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> pred = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+        >>> tritonloss.diou_loss(pred, pred + 1).item()
+        1.25
+
+    Reference:
+        Zheng et al., Distance-IoU Loss, AAAI 2020.
+    """
+    return _box_loss("diou", pred, target, eps, 0.0, weight, reduction, avg_factor)
+
+
+def ciou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    eps: float | Tensor = 1e-7,
+    alpha_threshold: float | Tensor = 0.5,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""DIoU loss with a penalty for the difference of the aspect ratios.
+
+    .. math:: L = 1 - \mathrm{IoU} + \rho^2 / c^2 + \alpha v, \quad
+              v = \frac{4}{\pi^2} \left( \arctan \frac{w_t}{h_t} - \arctan \frac{w_p}{h_p}
+              \right)^2, \quad \alpha = \frac{v}{\max(1 - \mathrm{IoU} + v, \epsilon)}
+
+    :math:`\alpha` is not differentiated. A box of width and height 0 has no aspect ratio: v = 0.
+
+    Args:
+        alpha_threshold: :math:`\alpha` applies where the IoU is above this, and is 0 elsewhere.
+            0.5 as the paper and mmdetection have it; 0 for every pair that overlaps, -1 for all
+            pairs, as in torchvision and ultralytics.
+
+    The other arguments, result and errors are those of :func:`diou_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> pred = torch.tensor([[0.0, 0.0, 4.0, 2.0]])
+        >>> target = torch.tensor([[0.0, 0.0, 4.0, 4.0]])
+        >>> loss = tritonloss.ciou_loss(pred, target, alpha_threshold=0)
+        >>> round((loss - tritonloss.diou_loss(pred, target)).item(), 4)
+        0.0032
+
+    Reference:
+        Zheng et al., Distance-IoU Loss, AAAI 2020.
+    """
+    return _box_loss("ciou", pred, target, eps, alpha_threshold, weight, reduction, avg_factor)

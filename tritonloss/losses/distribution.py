@@ -1,0 +1,194 @@
+"""Distribution focal loss, and the expectation that turns distributions into box sides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonloss import _checks as check
+from tritonloss import _op
+from tritonloss._dispatch import use_triton
+from tritonloss._op import wrap_triton
+from tritonloss._targets import parse_row_weight
+from tritonloss.eager import distribution as eager
+
+try:
+    from tritonloss.kernels._reduce import finish_kernel
+    from tritonloss.kernels.distribution import (
+        distribution_focal_backward_kernel,
+        distribution_focal_forward_kernel,
+        expectation_kernel,
+        kernels_take,
+        launch_expectation_backward,
+        launch_expectation_forward,
+        launch_focal_backward,
+        launch_focal_forward,
+    )
+except ImportError:  # no Triton: the eager path alone
+    launch_focal_forward = launch_focal_backward = finish_kernel = None
+    launch_expectation_forward = launch_expectation_backward = expectation_kernel = None
+    distribution_focal_forward_kernel = distribution_focal_backward_kernel = None
+
+
+@_op.kernel_op(_op.fake_row_loss)
+def distribution_focal_forward(
+    x: Tensor, target: Tensor, weight: Tensor | None, avg_factor: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor]:
+    return launch_focal_forward(
+        x, target, weight, avg_factor, reduction,
+        wrap_triton(distribution_focal_forward_kernel), wrap_triton(finish_kernel),
+    )  # fmt: skip
+
+
+@_op.kernel_op(lambda x, *args: torch.empty_like(x))
+def distribution_focal_backward(
+    x: Tensor, grad: Tensor, scale: Tensor, target: Tensor, weight: Tensor | None, reduction: str
+) -> Tensor:
+    return launch_focal_backward(
+        x, grad, scale, target, weight, reduction, wrap_triton(distribution_focal_backward_kernel)
+    )
+
+
+@_op.kernel_op(lambda x: x.new_empty(x.shape[:-1], dtype=torch.float32))
+def expectation_forward(x: Tensor) -> Tensor:
+    return launch_expectation_forward(x, wrap_triton(expectation_kernel))
+
+
+@_op.kernel_op(lambda x, grad: torch.empty_like(x))
+def expectation_backward(x: Tensor, grad: Tensor) -> Tensor:
+    return launch_expectation_backward(x, grad, wrap_triton(expectation_kernel))
+
+
+def _focal_forward(x, *args):
+    loss, scale = _op.call(distribution_focal_forward, launch_focal_forward, x, *args)
+    return (loss,), (scale,)
+
+
+def _focal_backward(grads, saved, x, target, weight, avg_factor, reduction):
+    return _op.call(
+        distribution_focal_backward, launch_focal_backward,
+        x, grads[0], saved[0], target, weight, reduction,
+    )  # fmt: skip
+
+
+def _focal_reference(x, target, weight, avg_factor, reduction):
+    avg_factor = None if avg_factor is None else avg_factor[0]
+    return eager.distribution_focal(x, target, weight, avg_factor, reduction)
+
+
+def _expectation_forward(x):
+    return (_op.call(expectation_forward, launch_expectation_forward, x),), ()
+
+
+def _expectation_backward(grads, saved, x):
+    return _op.call(expectation_backward, launch_expectation_backward, x, grads[0])
+
+
+_focal_kernels = _op.differentiable(_focal_forward, _focal_backward, _focal_reference)
+_expectation_kernels = _op.differentiable(
+    _expectation_forward, _expectation_backward, eager.expectation
+)
+
+
+def _check_target(logits, target, weight) -> None:
+    last = logits.shape[-1] - 1
+    inside = (target >= 0) & (target <= last)
+    if weight is not None:
+        inside = inside | ~(weight > 0)
+    check.require(inside, f"target must lie in [0, {last}] wherever the weight is above 0")
+
+
+def distribution_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""Distribution focal loss: cross entropy with the two bins beside a real target.
+
+    .. math:: L = -(l + 1 - y) \log S_l - (y - l) \log S_{l+1},
+              \quad S = \mathrm{softmax}(x), \quad l = \min(\lfloor y \rfloor, n - 1)
+
+    Args:
+        logits: ``(..., n + 1)``, one per bin 0..n, n >= 1; float16, bfloat16, float32 or float64,
+            any strides.
+        target: ``(...)`` floating, in [0, n]; n itself is valid. What lies outside is clamped, and
+            is an error on the CPU (see ``TRITONLOSS_CHECK`` for a GPU).
+        weight: ``(...)``; rows whose weight is not above 0 are removed from loss, gradient and
+            divisor, whatever stands in them.
+        reduction: ``"none"`` (one value per row), ``"sum"`` or ``"mean"``.
+        avg_factor: number or 0-d tensor; with ``"mean"``, divide the sum by this; a value <= 0
+            counts as 1. Without it, divide by the number of rows that have a weight above 0.
+
+    Returns:
+        float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> logits = torch.tensor([[0.0, 2.0, 2.0, 0.0]])
+        >>> loss = tritonloss.distribution_focal_loss(logits, torch.tensor([1.5]))
+        >>> round(loss.item(), 4)
+        0.8201
+
+    Reference:
+        Li et al., Generalized Focal Loss, NeurIPS 2020.
+    """
+    check.is_floating("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] < 2:
+        raise ValueError(
+            f"logits must have shape (..., n + 1) with n >= 1; got {tuple(logits.shape)}"
+        )
+    check.is_reduction(reduction, avg_factor)
+    check.is_input("target", target, logits.shape[:-1], "one per row of logits", "logits", logits)
+    weight = parse_row_weight(logits, weight)
+    if check.values_checked(logits):
+        _check_target(logits, target, weight)
+    if use_triton(logits) and logits.numel() > 0 and kernels_take(logits, target):
+        avg_factor = None if avg_factor is None else _op.scalars(logits, avg_factor)
+        return _focal_kernels(logits, target, weight, avg_factor, reduction)
+    return eager.distribution_focal(logits, target, weight, avg_factor, reduction)
+
+
+def distribution_expectation(logits: Tensor, *, sides: int = 1) -> Tensor:
+    r"""Mean bin of each distribution: what a head that was trained with DFL predicts.
+
+    .. math:: \sum_{k=0}^{n} k \, \mathrm{softmax}(x)_k
+
+    Args:
+        logits: ``(..., n + 1)``, or ``(..., sides * (n + 1))`` with the bins of a side together;
+            float16, bfloat16, float32 or float64, any strides.
+        sides: number of distributions in the last dim; 4 for a box.
+
+    Returns:
+        float32 (float64 for float64 logits): ``(...)`` for one side, else ``(..., sides)``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> logits = torch.tensor([[5.0, 5.0, 5.0, 0.0, 0.0, 90.0]])
+        >>> sides = tritonloss.distribution_expectation(logits, sides=2)
+        >>> [round(v, 4) for v in sides[0].tolist()]
+        [1.0, 2.0]
+
+    Reference:
+        Li et al., Generalized Focal Loss, NeurIPS 2020.
+    """
+    check.is_floating("logits", logits)
+    if isinstance(sides, bool) or not isinstance(sides, int) or sides < 1:
+        raise ValueError(f"sides must be an int >= 1; got {sides!r}")
+    if logits.dim() == 0 or logits.shape[-1] == 0 or logits.shape[-1] % sides:
+        raise ValueError(
+            f"logits must have shape (..., {sides} * (n + 1)); got {tuple(logits.shape)}"
+        )
+    if sides > 1:
+        logits = logits.unflatten(-1, (sides, logits.shape[-1] // sides))
+    if use_triton(logits) and logits.numel() > 0 and kernels_take(logits):
+        return _expectation_kernels(logits)
+    return eager.expectation(logits)
