@@ -25,6 +25,10 @@ DISTRIBUTION = Config(block=2048, num_warps=4)
 BOXES = Config(block=256, num_warps=4)
 # One program sums all partial results in a fixed order.
 FINISH = Config(block=1024, num_warps=4)
+# Pairs of positives, block x block: larger tiles, or this one on 4 warps, spill.
+PAIRS = Config(block=64, num_warps=8)
+# Logits of a ranking pass: eight a thread, for each costs a dozen registers of search state.
+RANKING = Config(block=1024, num_warps=4)
 
 
 # One warp a program: its sums are shuffles, without a barrier, and it walks only the regions that

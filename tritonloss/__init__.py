@@ -11,6 +11,8 @@ from ._dispatch import backend, show_config
 from ._version import __version__
 from .functional import *  # noqa: F403  (the names of functional.__all__)
 from .modules import (
+    ALRPLoss,
+    APLoss,
     CARLLoss,
     CIoULoss,
     DIoULoss,
@@ -23,11 +25,14 @@ from .modules import (
     Integral,
     IoULoss,
     QualityFocalLoss,
+    RankSortLoss,
     SoftmaxFocalLoss,
     VarifocalLoss,
 )
 
 __all__ = [
+    "ALRPLoss",
+    "APLoss",
     "CARLLoss",
     "CIoULoss",
     "DIoULoss",
@@ -40,6 +45,7 @@ __all__ = [
     "Integral",
     "IoULoss",
     "QualityFocalLoss",
+    "RankSortLoss",
     "SoftmaxFocalLoss",
     "VarifocalLoss",
     "__version__",

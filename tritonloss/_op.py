@@ -39,10 +39,18 @@ def kernel_op(fake: Callable):
     def decorate(body: Callable):
         if not HAS_TRITON:
             return body
-        name = f"{NAMESPACE}::{body.__name__}"
-        if not INTERPRET:
-            return triton_op(name, mutates_args=())(body)
-        op = torch.library.custom_op(name, mutates_args=())(body)
+        if INTERPRET:
+            return opaque_op(fake)(body)
+        return triton_op(f"{NAMESPACE}::{body.__name__}", mutates_args=())(body)
+
+    return decorate
+
+
+def opaque_op(fake: Callable):
+    """Register a function whose shapes depend on values; ``fake`` allocates its outputs."""
+
+    def decorate(body: Callable):
+        op = torch.library.custom_op(f"{NAMESPACE}::{body.__name__}", mutates_args=())(body)
         op.register_fake(fake)
         return op
 

@@ -26,9 +26,13 @@ def is_logits(logits: Tensor, name: str = "logits") -> None:
 
 
 def parse_targets(
-    logits: Tensor, targets, ignore_index: int, weight: Tensor | None = None
+    logits: Tensor,
+    targets,
+    ignore_index: int,
+    weight: Tensor | None = None,
+    dense_low: float = 0.0,
 ) -> Targets:
-    """Tell the forms apart by dtype and shape, and check them."""
+    """Tell the forms apart by dtype and shape, and check them; dense ones lie in [dense_low, 1]."""
     check.is_index("ignore_index", ignore_index)
     rows, n_classes = logits.shape[:-1], logits.shape[-1]
     if isinstance(targets, Tensor):
@@ -37,7 +41,7 @@ def parse_targets(
             return Targets(labels, None, None)
         check.is_input("targets", targets, logits.shape, "dense, as logits", "logits", logits)
         if check.values_checked(logits):
-            _check_dense(targets, weight)
+            _check_dense(targets, weight, dense_low)
         return Targets(None, None, targets)
     if not isinstance(targets, (tuple, list)) or len(targets) != 2:
         raise TypeError(
@@ -76,18 +80,18 @@ def parse_labels(name: str, labels: Tensor, logits: Tensor, ignore_index: int, l
     return labels.contiguous()
 
 
-def _check_dense(targets: Tensor, weight: Tensor | None) -> None:
+def _check_dense(targets: Tensor, weight: Tensor | None, lowest: float) -> None:
     if targets.numel() == 0:
         return
     low, high = torch.aminmax(targets.detach())
-    inside = (low >= 0) & (high <= 1)
+    inside = (low >= lowest) & (high <= 1)
     if not targets.is_cuda and inside:
         return
-    counted = (targets >= 0) & (targets <= 1)
+    counted = (targets >= lowest) & (targets <= 1)
     if weight is not None:
         rows = weight.unsqueeze(-1) if weight.dim() < targets.dim() else weight
         counted = counted | ~(rows > 0)
-    check.require(counted, "targets must lie in [0, 1] wherever the weight is above 0")
+    check.require(counted, f"targets must lie in [{lowest:g}, 1] wherever the weight is above 0")
 
 
 def parse_weight(logits: Tensor, weight: Tensor | None) -> Tensor | None:

@@ -13,8 +13,20 @@ from .losses.elementwise import (
 )
 from .losses.ghm import authentic_smooth_l1_loss, ghm_c_loss, ghm_r_loss
 from .losses.prime_sample import carl_loss, iou_hlr, isr_p_weight
+from .losses.ranking import (
+    ALRP,
+    RankSort,
+    alrp_loss,
+    ap_loss,
+    rank_sort_loss,
+    self_balanced_weight,
+)
 
 __all__ = [
+    "ALRP",
+    "RankSort",
+    "alrp_loss",
+    "ap_loss",
     "authentic_smooth_l1_loss",
     "carl_loss",
     "ciou_loss",
@@ -31,6 +43,8 @@ __all__ = [
     "iou_loss",
     "isr_p_weight",
     "quality_focal_loss",
+    "rank_sort_loss",
+    "self_balanced_weight",
     "sigmoid_focal_loss",
     "softmax_focal_loss",
     "varifocal_loss",

@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .losses import boxes, distribution, elementwise, ghm, prime_sample
+from .losses import boxes, distribution, elementwise, ghm, prime_sample, ranking
 
 # Arguments that belong to a batch, not to the module.
-PER_CALL = ("weight", "avg_factor", "state")
+PER_CALL = ("weight", "avg_factor", "group", "state")
 
 
 class _Loss(nn.Module):
@@ -160,6 +160,50 @@ class CIoULoss(_Loss):
     """
 
     function = staticmethod(boxes.ciou_loss)
+
+
+class RankSortLoss(_Loss):
+    """``forward(logits, targets, *, weight=None, group=None) -> RankSort``.
+
+    See :func:`tritonloss.rank_sort_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> loss = tritonloss.RankSortLoss(delta=0.5)(torch.tensor([[3.0, 0.0]]), torch.tensor([1]))
+        >>> round(loss.rank.item(), 4)
+        0.6667
+    """
+
+    function = staticmethod(ranking.rank_sort_loss)
+
+
+class APLoss(_Loss):
+    """``forward(logits, targets, *, weight=None, group=None)``.
+
+    See :func:`tritonloss.ap_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> tritonloss.APLoss()(torch.tensor([[3.0, 0.0]]), torch.tensor([1])).item()
+        0.5
+    """
+
+    function = staticmethod(ranking.ap_loss)
+
+
+class ALRPLoss(_Loss):
+    """``forward(logits, targets, localization_error, *, weight=None, group=None) -> ALRP``.
+
+    See :func:`tritonloss.alrp_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> error = torch.tensor([0.5])
+        >>> tritonloss.ALRPLoss()(torch.tensor([[3.0, 0.0]]), torch.tensor([1]), error).cls.item()
+        0.5
+    """
+
+    function = staticmethod(ranking.alrp_loss)
 
 
 def _recomputing() -> bool:

@@ -164,6 +164,7 @@ def digits(seed: int, n_train: int = 1500, n_test: int = 200) -> Dataset:
     scans = load_digits()
     ground = trees()
     rng = np.random.default_rng([seed, 96])
+    order = np.random.default_rng(0).permutation(len(scans.images))
 
     def compose(first: int, last: int, scenes: list[Scene]) -> Scene:
         size = 96
@@ -173,7 +174,7 @@ def digits(seed: int, n_train: int = 1500, n_test: int = 200) -> Dataset:
         canvas = 0.5 * canvas  # darker ground: the digits are to be told apart, not to be found
         boxes, labels = [], []
         for _ in range(rng.integers(2, 6)):
-            index = int(rng.integers(first, last))
+            index = order[rng.integers(first, last)]
             side = int(rng.integers(20, 37))
             ink = Image.fromarray((scans.images[index] / 16 * 255).astype(np.uint8))
             ink = np.asarray(ink.resize((side, side), Image.Resampling.BILINEAR)) / 255

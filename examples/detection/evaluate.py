@@ -25,7 +25,8 @@ def run(model: Detector, scenes: list[Scene], device="cpu", batch: int = 32) -> 
             end += 1
         pad = (0, -size[0] % 16, 0, -size[1] % 16)
         images = torch.stack([to_tensor(scene.image) for scene in scenes[start:end]])
-        found += detect(model, F.pad(images, pad).to(device))
+        images = F.pad(images, pad).to(device, memory_format=torch.channels_last)
+        found += detect(model, images)
         start = end
     model.train()
     return found

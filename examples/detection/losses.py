@@ -13,7 +13,7 @@ import tritonloss
 
 from .model import decode
 
-BOX_WEIGHT = 2.0
+BOX_WEIGHT, DFL_WEIGHT = 2.0, 0.25
 LARGE = 28.0  # boxes larger than this (root of the area, pixels) belong to stride 8
 BOX_LOSSES = {
     "iou": tritonloss.iou_loss,
@@ -24,12 +24,13 @@ BOX_LOSSES = {
 
 
 class Targets(NamedTuple):
-    """What each cell should say. Shapes depend on the batch and the image size only."""
+    """What each cell should say."""
 
     labels: torch.Tensor  # (B, N) int64: class, C for background, -1 ignored
     boxes: torch.Tensor  # (B, N, 4) the box of a positive cell, zeros elsewhere
     gt_index: torch.Tensor  # (B, N) int64: which box of the batch, -1 where not positive
     count: torch.Tensor  # () float32: number of positive cells
+    rows: torch.Tensor  # (K,) int64: cells of the batch, flattened, that the box losses read
 
 
 class Predicted(NamedTuple):
@@ -40,7 +41,9 @@ class Predicted(NamedTuple):
 
 
 @torch.no_grad()
-def assign(points, strides, gt_boxes, gt_labels, n_classes: int, radius: float = 1.5) -> Targets:
+def assign(
+    points, strides, gt_boxes, gt_labels, n_classes: int, every: bool = False, radius: float = 1.5
+) -> Targets:
     """Centre sampling: cells inside a box and within ``radius`` strides of its centre.
 
     Among several boxes the smallest wins. Cells inside a region to ignore (label -1) that belong
@@ -49,6 +52,8 @@ def assign(points, strides, gt_boxes, gt_labels, n_classes: int, radius: float =
     Args:
         points, strides: centres (N, 2) and strides (N,) of the cells.
         gt_boxes, gt_labels: (B, M, 4) and (B, M); rows of zeros are padding.
+        every: ``rows`` are all cells, so that no shape depends on the data (to compile, and to
+            spare a GPU the wait); otherwise the positive cells alone, which is faster on a CPU.
     """
     x, boxes = points[:, None], gt_boxes[:, None]  # (N, 1, 2), (B, 1, M, 4)
     inside = torch.minimum(x - boxes[..., :2], boxes[..., 2:] - x).amin(-1) > 0
@@ -68,7 +73,9 @@ def assign(points, strides, gt_boxes, gt_labels, n_classes: int, radius: float =
     targets = torch.where(positive[..., None], targets, 0.0)
     offset = torch.arange(len(gt_boxes), device=index.device)[:, None] * gt_boxes.shape[1]
     gt_index = torch.where(positive, index + offset, -1)
-    return Targets(labels, targets, gt_index, positive.sum().float())
+    flat = positive.flatten()
+    rows = torch.arange(len(flat), device=flat.device) if every else flat.nonzero()[:, 0]
+    return Targets(labels, targets, gt_index, positive.sum().float(), rows)
 
 
 # A classification loss takes the logits (B, N, C), the targets and what the boxes predict, and
@@ -120,43 +127,46 @@ LOSSES = {
 
 
 class Criterion(nn.Module):
-    """All losses of one step: tensors of fixed shapes in, a dict of 0-d tensors out.
-
-    Cells that are not positive have weight 0 instead of being cut out: the shapes never depend on
-    the data, so the whole computation compiles into one graph.
-    """
+    """All losses of one step: tensors in, a dict of 0-d tensors out; it compiles into one graph."""
 
     def __init__(self, loss: str = "gfl", box: str | None = None, bins: int = 8):
         super().__init__()
         recipe = LOSSES[loss]
         make = recipe.classification
         self.classification = make() if isinstance(make, type) else make
-        self.box = BOX_LOSSES[box or recipe.box]
         self.box_name = box or recipe.box
+        self.box = BOX_LOSSES[self.box_name]
         self.bins = bins if recipe.dfl else 0
 
     def forward(self, logits, outputs, points, strides, targets: Targets):
-        positive = (targets.gt_index >= 0).float()
+        count = targets.count.clamp(min=1)
+        rows, cell = targets.rows, targets.rows % len(points)
+        points, strides = points[cell], strides[cell]
+        wanted = targets.boxes.flatten(0, 1)[rows]
+        weight = (targets.gt_index.flatten()[rows] >= 0).float()  # 0 removes a cell
+        outputs = outputs.flatten(0, 1)[rows]
         boxes = decode(outputs, points, strides, self.bins)
-        error = self.box(boxes, targets.boxes, weight=positive, reduction="none")
+        error = self.box(boxes, wanted, weight=weight, reduction="none")
         with torch.no_grad():
-            overlap = 1 - tritonloss.iou_loss(
-                boxes, targets.boxes, weight=positive, reduction="none"
-            )
-            predicted = Predicted((overlap * positive).clamp(0, 1), error.detach())
+            overlap = 1 - tritonloss.iou_loss(boxes, wanted, reduction="none")
+            overlap = (overlap * weight).clamp(0, 1)
+        predicted = Predicted(*(self._spread(x, targets) for x in (overlap, error.detach())))
 
         values = self.classification(logits, targets, predicted)
-        named = values._asdict() if hasattr(values, "_asdict") else {"classification": values}
-        losses = dict(named)
-        count = targets.count.clamp(min=1)
-        losses[self.box_name] = BOX_WEIGHT * error.sum() / count
+        losses = values._asdict() if hasattr(values, "_asdict") else {"classification": values}
+        losses = {**losses, self.box_name: BOX_WEIGHT * error.sum() / count}
         if self.bins:
-            sides = torch.cat([points - targets.boxes[..., :2], targets.boxes[..., 2:] - points], 2)
-            sides = (sides / strides[:, None]).clamp(0, self.bins)
-            losses["dfl"] = 0.25 * tritonloss.distribution_focal_loss(
-                outputs.unflatten(-1, (4, -1)),
-                sides,
-                weight=positive[..., None].expand(-1, -1, 4),
+            sides = torch.cat([points - wanted[:, :2], wanted[:, 2:] - points], 1)
+            losses["dfl"] = DFL_WEIGHT * tritonloss.distribution_focal_loss(
+                outputs.unflatten(1, (4, -1)),
+                (sides / strides[:, None]).clamp(0, self.bins),
+                weight=weight[:, None].expand(-1, 4),
                 avg_factor=count,
             )
         return losses
+
+    @staticmethod
+    def _spread(values, targets: Targets):
+        """(K,) back to (B, N), 0 where nothing was computed."""
+        flat = values.new_zeros(targets.labels.numel()).index_copy(0, targets.rows, values)
+        return flat.view_as(targets.labels)

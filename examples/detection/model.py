@@ -31,6 +31,25 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
+class Tower(nn.Module):
+    """Convolutions shared by the strides; each stride has its own normalisation."""
+
+    def __init__(self, n: int, depth: int = 2):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(n, n, 3, 1, 1, bias=False) for _ in range(depth))
+        self.norms = nn.ModuleList(
+            nn.ModuleList(nn.BatchNorm2d(n) for _ in range(depth)) for _ in STRIDES
+        )
+
+    def forward(self, levels):
+        towers = []
+        for x, norms in zip(levels, self.norms, strict=True):
+            for conv, norm in zip(self.convs, norms, strict=True):
+                x = F.relu(norm(conv(x)))
+            towers.append(x)
+        return towers
+
+
 class Detector(nn.Module):
     """Image (B, 3, H, W) -> class logits (B, N, C) and box outputs (B, N, 4 * (bins + 1)).
 
@@ -47,7 +66,7 @@ class Detector(nn.Module):
         self.stage8 = nn.Sequential(conv(c, c, 2), Residual(c))
         self.stage16 = nn.Sequential(conv(c, c, 2), Residual(c))
         self.lateral = nn.ModuleList(nn.Conv2d(c, c, 1) for _ in range(3))
-        self.tower = nn.Sequential(conv(c, c), conv(c, c))
+        self.tower = Tower(c)
         self.classify = nn.Conv2d(c, n_classes, 3, padding=1)
         self.regress = nn.Conv2d(c, 4 * (bins + 1), 3, padding=1)
         nn.init.normal_(self.classify.weight, std=0.01)
@@ -61,7 +80,7 @@ class Detector(nn.Module):
         x16 = self.lateral[2](self.stage16(x8))
         y8 = self.lateral[1](x8) + F.interpolate(x16, scale_factor=2.0)
         y4 = self.lateral[0](x4) + F.interpolate(y8, scale_factor=2.0)
-        towers = [self.tower(y) for y in (y4, y8)]
+        towers = self.tower((y4, y8))
         # (B, N, channels) views of one channel-first tensor: the losses read any strides.
         logits = torch.cat([self.classify(t).flatten(2) for t in towers], 2).transpose(1, 2)
         boxes = torch.cat([self.regress(t).flatten(2) for t in towers], 2).transpose(1, 2)

@@ -36,8 +36,9 @@ def draw_detections(path, scenes: list[Scene], found, classes, min_score: float,
     panels = panels[:8] if len(panels) >= 8 else panels[:4]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
+    shape = max((w[3] - w[1]) / (w[2] - w[0]) for *_, w in panels)  # of the tallest window
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.6 * columns, 4.0 * rows + 0.8), squeeze=False
+        rows, columns, figsize=(3.6 * columns, 3.6 * shape * rows + 0.5), squeeze=False
     )
     for axis in axes.flat:
         axis.set_axis_off()
@@ -68,7 +69,7 @@ def draw_detections(path, scenes: list[Scene], found, classes, min_score: float,
     ]
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     figure.legend(handles=handles, loc="upper right", ncols=2, frameon=False, fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.2 / figure.get_figheight()), pad=0.4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

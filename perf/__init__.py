@@ -1,0 +1,1 @@
+"""Benchmarks, kernel budgets and sweeps; not installed with the package."""

@@ -1,0 +1,120 @@
+"""Pointwise losses on the CPU, forward and backward, as multiples of torch's own BCE.
+
+    python -m perf.bench_pointwise_cpu --out perf/results/pointwise_cpu.csv
+
+One thread. All candidates run in turn, round after round, so that a change of the machine's speed
+hits them alike; the ratio is that of the fastest rounds. Each is first checked against float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import tritonloss as tl
+
+
+def inputs(anchors: int, classes: int):
+    """1 % of the anchors are objects, 0.5 % ignored."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(anchors, classes, generator=g) - 2
+    order = torch.randperm(anchors, generator=g)
+    objects, ignored = order[: anchors // 100], order[-anchors // 200 :]
+    labels = torch.full((anchors,), classes)
+    labels[objects] = torch.randint(classes, objects.shape, generator=g)
+    dense = torch.zeros(anchors, classes)
+    dense[objects, labels[objects]] = 1.0
+    labels[ignored] = -1
+    quality = torch.rand(anchors, generator=g)
+    return x.requires_grad_(), labels, quality, dense
+
+
+def candidates(x, labels, quality, dense) -> dict:
+    """name -> (loss, the same in float64)."""
+    losses = {
+        "focal, labels": (tl.sigmoid_focal_loss, labels),
+        "focal gamma=0.5, labels": (tl.sigmoid_focal_loss, labels, {"gamma": 0.5}),
+        "focal_star, labels": (tl.focal_star_loss, labels),
+        "quality_focal, labels": (tl.quality_focal_loss, (labels, quality)),
+        "varifocal, labels": (tl.varifocal_loss, (labels, quality)),
+        "focal, dense": (tl.sigmoid_focal_loss, dense),
+        "focal_star, dense": (tl.focal_star_loss, dense),
+        "quality_focal, dense": (tl.quality_focal_loss, dense),
+        "varifocal, dense": (tl.varifocal_loss, dense),
+    }
+    found = {}
+    for name, (function, targets, *hyper) in losses.items():
+        kwargs = hyper[0] if hyper else {}
+
+        def call(x=x, f=function, t=targets, k=kwargs):
+            return f(x, t, **k)
+
+        found[name] = call
+    return found
+
+
+def check(call, x) -> None:
+    """A wrong candidate is not timed."""
+    reference = x.detach().double().requires_grad_()
+    call(reference).backward()
+    x.grad = None
+    call().backward()
+    error = (x.grad - reference.grad).norm() / reference.grad.norm()
+    if not error < 1e-5:
+        raise SystemExit(f"gradient off by {float(error):.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--anchors", type=int, default=100_000)
+    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("perf/results/pointwise_cpu.csv"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    x, labels, quality, dense = inputs(options.anchors, options.classes)
+    calls = candidates(x, labels, quality, dense)
+    for call in calls.values():
+        check(call, x)
+    runs = {("bce", "torch"): lambda: F.binary_cross_entropy_with_logits(x, dense)}
+    for name, call in calls.items():
+        runs[name, "eager"] = call
+        torch._dynamo.reset()
+        runs[name, "compiled"] = torch.compile(lambda c=call: c(), fullgraph=True)
+        runs[name, "compiled"]().backward()
+    times = {key: [] for key in runs}
+    for _ in tqdm(range(options.rounds), unit="round"):
+        for key, run in runs.items():
+            x.grad = None
+            start = time.perf_counter()
+            run().backward()
+            times[key].append(time.perf_counter() - start)
+    base = min(times["bce", "torch"])
+    machine = {
+        "anchors": options.anchors,
+        "classes": options.classes,
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["loss", "provider", "best_ms", "median_ms", "times_bce", *machine])
+        for (name, provider), seconds in times.items():
+            middle = sorted(seconds)[len(seconds) // 2]
+            row = [f"{1e3 * min(seconds):.1f}", f"{1e3 * middle:.1f}", f"{min(seconds) / base:.2f}"]
+            writer.writerow([name, provider, *row, *machine.values()])
+            print(f"{name:26s}{provider:10s}{row[0]:>8} ms{row[2]:>7} x BCE")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Ranking losses on the CPU beside what users run today: time, error, memory.
+
+    python perf/bench_ranking_cpu.py                 # all cells, one thread
+    python perf/bench_ranking_cpu.py --losses rank_sort --logits 1e5
+
+Every cell is first checked against the per-positive loop; a disagreement stops the run. Ratios hold
+within one run: the machine's speed changes between runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import baselines
+
+from tritonloss.losses import ranking
+
+HERE = Path(__file__).parent
+# The loop over positives takes seconds at 1e6 logits: timed up to here.
+LOOP_PAIRS = 3.1e8
+
+
+def make(n_pos: int, n_neg: int):
+    g = torch.Generator().manual_seed(0)
+    n = n_pos + n_neg
+    logits = 2 * torch.randn(n, generator=g)
+    targets = torch.zeros(n)
+    targets[torch.randperm(n, generator=g)[:n_pos]] = 0.1 + 0.9 * torch.rand(n_pos, generator=g)
+    return logits, targets
+
+
+def competitors(loss: str, targets):
+    """``name -> function of flat logits``; dense targets for all, as the published code has."""
+    dense = targets[:, None]
+    if loss == "rank_sort":
+        return {
+            "ours": lambda x: sum(ranking.rank_sort_loss(x[:, None], dense)),
+            "loop": lambda x: baselines.loop_rank_sort(x, targets),
+            "bucketed": lambda x: baselines.bucketed_rank_sort(x, targets),
+        }
+    if loss == "ap":
+        return {
+            "ours": lambda x: ranking.ap_loss(x[:, None], dense),
+            "loop": lambda x: baselines.loop_ap(x, targets),
+            "bucketed": lambda x: baselines.bucketed_ap(x, targets),
+        }
+    error = targets[targets > 0]
+    return {
+        "ours": lambda x: ranking.alrp_loss(x[:, None], dense, targets).cls,
+        "loop": lambda x: baselines.loop_alrp(x, targets, error),
+    }
+
+
+def train(function, logits):
+    x = logits.clone().requires_grad_()
+    value = function(x)
+    value.backward()
+    return value.detach(), x.grad
+
+
+def gradient_error(gradient, reference, targets) -> float:
+    negative = targets == 0
+    gap = (gradient - reference)[negative].norm() / reference[negative].norm()
+    return float(gap)
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(loss: str, n_pos: int, n_neg: int, min_time: float):
+    logits, targets = make(n_pos, n_neg)
+    functions = competitors(loss, targets)
+    with_loop = n_pos * n_neg <= LOOP_PAIRS
+    if not with_loop:
+        del functions["loop"]
+    results = {name: train(f, logits) for name, f in functions.items()}
+    if with_loop:
+        value, gradient = results["loop"]
+        torch.testing.assert_close(results["ours"][0], value, rtol=1e-5, atol=1e-5)
+        if gradient_error(results["ours"][1], gradient, targets) > 1e-5:
+            raise SystemExit(f"{loss} at P = {n_pos}, N = {n_neg} disagrees with the loop")
+    reference = results["loop" if with_loop else "ours"][1]
+    rows = []
+    for name, function in functions.items():
+        x = logits.clone().requires_grad_()
+        timer = Timer("function(x).backward()", globals={"function": function, "x": x},
+                      num_threads=torch.get_num_threads())  # fmt: skip
+        sample = timer.blocked_autorange(min_run_time=min_time)
+        rows.append({
+            "loss": loss, "positives": n_pos, "logits": n_neg, "implementation": name,
+            "median_ms": round(1e3 * sample.median, 3),
+            "iqr_ms": round(1e3 * sample.iqr, 3),
+            "gradient_error": f"{gradient_error(results[name][1], reference, targets):.1e}",
+        })  # fmt: skip
+    ours = rows[0]["median_ms"]
+    for row in rows:
+        row["times_ours"] = round(row["median_ms"] / ours, 2)
+        print(*row.values(), sep="\t", flush=True)
+    return rows
+
+
+def memory(n: int, n_pos: int):
+    """Peak resident memory of one step above the interpreter's, over the logits' own bytes."""
+    train(competitors("rank_sort", make(10, 1000)[1])["ours"], make(10, 1000)[0])
+    logits = 2 * torch.randn(n // 80, 80)
+    labels = torch.full((n // 80,), 80)
+    labels[torch.randperm(n // 80)[:n_pos]] = 3
+    before = peak_mib() - logits.nbytes / 2**20
+    logits.requires_grad_()
+    sum(ranking.rank_sort_loss(logits, labels)).backward()
+    ratio = (peak_mib() - before) / (logits.nbytes / 2**20)
+    print(f"peak memory at {n:.0e} logits: {ratio:.2f} x the logits' bytes, logits included")
+    return ratio
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--losses", nargs="+", default=["rank_sort", "ap", "alrp"])
+    parser.add_argument("--positives", nargs="+", type=int, default=[100, 300, 1000])
+    parser.add_argument("--logits", nargs="+", type=float, default=[1e5, 1e6])
+    parser.add_argument("--growth", action="store_true", help="ours alone at 1e5, 1e6, 1e7")
+    parser.add_argument("--memory", action="store_true", help="peak memory at 1e7 logits")
+    parser.add_argument("--min-time", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=HERE / "results/ranking_cpu.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory:
+        memory(10**7, 300)
+        return
+    if options.growth:
+        for n in (10**5, 10**6, 10**7):
+            logits, targets = make(300, n)
+            ours = competitors("rank_sort", targets)["ours"]
+            x = logits.requires_grad_()
+            sample = Timer("ours(x).backward()", globals={"ours": ours, "x": x},
+                           num_threads=options.threads)  # fmt: skip
+            print(f"{n:.0e}\t{1e3 * sample.blocked_autorange(min_run_time=2).median:.2f} ms")
+        return
+    rows = [
+        row
+        for loss in options.losses
+        for n in options.logits
+        for n_pos in options.positives
+        for row in measure(loss, n_pos, int(n), options.min_time)
+    ]
+    machine = {"torch": torch.__version__, "threads": options.threads, "cpu": platform.machine()}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *machine], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | machine for row in rows)
+
+
+if __name__ == "__main__":
+    main()

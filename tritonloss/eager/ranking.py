@@ -1,0 +1,521 @@
+"""AP, aLRP and Rank & Sort in plain PyTorch, exact and without positive-negative pairs.
+
+``H`` is piecewise linear, so for fixed positives both maps between P positives and n negatives,
+
+    FP_i = Σ_j H(s_j - s_i)        and        g(s_j) = Σ_i w_i H(s_j - s_i),
+
+are piecewise linear in ``s_j`` with 2P **knots** ``s_i ± δ``. One pass over the negatives counts
+them per segment between two knots and sums their distances to the segment's knot; the second pass
+looks up value and slope of g. `Negatives` is that engine; the three losses differ in the weights
+``w_i`` and in sums over pairs of positives, which `pair_tiles` walks in blocks.
+
+Everything between the passes is float64 and of size P. Shapes depend on P (`nonzero`), so the
+functions run inside an opaque op when they are compiled, and read P on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Logits per step of a pass: a few float64 temporaries of this size stay in a core's L2.
+CHUNK = 1 << 16
+# Pairs of positives per block.
+PAIR_TILE = 1 << 16
+# Stands for a hidden logit: below every knot, and finite, for 0 * BELOW is 0.
+BELOW = -1e307
+# Below this FP_i aLRP's published gradient skips positive i.
+ALRP_EPS = 1e-5
+
+
+class Positives(NamedTuple):
+    """The positives of one list by ascending score."""
+
+    index: Tensor  # (P,) int64, where in the list
+    score: Tensor  # (P,) float64
+    value: Tensor | None  # (P,) float64, quality or localisation error
+
+
+class Negatives:
+    """What P sorted positives see of the other logits of their list.
+
+    A uniform grid over the knots' range finds segments: a cell without a knot lies in one segment,
+    and the few logits whose cell holds knots search among those.
+
+    Args:
+        x: flat logits of the list.
+        hidden: flat mask of the ignored logits, or None.
+        positives: at least one.
+        delta: half-width of the step.
+    """
+
+    def __init__(self, x: Tensor, hidden: Tensor | None, positives: Positives, delta: float):
+        self.x, self.hidden, self.delta = x, hidden, delta
+        self.where = positives.index.sort().values
+        starts = torch.arange(0, x.numel() + CHUNK, CHUNK)
+        self.where_bounds = torch.searchsorted(self.where, starts).tolist()
+        self.found: list[tuple[Tensor, Tensor]] = []  # what `_search` found, for the second pass
+        self._place_knots(positives.score)
+        self._place_cells()
+
+    def _place_knots(self, score: Tensor) -> None:
+        n_pos = score.numel()
+        if self.delta == 0:
+            self.knots = self.keys = score
+            self.low = self.width = torch.zeros_like(score)
+            self.lower = self.upper = torch.arange(n_pos)
+            return
+        # A knot is the sum knots + low: s_i ± delta rounds where the scores are large.
+        shift = torch.tensor([-self.delta, self.delta], dtype=torch.float64)[:, None]
+        high = score + shift
+        back = high - score
+        low = (score - (high - back) + (shift - back)).flatten()
+        order = low.argsort(stable=True)
+        order = order[high.flatten()[order].argsort(stable=True)]
+        self.knots, self.low = high.flatten()[order], low[order]
+        # x >= key exactly where x >= knot
+        above = torch.nextafter(self.knots, torch.full_like(self.knots, torch.inf))
+        self.keys = torch.where(self.low > 0, above, self.knots)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(2 * n_pos)
+        self.lower, self.upper = place[:n_pos], place[n_pos:]
+        # Only segments inside some window have a width: however far an outlier, nothing is lost.
+        windows = torch.where(order < n_pos, 1, -1).cumsum(0)
+        gap = self.knots.diff(append=self.knots[-1:]) + self.low.diff(append=self.low[-1:])
+        self.width = torch.where(windows > 0, gap, 0.0)
+
+    def _place_cells(self) -> None:
+        n_knots = self.knots.numel()
+        # Sixteen cells per knot, unless the logits are too few to pay for the table.
+        wanted = min(max(16 * n_knots, 1024), max(self.x.numel() // 16, 1024), 1 << 16)
+        self.n_cells = 1 << (wanted - 1).bit_length()
+        span = float(self.keys[-1] - self.keys[0])
+        self.per_unit = min(max(self.n_cells / max(span, 1e-200), 1e-300), 1e200)
+        self.origin = float(self.keys[0]) - 1 / self.per_unit
+        in_cell = torch.bincount(self._cells(self.keys).long(), minlength=self.n_cells + 2)
+        self.before = in_cell.cumsum(0) - in_cell  # knots in lower cells
+        self.has_knot = in_cell > 0
+        self.search_steps = [1 << b for b in range(int(in_cell.max()).bit_length())][::-1]
+        padding = self.keys.new_full((2 * self.search_steps[0],), torch.inf)
+        self.padded_keys = torch.cat([self.keys, padding])
+        # Segment k starts at knot k - 1; segment 0 is never measured.
+        self.start = torch.cat([self.knots[:1], self.knots])
+        self.start_low = torch.cat([self.low[:1], self.low])
+        edge = torch.arange(self.n_cells + 2, dtype=torch.float64) / self.per_unit + self.origin
+        self.cell_shift = edge - self.start[self.before] - self.start_low[self.before]
+
+    def _cells(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Position in the grid. Rounded the same way for every element: it must be monotone."""
+        out = torch.sub(x, self.origin, out=out)
+        return out.mul_(self.per_unit).clamp_(0, self.n_cells + 1)
+
+    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """(where, cell, distance from the cell's start; and among cells with knots: index,
+        segment, logit). Segment k is preceded by k knots; hidden logits lie below every knot.
+
+        The tensors are overwritten by the next chunk."""
+        size = min(CHUNK, self.x.numel())
+        logit, position = torch.empty(2, size, dtype=torch.float64)
+        cells = torch.empty(size, dtype=torch.int32)
+        for k, start in enumerate(range(0, self.x.numel(), CHUNK)):
+            part = slice(start, min(start + CHUNK, self.x.numel()))
+            here = slice(0, part.stop - start)
+            x = logit[here].copy_(self.x[part])
+            x.index_fill_(0, self.where[slice(*self.where_bounds[k : k + 2])] - start, BELOW)
+            if self.hidden is not None:
+                x.masked_fill_(self.hidden[part], BELOW)
+            fraction = self._cells(x, out=position[here])
+            cell = cells[here].copy_(fraction)
+            if k == len(self.found):
+                self.found.append(self._search(x, cell))
+            index, segment = self.found[k]
+            yield part, cell, fraction.frac_(), index, segment, x.index_select(0, index)
+
+    def _search(self, x: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """Which logits share a cell with knots, and their segments."""
+        index = self.has_knot.index_select(0, cell).nonzero()[:, 0]
+        x, segment = x.index_select(0, index), self.before.index_select(0, cell[index])
+        for step in self.search_steps:
+            reached = self.padded_keys.index_select(0, segment + (step - 1)) <= x
+            segment += reached * step
+        return index.int(), segment.int()
+
+    def false_positives(self) -> Tensor:
+        """FP_i for every positive, float64."""
+        n_segments, size = self.start.numel(), self.n_cells + 2
+        cell_count, cell_offset = torch.zeros(2, size, dtype=torch.float64)
+        count, offset = torch.zeros(2, n_segments, dtype=torch.float64)
+        ones = torch.ones(CHUNK, dtype=torch.float64)
+        for _, cell, fraction, _, segment, x in self._chunks():
+            cell_count.index_add_(0, cell, ones[: cell.numel()])
+            count.index_add_(0, segment, ones[: segment.numel()])
+            if self.delta > 0:
+                cell_offset.index_add_(0, cell, fraction)
+                offset.index_add_(0, segment, x.sub_(self.start.index_select(0, segment)))
+
+        # Logits in cells with knots went to their segments one by one.
+        plain = ~self.has_knot
+        offset -= count * self.start_low
+        count.index_add_(0, self.before, cell_count * plain)
+        above = count[1:].flip(0).cumsum(0).flip(0)  # negatives at or above each knot
+        if self.delta == 0:
+            return above
+        distance = cell_offset / self.per_unit + cell_count * self.cell_shift
+        offset.index_add_(0, self.before, distance * plain)
+        # ramp_k: how far the negatives reach above knot k, measured inside windows. All terms are
+        # positive, so that FP_i keeps its relative accuracy however small it is.
+        inside = torch.where(self.width > 0, offset[1:], 0.0)
+        inside[:-1] += self.width[:-1] * above[1:]
+        ramp = inside.flip(0).cumsum(0).flip(0)
+        return (ramp[self.lower] - ramp[self.upper]) / (2 * self.delta)
+
+    def gradient(self, weight: Tensor, out: Tensor) -> None:
+        """Write Σ_i weight_i H(x - s_i) for every negative, 0 elsewhere, to ``out``."""
+        zero = weight.new_zeros(1)
+        if self.delta == 0:
+            value = torch.cat([zero, weight.cumsum(0)])
+            slope = torch.zeros_like(value)
+        else:
+            rise = torch.zeros_like(self.knots)
+            rise.index_add_(0, self.lower, weight).index_add_(0, self.upper, -weight)
+            rise = torch.where(self.width > 0, rise.cumsum(0) / (2 * self.delta), 0.0)
+            reached = (rise * self.width).cumsum(0)
+            value = torch.cat([zero, zero, reached[:-1]])
+            slope = torch.cat([zero, rise])
+
+        cell_value = value[self.before] + slope[self.before] * self.cell_shift
+        cell_slope = slope[self.before] / self.per_unit
+        value = value - slope * self.start_low
+        for part, cell, fraction, index, segment, x in self._chunks():
+            g = fraction.mul_(cell_slope.index_select(0, cell))
+            g += cell_value.index_select(0, cell)
+            bent = x.sub_(self.start.index_select(0, segment)).mul_(slope.index_select(0, segment))
+            bent += value.index_select(0, segment)
+            out[part] = g.index_copy_(0, index.long(), bent)
+
+
+def pair_tiles(column: Tensor, delta: float) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of H(s_j - s_i), rows i and all columns j, each overwritten by the next."""
+    n = column.numel()
+    rows = max(PAIR_TILE // n, 1)
+    block = column.new_empty(min(rows, n), n)
+    for first in range(0, n, rows):
+        part = slice(first, min(first + rows, n))
+        row, tile = column[part, None], block[: min(rows, n - first)]
+        if delta == 0:
+            yield part, torch.ge(column, row, out=tile)
+        else:
+            yield part, torch.sub(column, row, out=tile).mul_(0.5 / delta).add_(0.5).clamp_(0, 1)
+
+
+def positive_ranks(positives: Positives, delta: float) -> tuple[Tensor, Tensor | None]:
+    """rank⁺ with a self term of 1, and Σ_{j≠i} H_ij value_j."""
+    score, value = positives.score, positives.value
+    self_step = 1.0 if delta == 0 else 0.5
+    rank = torch.empty_like(score)
+    ahead = None if value is None else torch.empty_like(score)
+    for part, above in pair_tiles(score, delta):
+        rank[part] = above.sum(1) + (1 - self_step)
+        if value is not None:
+            ahead[part] = above @ value - self_step * value[part]
+    return rank, ahead
+
+
+def sorting(positives: Positives, delta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Rank & Sort's rank⁺ (self term H(0)), sorting errors, and their gradient times P."""
+    order = positives.value.argsort(stable=True)
+    quality = positives.value[order]
+    badness = torch.stack([torch.ones_like(quality), 1 - quality], 1)
+    # With ascending quality, i's violators (H_ij > 0, y_j < y_i) stand in the columns before this.
+    first_equal = torch.searchsorted(quality, quality)
+    rank, error, grad = (torch.zeros_like(quality) for _ in range(3))
+    for part, above in pair_tiles(positives.score[order], delta):
+        all_wrong, some_wrong = (int(first_equal[i]) for i in (part.start, part.stop - 1))
+        surely = above[:, :all_wrong]
+        partly = above[:, all_wrong:some_wrong]
+        partly = torch.where(quality[all_wrong:some_wrong] < quality[part, None], partly, 0.0)
+        rank_plus, total = (above @ badness).unbind(1)
+        wrong, excess = (
+            surely @ badness[:all_wrong] + partly @ badness[all_wrong:some_wrong]
+        ).unbind(1)
+        # current - target sorting error in the form that does not cancel
+        target = (total - excess) / (rank_plus - wrong)
+        rank[part] = rank_plus
+        error[part] = torch.where(wrong > 0, (excess - wrong * target) / rank_plus, 0.0)
+        share = torch.where(wrong > 0, error[part] / wrong, 0.0)
+        grad[:all_wrong] += share @ surely
+        grad[all_wrong:some_wrong] += share @ partly
+    grad -= error
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel())
+    return rank[back], error[back], grad[back]
+
+
+class ListResult(NamedTuple):
+    """One list's values, the gradient at its positives, and the weights w_i of its negatives."""
+
+    values: list[Tensor]  # 0-d each
+    at_positives: Tensor  # (P,)
+    weight: Tensor  # (P,)
+    extra: Tensor | None  # (P,), sorting gradient or localisation coefficient
+
+
+def rank_sort_list(positives: Positives, negatives: Negatives, delta: float) -> ListResult:
+    rank_plus, sort_error, sort_grad = sorting(positives, delta)
+    false = negatives.false_positives()
+    rank = rank_plus + false
+    error, n_pos = false / rank, rank.numel()
+    values = [error.mean(), sort_error.mean()]
+    return ListResult(values, -error / n_pos, 1 / rank / n_pos, sort_grad / n_pos)
+
+
+def ap_list(
+    positives: Positives, negatives: Negatives, delta: float, interpolated: bool
+) -> ListResult:
+    rank_plus, _ = positive_ranks(positives, delta)
+    false = negatives.false_positives()
+    rank = rank_plus + false
+    miss, n_pos = false / rank, rank.numel()  # 1 - precision
+    used = miss.cummin(0).values if interpolated else miss
+    weight = torch.where(used < miss, used / miss, 1.0) / rank / n_pos
+    return ListResult([used.mean()], -used / n_pos, weight, None)
+
+
+def alrp_list(positives: Positives, negatives: Negatives, delta: float) -> ListResult:
+    rank_plus, ahead = positive_ranks(positives, delta)
+    false = negatives.false_positives()
+    rank = rank_plus + false
+    n_pos = rank.numel()
+    counts = false > ALRP_EPS
+    pull = torch.where(counts, (ahead + false) / rank, 0.0) / n_pos
+    weight = torch.where(counts, pull / false, 0.0)
+    last_tied = torch.searchsorted(positives.score, positives.score, right=True) - 1
+    coefficient = (1 / rank).cumsum(0)[last_tied] / n_pos
+    return ListResult([(false / rank).mean()], -pull, weight, coefficient)
+
+
+class Problem(NamedTuple):
+    """Targets in normal form; "flat" is the order in which the logits lie in memory."""
+
+    x: Tensor  # (n,) flat logits
+    hidden: Tensor | None  # (n,) flat, True where ignored
+    group: Tensor | None  # (n,) flat list ids
+    index: Tensor  # (P,) flat position of each positive
+    anchor: Tensor  # (P,) its anchor, counted in the order of the labels
+    value: Tensor | None  # (P,) float64, what the loss reads at positives
+    order: list[int]  # permutation of the logits' dimensions that makes them lie flat
+
+
+def flat(t: Tensor, order: list[int]) -> Tensor:
+    return t.permute(order).reshape(-1)
+
+
+def unflat(t: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
+    back = sorted(range(len(shape)), key=order.__getitem__)
+    return t.view([shape[d] for d in order]).permute(back)
+
+
+def take(t: Tensor, where: Tensor) -> Tensor:
+    """Entries of ``t`` at (P, dims) coordinates, whose surplus dimensions are left out."""
+    where = where[:, : t.dim()]
+    return t[tuple(where.unbind(1))] if t.dim() else t.expand(len(where))
+
+
+def normalise(
+    logits: Tensor,
+    targets: Tensor,
+    value: Tensor | None,
+    weight: Tensor | None,
+    group: Tensor | None,
+    ignore_index: int,
+    num_groups: int | None,
+) -> Problem:
+    """Either form of targets, weights and groups as indices and a mask.
+
+    ``value`` is read at the positives: one per anchor, or one per logit.
+    """
+    logits = logits.detach()
+    shape, n_classes = logits.shape, logits.shape[-1]
+    order = sorted(range(logits.dim()), key=lambda d: -logits.stride(d))
+    if targets.is_floating_point():
+        nothing_ignored = targets.numel() > 0 and bool(targets.min() >= 0)
+        keep = torch.ones((), dtype=torch.bool) if nothing_ignored else targets >= 0
+        where = (targets > 0).nonzero()
+    else:
+        targets = targets.long()
+        keep = (targets >= 0) & (targets <= n_classes) & (targets != ignore_index)
+        anchors = (keep & (targets < n_classes)).nonzero()
+        keep = keep[..., None]
+        where = torch.cat([anchors, take(targets, anchors)[:, None]], 1)
+    if weight is not None:
+        keep = keep & ((weight if weight.shape == shape else weight[..., None]) > 0)
+    if group is not None:
+        keep = keep & (group >= 0)
+        if num_groups is not None:
+            keep &= group < num_groups
+    where = where[take(keep.expand(shape), where)]
+    if value is not None:
+        value = take(value.detach(), where).double()
+
+    index, anchor = torch.zeros(2, len(where), dtype=torch.int64)
+    for d in order:
+        index = index * shape[d] + where[:, d]
+    for d in range(logits.dim() - 1):
+        anchor = anchor * shape[d] + where[:, d]
+    hidden = None if bool(keep.all()) else flat(~keep.expand(shape), order)
+    group = None if group is None else flat(group.expand(shape), order)
+    return Problem(flat(logits, order), hidden, group, index, anchor, value, order)
+
+
+def side_by_side(problem: Problem) -> tuple[Problem, Tensor | None, list[slice]]:
+    """The problem with each list in one slice, the permutation if one was needed, the slices.
+
+    Lists without a positive are left out.
+    """
+    group = problem.group
+    if group is None:
+        whole = slice(0, problem.x.numel())
+        return problem, None, [whole] if problem.index.numel() else []
+    permutation = None
+    if bool((group.diff() < 0).any()):
+        group, permutation = group.sort(stable=True)
+        place = torch.empty_like(permutation)
+        place[permutation] = torch.arange(place.numel())
+        problem = problem._replace(
+            x=problem.x[permutation],
+            hidden=None if problem.hidden is None else problem.hidden[permutation],
+            index=place[problem.index],
+        )
+    ids = group[problem.index].unique()
+    starts = torch.searchsorted(group, ids).tolist()
+    stops = torch.searchsorted(group, ids, right=True).tolist()
+    return problem, permutation, [slice(a, b) for a, b in zip(starts, stops, strict=True)]
+
+
+def is_finite(x: Tensor, hidden: Tensor | None) -> bool:
+    """Whether every logit that counts is finite."""
+    if all(bool(end.isfinite()) for end in x.aminmax()):
+        return True
+    return hidden is not None and bool((x.isfinite() | hidden).all())
+
+
+def over_lists(
+    loss: Callable[[Positives, Negatives, float], ListResult],
+    n_values: int,
+    problem: Problem,
+    delta: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of ``loss`` over the lists: values, flat gradient of the first value, and ``extra``.
+
+    Values are float64 (n_values,), the gradient has one entry per logit (or none), ``extra`` one
+    float64 per positive.
+    """
+    problem, permutation, slices = side_by_side(problem)
+    x = problem.x
+    values = torch.zeros(n_values, dtype=torch.float64)
+    extra = torch.zeros(problem.index.numel(), dtype=torch.float64)
+    dtype = result_dtype(x)
+    grad = torch.zeros(x.numel() if need_grad else 0, dtype=dtype)
+    for part in slices:
+        hidden = None if problem.hidden is None else problem.hidden[part]
+        mine = ((problem.index >= part.start) & (problem.index < part.stop)).nonzero()[:, 0]
+        if not is_finite(x[part], hidden):
+            values += torch.nan
+            extra[mine] = torch.nan
+            grad[part] = torch.nan
+            continue
+        index = problem.index[mine] - part.start
+        score, by_score = x[part][index].double().sort(stable=True)
+        mine, index = mine[by_score], index[by_score]
+        value = None if problem.value is None else problem.value[mine]
+        positives = Positives(index, score, value)
+        negatives = Negatives(x[part], hidden, positives, delta)
+        result = loss(positives, negatives, delta)
+        values += torch.stack(result.values) / len(slices)
+        if result.extra is not None:
+            extra[mine] = result.extra / len(slices)
+        if need_grad:
+            negatives.gradient(result.weight / len(slices), grad[part])
+            grad[part][index] = (result.at_positives / len(slices)).to(dtype)
+    if permutation is not None and need_grad:
+        grad = torch.empty_like(grad).index_copy_(0, permutation, grad)
+    return values, grad, extra
+
+
+def rank_sort(
+    logits: Tensor,
+    targets: Tensor,
+    quality: Tensor | None,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: float,
+    ignore_index: int,
+    num_groups: int | None,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ranking and sorting error (2,), gradient of the first, gradient of the second).
+
+    The second gradient lives at positives: one entry per anchor with labels, per logit otherwise.
+    """
+    dense = targets.is_floating_point()
+    value = targets if dense else torch.ones_like(targets, dtype=torch.float32)
+    value = value if quality is None else quality
+    problem = normalise(logits, targets, value, weight, group, ignore_index, num_groups)
+    values, grad, extra = over_lists(rank_sort_list, 2, problem, delta, need_grad)
+    sort_grad = torch.zeros(targets.numel(), dtype=result_dtype(logits))
+    if need_grad:
+        place = problem.index if dense else problem.anchor
+        sort_grad[place] = extra.to(sort_grad.dtype)
+        grad = unflat(grad, logits.shape, problem.order)
+    sort_grad = unflat(sort_grad, logits.shape, problem.order) if dense else sort_grad
+    return values.to(sort_grad.dtype), grad, sort_grad.view(targets.shape)
+
+
+def average_precision(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: float,
+    interpolated: bool,
+    ignore_index: int,
+    num_groups: int | None,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(1 - mean precision (1,), gradient)."""
+    problem = normalise(logits, targets, None, weight, group, ignore_index, num_groups)
+    loss = partial(ap_list, interpolated=interpolated)
+    values, grad, _ = over_lists(loss, 1, problem, delta, need_grad)
+    if need_grad:
+        grad = unflat(grad, logits.shape, problem.order)
+    return values.to(result_dtype(logits)), grad
+
+
+def alrp(
+    logits: Tensor,
+    targets: Tensor,
+    error: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: float,
+    ignore_index: int,
+    num_groups: int | None,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(cls (1,), its gradient, coefficient of each anchor's error in loc)."""
+    problem = normalise(logits, targets, error, weight, group, ignore_index, num_groups)
+    values, grad, extra = over_lists(alrp_list, 1, problem, delta, need_grad)
+    coefficient = torch.zeros(error.numel(), dtype=result_dtype(logits))
+    coefficient.index_add_(0, problem.anchor, extra.to(coefficient.dtype))
+    if need_grad:
+        grad = unflat(grad, logits.shape, problem.order)
+    return values.to(coefficient.dtype), grad, coefficient.view(error.shape)
+
+
+def result_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -1,0 +1,539 @@
+"""Average Precision loss, aLRP loss, Rank & Sort loss, and the self-balanced weight.
+
+Their gradients are error-driven: designed from the ranking error, not derived from the value.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonloss import _checks as check
+from tritonloss import _op
+from tritonloss._dispatch import _transforms_active, use_triton
+from tritonloss._op import wrap_triton
+from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
+from tritonloss.eager import ranking as eager
+
+try:
+    from tritonloss.kernels.ranking import (
+        Kernels,
+        capacity_of,
+        collect_kernel,
+        compact_kernel,
+        finish_kernel,
+        launch_backward,
+        launch_forward,
+        negatives_kernel,
+        order_kernel,
+        pairs_kernel,
+        scatter_kernel,
+        settle_kernel,
+        spread_kernel,
+        tabulate_kernel,
+        walkable,
+    )
+except ImportError:  # no Triton: the eager path alone
+    launch_forward = launch_backward = None
+
+
+class RankSort(NamedTuple):
+    """The two parts of Rank & Sort, each with its own gradient; their sum is the paper's loss."""
+
+    rank: Tensor
+    sort: Tensor
+
+
+class ALRP(NamedTuple):
+    """The two parts of aLRP; their sum is the paper's loss."""
+
+    cls: Tensor
+    loc: Tensor
+
+
+# The eager engine as ops: its shapes depend on the number of positives, so it cannot be traced.
+
+
+def _fake_grad(logits, need_grad):
+    dtype = eager.result_dtype(logits)
+    if not need_grad:
+        return logits.new_empty(0, dtype=dtype)
+    return torch.empty_like(logits, dtype=dtype)
+
+
+def _fake_values(logits, count):
+    return logits.new_empty(count, dtype=eager.result_dtype(logits))
+
+
+@_op.opaque_op(
+    lambda x, targets, quality, weight, group, delta, ignore_index, num_groups, need_grad: (
+        _fake_values(x, 2),
+        _fake_grad(x, need_grad),
+        targets.new_empty(targets.shape, dtype=eager.result_dtype(x)),
+    )
+)
+def rank_sort_eager(
+    x: Tensor,
+    targets: Tensor,
+    quality: Tensor | None,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: Tensor,
+    ignore_index: int,
+    num_groups: int,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return eager.rank_sort(
+        x, targets, quality, weight, group, float(delta), ignore_index, num_groups, need_grad
+    )
+
+
+@_op.opaque_op(
+    lambda x, targets, weight, group, delta, interpolated, ignore_index, num_groups, need_grad: (
+        _fake_values(x, 1),
+        _fake_grad(x, need_grad),
+    )
+)
+def average_precision_eager(
+    x: Tensor,
+    targets: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: Tensor,
+    interpolated: bool,
+    ignore_index: int,
+    num_groups: int,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    return eager.average_precision(
+        x, targets, weight, group, float(delta), interpolated, ignore_index, num_groups, need_grad
+    )
+
+
+@_op.opaque_op(
+    lambda x, targets, error, weight, group, delta, ignore_index, num_groups, need_grad: (
+        _fake_values(x, 1),
+        _fake_grad(x, need_grad),
+        error.new_empty(error.shape, dtype=eager.result_dtype(x)),
+    )
+)
+def alrp_eager(
+    x: Tensor,
+    targets: Tensor,
+    error: Tensor,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: Tensor,
+    ignore_index: int,
+    num_groups: int,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return eager.alrp(
+        x, targets, error, weight, group, float(delta), ignore_index, num_groups, need_grad
+    )
+
+
+def _rank_sort_forward(x, *args):
+    values, *grads = _op.call(rank_sort_eager, eager.rank_sort, x, *args)
+    return tuple(v.clone() for v in values.unbind()), grads
+
+
+def _rank_sort_backward(upstream, saved, x, targets, *args):
+    grad, sort_grad = saved
+    grad = grad * upstream[0]
+    sort_grad = sort_grad * upstream[1]
+    if targets.is_floating_point():
+        grad = grad.add_(sort_grad)
+    else:
+        column = targets.long().clamp(0, x.shape[-1] - 1)  # sort_grad is 0 at other labels
+        grad = grad.scatter_add_(-1, column[..., None], sort_grad[..., None])
+    return grad.to(x.dtype)
+
+
+def _average_precision_forward(x, *args):
+    values, grad = _op.call(average_precision_eager, eager.average_precision, x, *args)
+    return (values.view(()),), (grad,)
+
+
+def _alrp_forward(x, *args):
+    values, grad, coefficient = _op.call(alrp_eager, eager.alrp, x, *args)
+    return (values.view(()), coefficient), (grad,)
+
+
+def _first_backward(upstream, saved, x, *args):
+    return (saved[0] * upstream[0]).to(x.dtype)
+
+
+_rank_sort = _op.differentiable(_rank_sort_forward, _rank_sort_backward, None)
+_average_precision = _op.differentiable(_average_precision_forward, _first_backward, None)
+_alrp = _op.differentiable(_alrp_forward, _first_backward, None)
+
+
+def _fake_forward(x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups):
+    capacity = capacity_of(x, labels)
+    shape = x.shape[:-1] if loss == "alrp" else (0,)
+    return (
+        x.new_empty((), dtype=torch.float32),
+        x.new_empty((), dtype=torch.float32),
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty((8, capacity), dtype=torch.float32),
+        x.new_empty((7, 2 * capacity), dtype=torch.float32),
+        x.new_empty(capacity, dtype=torch.int64),
+        x.new_empty((2, num_groups), dtype=torch.int32),
+        x.new_empty(2, dtype=torch.int64),
+        x.new_empty((), dtype=torch.float32),
+    )
+
+
+@_op.kernel_op(_fake_forward)
+def ranking_forward(
+    x: Tensor,
+    dense: Tensor | None,
+    labels: Tensor | None,
+    value: Tensor | None,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: Tensor,
+    loss: str,
+    ignore_index: int,
+    num_groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernels = Kernels(
+        wrap_triton(compact_kernel), wrap_triton(order_kernel), wrap_triton(pairs_kernel),
+        wrap_triton(negatives_kernel), wrap_triton(collect_kernel), wrap_triton(settle_kernel),
+        wrap_triton(spread_kernel), wrap_triton(tabulate_kernel), wrap_triton(finish_kernel),
+        wrap_triton(scatter_kernel),
+    )  # fmt: skip
+    return launch_forward(
+        x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups,
+        kernels=kernels,
+    )  # fmt: skip
+
+
+@_op.kernel_op(lambda x, *args: torch.empty_like(x))
+def ranking_backward(
+    x: Tensor,
+    first_grad: Tensor,
+    second_grad: Tensor | None,
+    dense: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: Tensor,
+    ignore_index: int,
+    num_groups: int,
+    positives: Tensor,
+    knots: Tensor,
+    items: Tensor,
+    lists: Tensor,
+    counter: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    kernels = Kernels(negatives=wrap_triton(negatives_kernel), scatter=wrap_triton(scatter_kernel))
+    return launch_backward(
+        x, first_grad, second_grad, dense, labels, weight, group, delta, ignore_index, num_groups,
+        positives, knots, items, lists, counter, scale, kernels=kernels,
+    )  # fmt: skip
+
+
+def _forward(x, *args):
+    first, second, coefficient, *scratch = _op.call(ranking_forward, launch_forward, x, *args)
+    return (first, second, coefficient), scratch
+
+
+def _backward(upstream, saved, x, dense, labels, value, weight, group, delta, loss, *rest):
+    return _op.call(
+        ranking_backward, launch_backward, x, upstream[0],
+        upstream[1] if loss == "rank_sort" else None, dense, labels, weight, group, delta, *rest,
+        *saved,
+    )  # fmt: skip
+
+
+_kernels = _op.differentiable(_forward, _backward, None)
+
+
+class _Inputs(NamedTuple):
+    """Checked arguments that all ranking losses share."""
+
+    logits: Tensor
+    targets: Targets
+    weight: Tensor | None
+    group: Tensor | None
+    delta: float | Tensor
+    ignore_index: int
+    num_groups: int
+
+
+def _parse(logits, targets, delta, weight, ignore_index, group, num_groups) -> _Inputs:
+    is_logits(logits)
+    if _transforms_active():
+        raise RuntimeError(
+            "ranking losses have an error-driven gradient, which is no derivative of their value: "
+            "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not apply to them"
+        )
+    check.is_number("delta", delta, 0)
+    weight = parse_weight(logits, weight)
+    targets = parse_targets(logits, targets, ignore_index, weight, dense_low=-torch.inf)
+    group = _parse_group(logits, group, num_groups)
+    return _Inputs(logits, targets, weight, group, delta, ignore_index, num_groups or 1)
+
+
+def _run(loss: str, inputs: _Inputs, value: Tensor | None):
+    """The kernels' outputs, or None where the eager path is taken."""
+    logits, targets, weight, group, delta, ignore_index, num_groups = inputs
+    if not use_triton(logits) or logits.numel() == 0:
+        return None
+    wide_group = None if group is None else group.expand(logits.shape)
+    if not walkable(logits, targets.dense, weight, wide_group):
+        return None
+    return _kernels(
+        logits, targets.dense, targets.labels, value, weight, wide_group,
+        _op.scalars(logits, delta), loss, ignore_index, num_groups,
+    )  # fmt: skip
+
+
+def _eager_args(inputs: _Inputs, *between):
+    logits, _, weight, group, delta, ignore_index, num_groups = inputs
+    if _op.traced(logits) and not isinstance(delta, Tensor):
+        # an op's float would recompile the graph at each new value
+        delta = torch.full((), delta, dtype=torch.float64)
+    need_grad = logits.requires_grad and torch.is_grad_enabled()
+    return weight, group, delta, *between, ignore_index, num_groups, need_grad
+
+
+def _parse_group(logits: Tensor, group: Tensor | None, num_groups: int | None) -> Tensor | None:
+    if group is None:
+        if num_groups is not None:
+            raise ValueError(f"num_groups counts the ids of group; got {num_groups} without group")
+        return None
+    check.is_integer("group", group)
+    check.on_device_of("group", group, "logits", logits)
+    if not isinstance(num_groups, int) or isinstance(num_groups, bool) or num_groups < 1:
+        raise ValueError(
+            f"num_groups must be a positive int, the number of lists in group; got {num_groups!r}"
+        )
+    sizes = zip(reversed(group.shape), reversed(logits.shape), strict=False)
+    if group.dim() > logits.dim() or any(g not in (1, x) for g, x in sizes):
+        raise ValueError(
+            f"group must broadcast to the logits' shape {tuple(logits.shape)}; got "
+            f"{tuple(group.shape)}"
+        )
+    if check.values_checked(logits):
+        check.require(
+            (group >= 0) & (group < num_groups),
+            f"group must lie in 0..{num_groups - 1} (num_groups - 1)",
+        )
+    return group
+
+
+def rank_sort_loss(
+    logits: Tensor,
+    targets: Tensor | tuple[Tensor, Tensor],
+    *,
+    delta: float | Tensor = 0.5,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    group: Tensor | None = None,
+    num_groups: int | None = None,
+) -> RankSort:
+    r"""Rank & Sort loss: rank positives above negatives, and sort positives by quality.
+
+    .. math::
+        \mathrm{rank} = \frac{1}{P} \sum_{i \in P} \frac{FP_i}{rank_i}, \quad
+        \mathrm{sort} = \frac{1}{P} \sum_{i \in P} \Big(
+            \frac{\sum_{j \in P} H_{ij} (1 - y_j)}{\sum_{j \in P} H_{ij}}
+          - \frac{\sum_{j \in P, y_j \ge y_i} H_{ij} (1 - y_j)}{\sum_{j \in P, y_j \ge y_i} H_{ij}}
+        \Big)
+
+    with :math:`H_{ij} = H(s_j - s_i)`, the step :math:`H(x) = \mathrm{clamp}(x / 2\delta + 1/2,
+    0, 1)`, :math:`FP_i = \sum_{j \in N} H_{ij}` and :math:`rank_i = \sum_{j \in P} H_{ij} + FP_i`.
+
+    The whole tensor is one list, or every ``group`` is a list of its own and the result is the mean
+    over the lists that have a positive. The result is exact for every delta. Each output carries
+    its own gradient; that of the sum is the published one. Without positives both are 0.
+
+    Args:
+        logits: ``(..., C)``, float16, bfloat16, float32 or float64, any strides.
+        targets: a pair ``(labels, quality)``, labels ``(...)`` with C for background and the
+            quality in [0, 1] (usually the box's IoU) of shape ``(...)``; or labels alone (quality
+            1); or a floating tensor ``(..., C)``: > 0 the quality of a positive, 0 background, < 0
+            ignored.
+        delta: half-width of the step in logits, >= 0; with 0 ties count as misranked.
+        weight: ``(...)`` or ``(..., C)``, a mask: entries not above 0 are removed.
+        ignore_index: label whose rows are removed.
+        group: integers that broadcast to the logits, the list of each logit: ``(B, 1, 1)`` per
+            image, ``(C,)`` per class.
+        num_groups: number of lists; ids are 0..num_groups-1.
+
+    On a GPU the eager path reads the number of positives on the host; the Triton path does not.
+
+    Returns:
+        ``RankSort(rank, sort)``, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+        RuntimeError: under torch.func transforms, or differentiated twice.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> logits = torch.tensor([[3.0, 0.0]], requires_grad=True)
+        >>> loss = tritonloss.rank_sort_loss(logits, (torch.tensor([1]), torch.tensor([0.8])))
+        >>> round(loss.rank.item(), 4), loss.sort.item()
+        (0.6667, 0.0)
+        >>> (loss.rank + loss.sort).backward()
+        >>> [round(g, 4) for g in logits.grad[0].tolist()]
+        [0.6667, -0.6667]
+
+    Reference:
+        Oksuz et al., Rank & Sort Loss for Object Detection and Instance Segmentation, ICCV 2021.
+    """
+    inputs = _parse(logits, targets, delta, weight, ignore_index, group, num_groups)
+    labels, quality, dense = inputs.targets
+    outputs = _run("rank_sort", inputs, quality)
+    if outputs is None:
+        targets = labels if dense is None else dense
+        outputs = _rank_sort(logits, targets, quality, *_eager_args(inputs))
+    return RankSort(outputs[0], outputs[1])
+
+
+def ap_loss(
+    logits: Tensor,
+    targets: Tensor | tuple[Tensor, Tensor],
+    *,
+    delta: float | Tensor = 1.0,
+    interpolated: bool = True,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    group: Tensor | None = None,
+    num_groups: int | None = None,
+) -> Tensor:
+    r"""Average Precision loss.
+
+    .. math:: L = 1 - \frac{1}{P} \sum_{i \in P} \frac{rank^+_i}{rank^+_i + FP_i}, \quad
+              rank^+_i = 1 + \sum_{j \in P, j \ne i} H(s_j - s_i)
+
+    Args:
+        targets: as in :func:`rank_sort_loss`; a quality only says that its entry is positive.
+        delta: half-width of the step in logits, >= 0.
+        interpolated: replace each precision by the highest at its score or below.
+
+    The other arguments, lists and errors are those of :func:`rank_sort_loss`.
+
+    Returns:
+        0-d, float32 (float64 for float64 logits).
+
+    Example:
+        >>> import torch, tritonloss
+        >>> loss = tritonloss.ap_loss(torch.tensor([[3.0, 0.0]]), torch.tensor([1]))
+        >>> loss.item()
+        0.5
+
+    Reference:
+        Chen et al., Towards Accurate One-Stage Object Detection with AP-Loss, CVPR 2019; AP-loss
+        for Accurate One-Stage Object Detection, TPAMI 2021.
+    """
+    inputs = _parse(logits, targets, delta, weight, ignore_index, group, num_groups)
+    labels, _, dense = inputs.targets
+    outputs = _run("ap" if interpolated else "ap_plain", inputs, None)
+    if outputs is not None:
+        return outputs[0]
+    targets = labels if dense is None else dense
+    return _average_precision(logits, targets, *_eager_args(inputs, bool(interpolated)))
+
+
+def alrp_loss(
+    logits: Tensor,
+    targets: Tensor | tuple[Tensor, Tensor],
+    localization_error: Tensor,
+    *,
+    delta: float | Tensor = 1.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    group: Tensor | None = None,
+    num_groups: int | None = None,
+) -> ALRP:
+    r"""Average Localisation Recall Precision loss: ranking and localisation in one error.
+
+    .. math::
+        \mathrm{cls} = \frac{1}{P} \sum_{i \in P} \frac{FP_i}{rank_i}, \quad
+        \mathrm{loc} = \frac{1}{P} \sum_{i \in P} \frac{1}{rank_i} \sum_{j \in P, s_j \ge s_i} e_j
+
+    with :math:`rank_i = rank^+_i + FP_i` as in :func:`ap_loss`. The gradient of cls in the logits
+    also pulls a positive up for the localisation errors ranked above it; loc is differentiable in
+    ``localization_error`` alone. Positives with equal scores count each other.
+
+    Args:
+        targets: as in :func:`ap_loss`.
+        localization_error: ``(...)``, one per anchor, read at positives: usually 1 - GIoU, divided
+            by 2 or by 1 - tau.
+        delta: half-width of the step in logits, >= 0.
+
+    The other arguments, lists and errors are those of :func:`rank_sort_loss`.
+
+    Returns:
+        ``ALRP(cls, loc)``, float32 (float64 for float64 logits).
+
+    Example:
+        >>> import torch, tritonloss
+        >>> logits = torch.tensor([[2.0], [0.0], [5.0]])
+        >>> error = torch.tensor([0.5, 0.1, 0.3])
+        >>> loss = tritonloss.alrp_loss(logits, torch.tensor([0, 1, 0]), error)
+        >>> loss.cls.item(), round(loss.loc.item(), 3)
+        (0.0, 0.35)
+
+    Reference:
+        Oksuz et al., A Ranking-based, Balanced Loss Function Unifying Classification and
+        Localisation in Object Detection, NeurIPS 2020.
+    """
+    inputs = _parse(logits, targets, delta, weight, ignore_index, group, num_groups)
+    error = localization_error
+    check.is_floating("localization_error", error)
+    check.has_shape(
+        "localization_error", error, logits.shape[:-1], "one per anchor: logits without the classes"
+    )
+    check.on_device_of("localization_error", error, "logits", logits)
+    labels, _, dense = inputs.targets
+    outputs = _run("alrp", inputs, error.detach().contiguous())
+    through_kernels = outputs is not None
+    if not through_kernels:
+        targets = labels if dense is None else dense
+        outputs = _alrp(logits, targets, error.detach(), *_eager_args(inputs))
+    cls, coefficient = outputs[0], outputs[-1].detach()
+    loc = (coefficient * torch.where(coefficient != 0, error.to(coefficient.dtype), 0.0)).sum()
+    if through_kernels:
+        # their sum does not depend on the order of the anchors
+        loc = outputs[1].detach() + (loc - loc.detach())
+    return ALRP(cls, loc)
+
+
+def self_balanced_weight(cls_loss: Tensor, box_loss: Tensor) -> Tensor:
+    """Weight that gives a box loss the size of the classification loss: no weights to tune.
+
+    ``|cls_loss / box_loss|``, without gradient, and 1 where ``box_loss`` is 0. Stays on the device.
+
+    Args:
+        cls_loss: floating, usually 0-d; with Rank & Sort the sum of both parts.
+        box_loss: floating, broadcastable to ``cls_loss``.
+
+    Returns:
+        The weight, float32 (float64 if either is float64).
+
+    Example:
+        >>> import torch, tritonloss
+        >>> box_loss = torch.tensor(0.5, requires_grad=True)
+        >>> weight = tritonloss.self_balanced_weight(torch.tensor(2.0), box_loss)
+        >>> (weight * box_loss).item()
+        2.0
+
+    Reference:
+        Oksuz et al., Rank & Sort Loss for Object Detection and Instance Segmentation, ICCV 2021.
+    """
+    check.is_floating("cls_loss", cls_loss)
+    check.is_floating("box_loss", box_loss)
+    check.on_device_of("box_loss", box_loss, "cls_loss", cls_loss)
+    wide = torch.promote_types(torch.promote_types(cls_loss.dtype, box_loss.dtype), torch.float32)
+    cls_loss, box_loss = cls_loss.detach().to(wide), box_loss.detach().to(wide)
+    zero = box_loss == 0
+    return torch.where(zero, 1.0, (cls_loss / torch.where(zero, 1.0, box_loss)).abs())
