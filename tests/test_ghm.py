@@ -332,12 +332,24 @@ def density(g, width):
 
 @pytest.mark.parametrize("bins", [10, 30])
 def test_unit_regions_approximate_the_density_of_the_paper(bins):
-    """On smoothly spread norms; on a detector's steep ones they are coarser, see the recording."""
+    """On smoothly spread norms; next, a real detector's."""
     x = torch.randn(20000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 2
     g = torch.sigmoid(x).flatten()
     exact = (F.softplus(x).flatten() / density(g, 1 / bins)).sum()
     regions = tl.ghm_c_loss(x, torch.ones(20000).long(), bins=bins, normalize="all")
     assert regions.item() == pytest.approx(exact.item(), rel=0.03)
+
+
+@pytest.mark.parametrize(("bins", "error"), [(10, 0.036), (30, 0.037), (256, -0.003)])
+def test_unit_regions_on_a_recorded_detector(bins, error):
+    """How far the published approximation is from the paper's density: 4 % of the loss."""
+    x = recorded()["cls_logits"].flatten(0, 1).double()
+    labels = recorded()["labels"].flatten().long()
+    y = F.one_hot(labels, 81)[:, :80].double()
+    norm = (x.sigmoid() - y).abs().flatten()
+    exact = (bce64(x, y).flatten() / density(norm, 1 / bins)).sum()
+    regions = tl.ghm_c_loss(x, labels, bins=bins, normalize="all")
+    assert regions.item() / exact.item() - 1 == pytest.approx(error, abs=0.002)
 
 
 # ---- tracing
