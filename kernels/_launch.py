@@ -31,6 +31,14 @@ PAIRS = Config(block=64, num_warps=8)
 RANKING = Config(block=1024, num_warps=4)
 
 
+# One warp a program: its sums are shuffles, without a barrier, and it walks only the regions that
+# its own 512 logits fall into (of a detector's head: a few).
+HISTOGRAM = Config(block=512, num_warps=1)
+# Enough programs to fill the largest GPU (32 warps on each multiprocessor), and so few that adding
+# up their tables costs nothing.
+HISTOGRAM_PROGRAMS = 4096
+
+
 def scalar_args(values: Tensor | tuple[float, ...] | None, count: int):
     """``(pointer, numbers)`` for a kernel that takes hyper-parameters from either."""
     if values is None or isinstance(values, Tensor):

@@ -159,6 +159,54 @@ def varifocal_derivative(x, y, positive, alpha, gamma, iou_weighted, detach):
     return tl.where(positive, weight * dbce, alpha * factor * (dfactor * bce + p))
 
 
+# Binary cross entropy and authentic smooth L1 (Li et al. 2019), which GHM-C and GHM-R harmonise.
+
+
+@triton.jit
+def bce_value(x, y):
+    _, _, log1p_e = sigmoid_parts(x)
+    return bce_of(x, y, log1p_e)
+
+
+@triton.jit
+def bce_derivative(x, y):
+    p, not_p, _ = sigmoid_parts(x)
+    return p * (1.0 - y) - not_p * y
+
+
+@triton.jit
+def asl1_radius(d, mu):
+    """sqrt(d^2 + mu^2); the square of neither is formed, so that nothing overflows."""
+    larger = tl.maximum(tl.abs(d), mu)
+    share = tl.minimum(tl.abs(d), mu) / larger
+    return larger * tl.sqrt(1.0 + share * share)
+
+
+@triton.jit
+def asl1_value(x, y, mu):
+    # sqrt(d^2 + mu^2) - mu would cancel for small d
+    d = x - y
+    return d * (d / (asl1_radius(d, mu) + mu))
+
+
+@triton.jit
+def asl1_derivative(x, y, mu):
+    return (x - y) / asl1_radius(x - y, mu)
+
+
+@triton.jit
+def region_of(x, y, mu, bins, KIND: tl.constexpr):
+    """Unit region of the gradient norm, 0..bins-1, the last one closed at 1."""
+    if KIND == "asl1":
+        norm = tl.abs(asl1_derivative(x, y, mu))
+    else:
+        tl.static_assert(KIND == "bce", "unknown harmonised loss")
+        p, _, _ = sigmoid_parts(x)
+        norm = tl.abs(p - y)
+    # NaN becomes any integer
+    return tl.minimum(tl.maximum((norm * bins).to(tl.int32), 0), bins - 1)
+
+
 # The pickers: a string chooses the loss, so that every pointwise loss shares one kernel pair.
 
 
@@ -171,6 +219,10 @@ def pointwise_value(x, y, positive, p0, p1, p2, p3, KIND: tl.constexpr):
         value = focal_star_value(x, y, p0, p1, p2, p3)
     elif KIND == "quality":
         value = quality_value(x, y, p0)
+    elif KIND == "bce":
+        value = bce_value(x, y)
+    elif KIND == "asl1":
+        value = asl1_value(x, y, p0)
     else:
         tl.static_assert(KIND == "varifocal", "unknown pointwise loss")
         value = varifocal_value(x, y, positive, p0, p1, p2)
@@ -186,6 +238,10 @@ def pointwise_derivative(x, y, positive, p0, p1, p2, p3, KIND: tl.constexpr):
         slope = focal_star_derivative(x, y, p0, p1, p2, p3)
     elif KIND == "quality":
         slope = quality_derivative(x, y, p0)
+    elif KIND == "bce":
+        slope = bce_derivative(x, y)
+    elif KIND == "asl1":
+        slope = asl1_derivative(x, y, p0)
     else:
         tl.static_assert(KIND == "varifocal", "unknown pointwise loss")
         slope = varifocal_derivative(x, y, positive, p0, p1, p2, p3)

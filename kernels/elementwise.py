@@ -7,6 +7,8 @@ A loss is a pair of tile functions in ``_tiles.py``, chosen by the string KIND.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,12 +18,13 @@ from ._launch import POINTWISE, scalar_args
 from ._layout import (
     MAX_DIMS,
     MAX_INNER_SIZE,
+    Layout,
     contiguous_strides,
     merged_dims,
     same_memory_order,
 )
 from ._reduce import finish, finish_kernel
-from ._tiles import pointwise_derivative, pointwise_value
+from ._tiles import pointwise_derivative, pointwise_value, region_of
 
 
 @triton.jit
@@ -119,6 +122,8 @@ def _pointwise_tile(
     offs,
     n,
     pointers,
+    region_ptr,
+    bins,
     out_ptr,
     grad_ptr,
     grad_scale,
@@ -155,6 +160,9 @@ def _pointwise_tile(
         MASKED,
     )
     p0, p1, p2, p3 = params
+    if region_ptr is not None:
+        region = region_of(x, y, p0, bins, KIND)
+        scale = tl.where(keep, tl.load(region_ptr + region), 0.0)
     if BACKWARD:
         result = pointwise_derivative(x, y, positive, p0, p1, p2, p3, KIND)
         if REDUCED:
@@ -191,6 +199,7 @@ def pointwise_kernel(
     quality_ptr,  # [rows], or None
     weight_ptr,  # [rows] or per logit, or None
     class_weight_ptr,  # [classes], or None
+    region_ptr,  # [bins] float32, weight of each region of the gradient norm, or None
     params_ptr,  # [4] float32, or None
     grad_ptr,  # upstream gradient: [] or per logit
     scale_ptr,  # [] float32, 1 / divisor, or None
@@ -199,6 +208,7 @@ def pointwise_kernel(
     # shapes
     n,
     n_classes,
+    bins,
     size_1,
     size_2,
     size_3,
@@ -265,14 +275,14 @@ def pointwise_kernel(
             grad_scale *= tl.load(scale_ptr)
     if start + BLOCK <= n:
         result, keep = _pointwise_tile(
-            start, offs, n, pointers, out_ptr, grad_ptr, grad_scale, n_classes, ignore_index,
-            sizes, strides, out_strides, grad_strides, params,
+            start, offs, n, pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
+            n_classes, ignore_index, sizes, strides, out_strides, grad_strides, params,
             KIND, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
         )  # fmt: skip
     else:
         result, keep = _pointwise_tile(
-            start, offs, n, pointers, out_ptr, grad_ptr, grad_scale, n_classes, ignore_index,
-            sizes, strides, out_strides, grad_strides, params,
+            start, offs, n, pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
+            n_classes, ignore_index, sizes, strides, out_strides, grad_strides, params,
             KIND, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
         )  # fmt: skip
     if REDUCED and not BACKWARD:
@@ -291,19 +301,20 @@ def walkable(x, *others) -> bool:
     return merged_dims(x.shape, [x.stride(), rows, class_index, *per_logit]) is not None
 
 
-def _launch(
-    kernel, x, dense, labels, quality, weight, class_weight, params, grad, scale, out, count,
-    kind, ignore_index, backward, reduced,
-):  # fmt: skip
+class Walk(NamedTuple):
+    """How a kernel goes over the logits and what lies beside them."""
+
+    layout: Layout  # strides of x, rows, classes, then the tensors per logit
+    linear: bool  # all of them lie in one block of memory in the same order
+    row_weight: bool
+    class_dim: int  # where the kernel finds the class, or -1
+
+
+def walk_over(x, labels, weight, class_weight, per_logit) -> Walk:
+    """``per_logit``: further tensors of x' shape, or None, beside the dense ones."""
     shape = tuple(x.shape)
     zeros = (0,) * len(shape)
     row_weight = weight is not None and weight.dim() < x.dim()
-    per_logit = [
-        dense,
-        None if row_weight else weight,
-        out if backward or not reduced else None,
-        None if reduced else grad,
-    ]
     linear = same_memory_order(
         shape, [x.stride(), *(t.stride() for t in per_logit if t is not None)]
     )
@@ -318,7 +329,22 @@ def _launch(
             *(zeros if t is None or linear else t.stride() for t in per_logit),
         ],
     )
-    x_s, row_s, class_s, dense_s, weight_s, out_s, grad_s = layout.strides
+    class_s = layout.strides[2]
+    return Walk(layout, linear, row_weight, class_s.index(1) if 1 in class_s else -1)
+
+
+def _launch(
+    kernel, x, dense, labels, quality, weight, class_weight, regions, params, grad, scale, out,
+    count, kind, ignore_index, backward, reduced,
+):  # fmt: skip
+    per_logit = [
+        dense,
+        weight if weight is not None and weight.dim() == x.dim() else None,
+        out if backward or not reduced else None,
+        None if reduced else grad,
+    ]
+    walk = walk_over(x, labels, weight, class_weight, per_logit)
+    x_s, row_s, _, dense_s, weight_s, out_s, grad_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)
     n = x.numel()
     kernel[(triton.cdiv(n, POINTWISE.block),)](
@@ -328,14 +354,16 @@ def _launch(
         quality,
         weight,
         class_weight,
+        regions,
         pointer,
         grad,
         scale,
         out,
         count,
         n,
-        shape[-1],
-        *layout.sizes[1:],
+        x.shape[-1],
+        0 if regions is None else regions.numel(),
+        *walk.layout.sizes[1:],
         *x_s,
         *row_s,
         *dense_s,
@@ -347,10 +375,10 @@ def _launch(
         KIND=kind,
         BACKWARD=backward,
         REDUCED=reduced,
-        N_DIMS=layout.n_dims,
-        CLASS_DIM=class_s.index(1) if 1 in class_s else -1,
-        LINEAR=linear,
-        ROW_WEIGHT=row_weight,
+        N_DIMS=walk.layout.n_dims,
+        CLASS_DIM=walk.class_dim,
+        LINEAR=walk.linear,
+        ROW_WEIGHT=walk.row_weight,
         BLOCK=POINTWISE.block,
         num_warps=POINTWISE.num_warps,
     )
@@ -374,7 +402,7 @@ def launch_forward(
     Returns:
         ``(loss, scale)``, float32.
     """
-    args = (x, dense, labels, quality, weight, class_weight, params, None, None)
+    args = (x, dense, labels, quality, weight, class_weight, None, params, None, None)
     if reduction == "none":
         loss = torch.empty_like(x, dtype=torch.float32)
         _launch(kernel, *args, loss, None, kind, ignore_index, False, False)
@@ -390,9 +418,13 @@ def launch_forward(
 
 def launch_backward(
     x, grad, scale, dense, labels, quality, weight, class_weight, params,
-    kind, ignore_index, reduction, kernel=pointwise_kernel,
+    kind, ignore_index, reduction, kernel=pointwise_kernel, regions=None,
 ):  # fmt: skip
-    """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
+    """Gradient of the logits: their dtype, and their strides if they are dense in memory.
+
+    ``regions``, one weight for each region of the gradient norm, stands in for the weights: those
+    only say what counts.
+    """
     grad_x = torch.empty_like(x)
     reduced = reduction != "none"
     if not reduced:
@@ -402,7 +434,7 @@ def launch_backward(
         elif not walkable(x, dense, weight, grad):
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
     _launch(
-        kernel, x, dense, labels, quality, weight, class_weight, params, grad, scale, grad_x, None,
-        kind, ignore_index, True, reduced,
+        kernel, x, dense, labels, quality, weight, class_weight, regions, params, grad, scale,
+        grad_x, None, kind, ignore_index, True, reduced,
     )  # fmt: skip
     return grad_x

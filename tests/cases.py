@@ -342,7 +342,21 @@ ROW_AXES = {
 }
 BOX_AXES = ROW_AXES | {"classes": [4], "logits": ["random"]}
 
+
+def asl1_formula(x, problem, mu=0.02):
+    d = x - dense_targets(problem)
+    return d * d / ((d * d + mu * mu).sqrt() + mu)
+
+
 CASES = [
+    Case(
+        "authentic_smooth_l1",
+        tl.authentic_smooth_l1_loss,
+        pointwise_problem,
+        asl1_formula,
+        [{}, {"mu": 1.5}],
+        {"form": ["dense"], "class_weight": [False], "labels": ["int64"]},
+    ),
     Case(
         "focal",
         tl.sigmoid_focal_loss,

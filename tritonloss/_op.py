@@ -99,7 +99,9 @@ def call(op: Callable, launch: Callable, x: Tensor, *args):
     return launch(x, *args)
 
 
-def differentiable(forward: Callable, backward: Callable, reference: Callable | None):
+def differentiable(
+    forward: Callable, backward: Callable, reference: Callable | None, *, constants: int = 0
+):
     """Tie a forward and a backward into one function of ``(x, *args)``, differentiable in ``x``.
 
     Args:
@@ -107,12 +109,15 @@ def differentiable(forward: Callable, backward: Callable, reference: Callable | 
         backward: ``(grads, saved, x, *args) -> grad_x``.
         reference: ``(x, *args) -> outputs``, the eager formula, used for double backward; None
             where the gradient is not the derivative of the value.
+        constants: so many of the last outputs carry no gradient (a running state).
     """
 
     class Kernel(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, *args):
             outputs, saved = forward(x, *args)
+            if constants:
+                ctx.mark_non_differentiable(*outputs[-constants:])
             tensors = [a for a in args if isinstance(a, Tensor)]
             ctx.save_for_backward(x, *saved, *tensors)
             ctx.n_saved = len(saved)
@@ -123,6 +128,7 @@ def differentiable(forward: Callable, backward: Callable, reference: Callable | 
         @staticmethod
         def backward(ctx, *grads):
             x, *rest = ctx.saved_tensors
+            grads = grads[: len(grads) - constants]
             saved, tensors = rest[: ctx.n_saved], iter(rest[ctx.n_saved :])
             args = [
                 next(tensors) if is_tensor else value
@@ -160,6 +166,6 @@ def _through_reference(reference, grads, x, args):
             "cannot be differentiated twice (create_graph=True)"
         )
     outputs = reference(x, *args)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs[: len(grads)] if isinstance(outputs, tuple) else (outputs,)
     (grad_x,) = torch.autograd.grad(outputs, (x,), grads, create_graph=True)
     return grad_x

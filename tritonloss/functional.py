@@ -11,6 +11,8 @@ from .losses.elementwise import (
     softmax_focal_loss,
     varifocal_loss,
 )
+from .losses.ghm import authentic_smooth_l1_loss, ghm_c_loss, ghm_r_loss
+from .losses.prime_sample import carl_loss, iou_hlr, isr_p_weight
 from .losses.ranking import (
     ALRP,
     RankSort,
@@ -25,6 +27,8 @@ __all__ = [
     "RankSort",
     "alrp_loss",
     "ap_loss",
+    "authentic_smooth_l1_loss",
+    "carl_loss",
     "ciou_loss",
     "class_balanced_weight",
     "diou_loss",
@@ -32,8 +36,12 @@ __all__ = [
     "distribution_focal_loss",
     "focal_star_loss",
     "generalized_focal_loss",
+    "ghm_c_loss",
+    "ghm_r_loss",
     "giou_loss",
+    "iou_hlr",
     "iou_loss",
+    "isr_p_weight",
     "quality_focal_loss",
     "rank_sort_loss",
     "self_balanced_weight",

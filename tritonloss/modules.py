@@ -10,12 +10,13 @@ import inspect
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from .losses import boxes, distribution, elementwise, ranking
+from .losses import boxes, distribution, elementwise, ghm, prime_sample, ranking
 
 # Arguments that belong to a batch, not to the module.
-PER_CALL = ("weight", "avg_factor", "group")
+PER_CALL = ("weight", "avg_factor", "group", "state")
 
 
 class _Loss(nn.Module):
@@ -203,3 +204,85 @@ class ALRPLoss(_Loss):
     """
 
     function = staticmethod(ranking.alrp_loss)
+
+
+def _recomputing() -> bool:
+    """True inside a backward: a checkpoint runs its forward once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _Harmonised(nn.Module):
+    """Keeps running counts of the gradient norms between steps.
+
+    Attributes:
+        amount: ``(bins,)`` float32, the running count A of each region.
+        updates: ``(bins,)`` float32, how often it was updated.
+    """
+
+    def __init__(self, **hyper):
+        super().__init__(**hyper)
+        self.register_buffer("amount", torch.zeros(self.bins, dtype=torch.float32))
+        self.register_buffer("updates", torch.zeros(self.bins, dtype=torch.float32))
+        self._before = None  # the state that the last training step began with
+
+    def _apply(self, fn, recurse=True):
+        # half() and its like move the counts, but do not round them.
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def forward(self, *inputs: Tensor, **per_call) -> Tensor:
+        if not isinstance(self.momentum, Tensor) and self.momentum == 0:
+            return super().forward(*inputs, **per_call)
+        if _recomputing() and self._before is not None:
+            # The same weights as the first time, and the step counts once.
+            return super().forward(*inputs, **per_call, state=self._before)[0]
+        # A copy: the backward reads it after the buffers have moved on.
+        state = self.amount.clone(), self.updates.clone()
+        loss, (amount, updates) = super().forward(*inputs, **per_call, state=state)
+        if self.training:
+            self._before = state
+            with torch.no_grad():
+                self.amount.copy_(amount)
+                self.updates.copy_(updates)
+        return loss
+
+
+class GHMCLoss(_Harmonised, _Loss):
+    """``forward(logits, targets, *, weight=None)``.
+
+    See :func:`tritonloss.ghm_c_loss`. The running counts are buffers: part of the ``state_dict``,
+    float32 in a half-precision model, updated once per forward in training mode. A forward that a
+    checkpoint runs again does not count; it begins with the state of the module's last forward.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> loss = tritonloss.GHMCLoss(bins=30, momentum=0.75)
+        >>> value = loss(torch.randn(8, 3), torch.randint(0, 4, (8,)))
+        >>> loss.updates.sum() > 0
+        tensor(True)
+    """
+
+    function = staticmethod(ghm.ghm_c_loss)
+
+
+class GHMRLoss(_Harmonised, _Loss):
+    """``forward(pred, target, *, weight=None)``.
+
+    See :func:`tritonloss.ghm_r_loss`; buffers as in :class:`GHMCLoss`.
+    """
+
+    function = staticmethod(ghm.ghm_r_loss)
+
+
+class CARLLoss(_Loss):
+    """``forward(logits, labels, box_loss, *, avg_factor=None)``.
+
+    See :func:`tritonloss.carl_loss`.
+    """
+
+    function = staticmethod(prime_sample.carl_loss)

@@ -123,7 +123,22 @@ VARIFOCAL = Pointwise(
     ),
 )
 
+
+def asl1_radius(d: Tensor, mu) -> Tensor:
+    """sqrt(d^2 + mu^2); the square of neither is formed, so that nothing overflows."""
+    return torch.hypot(d, torch.as_tensor(mu, dtype=d.dtype, device=d.device))
+
+
+def asl1(x, y, mu, *_):
+    """sqrt(d^2 + mu^2) - mu as d^2 / (sqrt(d^2 + mu^2) + mu): nothing cancels for small d."""
+    d = x - y
+    return d * (d / (asl1_radius(d, mu) + mu))
+
+
+AUTHENTIC_SMOOTH_L1 = Pointwise(asl1, asl1, asl1)
+
 KINDS = {
+    "asl1": AUTHENTIC_SMOOTH_L1,
     "focal": FOCAL,
     "focal_star": FOCAL_STAR,
     "quality": QUALITY,

@@ -142,6 +142,15 @@ def _pointwise(
     weight = parse_weight(logits, weight)
     class_weight = parse_class_weight(logits, class_weight)
     targets = parse_targets(logits, targets, ignore_index, weight)
+    return run_pointwise(
+        kind, logits, targets, params, weight, class_weight, ignore_index, reduction, avg_factor
+    )
+
+
+def run_pointwise(
+    kind, logits, targets, params, weight, class_weight, ignore_index, reduction, avg_factor
+) -> Tensor:
+    """Choice of the implementation, for checked arguments."""
     if use_triton(logits) and logits.numel() > 0 and walkable(logits, targets.dense, weight):
         return _kernels(
             logits,

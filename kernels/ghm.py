@@ -1,0 +1,339 @@
+"""Gradient harmonising: one read of the logits gives the count and the loss of every region.
+
+Each program keeps a table of its own. It counts a tile by a histogram, whose filled regions then
+say which sums to take: mostly few, for nearly all logits of a detector are easy. Tables are added
+up in a fixed order: no atomics, and the same bits in every run. The backward is
+``pointwise_kernel`` with the weight of each region.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import HISTOGRAM, HISTOGRAM_PROGRAMS, scalar_args
+from ._tiles import pointwise_value, region_of
+from .elementwise import launch_backward as pointwise_backward
+from .elementwise import load_logits, load_params, pointwise_kernel, walk_over
+
+
+@triton.jit
+def _lowest_bit(bits):
+    """Position of the lowest bit set: the exponent of that bit as a float."""
+    alone = (bits & -bits).to(tl.float32)
+    return ((alone.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+
+
+@triton.jit
+def _add_by_region(total, region, value, counts, REGIONS: tl.constexpr):
+    """``total`` [REGIONS] plus the sum of the values of each region whose count is not 0."""
+    regions = tl.arange(0, REGIONS)
+    word = 0
+    while word < REGIONS // 32:
+        filled = (counts > 0) & (regions // 32 == word)
+        bits = tl.sum(tl.where(filled, 1 << (regions % 32), 0), 0)
+        while bits != 0:
+            k = word * 32 + _lowest_bit(bits)
+            amount = tl.sum(tl.where(region == k, value, 0.0), 0)
+            total = tl.where(regions == k, total + amount, total)
+            bits = bits & (bits - 1)
+        word += 1
+    return total
+
+
+@triton.jit
+def _add_tile(
+    total,
+    count,
+    start,
+    offs,
+    n,
+    pointers,
+    n_classes,
+    bins,
+    ignore_index,
+    sizes,
+    strides,
+    mu,
+    KIND: tl.constexpr,
+    REGIONS: tl.constexpr,
+    N_DIMS: tl.constexpr,
+    CLASS_DIM: tl.constexpr,
+    LINEAR: tl.constexpr,
+    ROW_WEIGHT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    x, y, positive, keep, _, _ = load_logits(
+        start,
+        offs,
+        n,
+        pointers,
+        n_classes,
+        ignore_index,
+        sizes,
+        strides,
+        N_DIMS,
+        CLASS_DIM,
+        LINEAR,
+        ROW_WEIGHT,
+        MASKED,
+    )
+    value = pointwise_value(x, y, positive, mu, 0.0, 0.0, 0.0, KIND)
+    region = tl.where(keep, region_of(x, y, mu, bins, KIND), -1)
+    counts = tl.histogram(region, REGIONS, mask=keep)
+    return _add_by_region(total, region, value, counts, REGIONS), count + counts
+
+
+@triton.jit
+def region_sums_kernel(
+    # pointers
+    x_ptr,  # logits
+    dense_ptr,  # dense targets, or None
+    label_ptr,  # [rows] integers, or None
+    quality_ptr,  # [rows], or None
+    weight_ptr,  # [rows] or per logit, or None: a mask
+    params_ptr,  # [4] float32, or None
+    loss_ptr,  # [REGIONS, programs] float32
+    count_ptr,  # [REGIONS, programs] int32
+    # shapes
+    n,
+    n_classes,
+    bins,
+    size_1,
+    size_2,
+    size_3,
+    # strides
+    x_s0,
+    x_s1,
+    x_s2,
+    x_s3,
+    row_s0,
+    row_s1,
+    row_s2,
+    row_s3,
+    dense_s0,
+    dense_s1,
+    dense_s2,
+    dense_s3,
+    weight_s0,
+    weight_s1,
+    weight_s2,
+    weight_s3,
+    # scalars
+    ignore_index,
+    p0,
+    p1,
+    p2,
+    p3,
+    # constants
+    KIND: tl.constexpr,
+    REGIONS: tl.constexpr,
+    N_DIMS: tl.constexpr,
+    CLASS_DIM: tl.constexpr,
+    LINEAR: tl.constexpr,
+    ROW_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """1-D grid; program i takes tiles i, i + programs, ... of BLOCK logits in memory order."""
+    pid = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    pointers = (x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, None)
+    sizes = (1, size_1, size_2, size_3)
+    strides = (
+        (x_s0, x_s1, x_s2, x_s3),
+        (row_s0, row_s1, row_s2, row_s3),
+        (dense_s0, dense_s1, dense_s2, dense_s3),
+        (weight_s0, weight_s1, weight_s2, weight_s3),
+    )
+    mu, _, _, _ = load_params(params_ptr, (p0, p1, p2, p3))
+    total = tl.zeros([REGIONS], tl.float32)
+    count = tl.zeros([REGIONS], tl.int32)
+    start = pid * BLOCK
+    while start + BLOCK <= n:
+        total, count = _add_tile(
+            total, count, start, offs, n, pointers, n_classes, bins, ignore_index, sizes, strides,
+            mu, KIND, REGIONS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
+        )  # fmt: skip
+        start += programs * BLOCK
+    if start < n:
+        total, count = _add_tile(
+            total, count, start, offs, n, pointers, n_classes, bins, ignore_index, sizes, strides,
+            mu, KIND, REGIONS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
+        )  # fmt: skip
+    cells = tl.arange(0, REGIONS) * programs + pid
+    tl.store(loss_ptr + cells, total)
+    tl.store(count_ptr + cells, count)
+
+
+@triton.jit
+def region_totals_kernel(
+    loss_ptr,  # [regions, programs] float32
+    count_ptr,  # [regions, programs] int32
+    total_ptr,  # [2, regions] float32: loss and count
+    programs,
+    BLOCK: tl.constexpr,
+):
+    """One program per region, a tree over all programs' tables."""
+    region = tl.program_id(0)
+    regions = tl.num_programs(0)
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < programs
+    cells = region * programs + lanes
+    loss = tl.load(loss_ptr + cells, mask=mask, other=0.0)
+    count = tl.load(count_ptr + cells, mask=mask, other=0)
+    tl.store(total_ptr + region, tl.sum(loss, 0))
+    tl.store(total_ptr + regions + region, tl.sum(count.to(tl.int64), 0).to(tl.float32))
+
+
+@triton.jit
+def _one_minus_exp(z):
+    """1 - exp(z) for z <= 0, without cancellation near 0."""
+    series = 1.0 + z / 5.0 * (1.0 + z / 6.0)
+    series = 1.0 + z / 2.0 * (1.0 + z / 3.0 * (1.0 + z / 4.0 * series))
+    return tl.where(z > -0.1, -z * series, 1.0 - tl.exp(z))
+
+
+@triton.jit
+def harmonise_kernel(
+    # pointers
+    total_ptr,  # [2, REGIONS] float32: loss and count
+    amount_ptr,  # [bins], running counts A, or None
+    updates_ptr,  # [bins], numbers of updates t, or None
+    params_ptr,  # [4] float32, or None
+    loss_ptr,  # [] float32
+    weight_ptr,  # [bins] float32, weight of each region
+    new_amount_ptr,  # [bins]
+    new_updates_ptr,  # [bins]
+    # shapes
+    bins,
+    # scalars
+    p0,
+    p1,
+    p2,
+    p3,
+    # constants
+    BIAS_CORRECTION: tl.constexpr,
+    NONEMPTY: tl.constexpr,
+    REGIONS: tl.constexpr,
+):
+    """One program: the running state, a weight per region, the loss."""
+    _, keep, take, log_keep = load_params(params_ptr, (p0, p1, p2, p3))
+    region = tl.arange(0, REGIONS)
+    inside = region < bins
+    loss = tl.load(total_ptr + region)
+    count = tl.load(total_ptr + REGIONS + region)
+    filled = inside & (count > 0)
+    seen = tl.zeros([REGIONS], tl.float32)
+    updates = tl.zeros([REGIONS], tl.float32)
+    if amount_ptr is not None:
+        seen = tl.load(amount_ptr + region, mask=inside, other=0.0).to(tl.float32)
+        updates = tl.load(updates_ptr + region, mask=inside, other=0.0).to(tl.float32)
+    seen = tl.where(filled, keep * seen + take * count, seen)
+    updates = tl.where(filled, updates + 1.0, updates)
+    tl.store(new_amount_ptr + region, seen, mask=inside)
+    tl.store(new_updates_ptr + region, updates, mask=inside)
+    amount = tl.where(filled, seen, 1.0)
+    if BIAS_CORRECTION:
+        amount /= tl.where(filled, _one_minus_exp(updates * log_keep), 1.0)
+    if NONEMPTY:
+        n = tl.maximum(tl.sum(filled.to(tl.int32), 0), 1).to(tl.float32)
+    else:
+        n = tl.cast(bins, tl.float32)
+    weight = tl.where(filled, 1.0 / (n * amount), 0.0)
+    tl.store(weight_ptr + region, weight, mask=inside)
+    tl.store(loss_ptr, tl.sum(tl.where(filled, loss * weight, 0.0), 0))
+
+
+def launch_forward(
+    x, dense, labels, quality, weight, amount, updates, params, kind, bins, bias_correction,
+    normalize, ignore_index, kernels=(region_sums_kernel, region_totals_kernel, harmonise_kernel),
+):  # fmt: skip
+    """Loss, new state and the weight of each region.
+
+    Args:
+        x: predictions (..., C), any strides.
+        dense: targets (..., C), any strides, or None.
+        labels, quality: contiguous (...), or None.
+        weight: contiguous (...), or (..., C) with any strides, or None.
+        amount, updates: the state, each contiguous (bins,), or None.
+        params: (mu, m, 1 - m, log m), numbers or a float32 tensor.
+        kernels: the wrapped kernels in an op body.
+
+    Returns:
+        ``(loss, new amount, new updates, weights)``.
+    """
+    sums, totals, harmonise = kernels
+    regions = max(triton.next_power_of_2(bins), 32)
+    n = x.numel()
+    programs = min(triton.cdiv(n, HISTOGRAM.block), HISTOGRAM_PROGRAMS)
+    logit_weight = weight if weight is not None and weight.dim() == x.dim() else None
+    walk = walk_over(x, labels, weight, None, [dense, logit_weight])
+    x_s, row_s, _, dense_s, weight_s = walk.layout.strides
+    pointer, numbers = scalar_args(params, 4)
+    device = x.device
+    losses = torch.empty((regions, programs), dtype=torch.float32, device=device)
+    counts = torch.empty_like(losses, dtype=torch.int32)
+    sums[(programs,)](
+        x,
+        dense,
+        labels,
+        quality,
+        weight,
+        pointer,
+        losses,
+        counts,
+        n,
+        x.shape[-1],
+        bins,
+        *walk.layout.sizes[1:],
+        *x_s,
+        *row_s,
+        *dense_s,
+        *weight_s,
+        ignore_index,
+        *numbers,
+        KIND=kind,
+        REGIONS=regions,
+        N_DIMS=walk.layout.n_dims,
+        CLASS_DIM=walk.class_dim,
+        LINEAR=walk.linear,
+        ROW_WEIGHT=walk.row_weight,
+        BLOCK=HISTOGRAM.block,
+        num_warps=HISTOGRAM.num_warps,
+    )
+    total = torch.empty((2, regions), dtype=torch.float32, device=device)
+    totals[(regions,)](losses, counts, total, programs, BLOCK=HISTOGRAM_PROGRAMS, num_warps=4)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    weights = torch.empty(bins, dtype=torch.float32, device=device)
+    new_amount = torch.empty_like(weights if amount is None else amount)
+    new_updates = torch.empty_like(weights if updates is None else updates)
+    harmonise[(1,)](
+        total,
+        amount,
+        updates,
+        pointer,
+        loss,
+        weights,
+        new_amount,
+        new_updates,
+        bins,
+        *numbers,
+        BIAS_CORRECTION=bias_correction,
+        NONEMPTY=normalize == "nonempty",
+        REGIONS=regions,
+        num_warps=1,
+    )
+    return loss, new_amount, new_updates, weights
+
+
+def launch_backward(
+    x, grad, weights, dense, labels, quality, weight, params, kind, ignore_index,
+    kernel=pointwise_kernel,
+):  # fmt: skip
+    """Gradient of the predictions: the pointwise one times the weight of the region."""
+    return pointwise_backward(
+        x, grad, None, dense, labels, quality, weight, None, params, kind, ignore_index, "sum",
+        kernel, weights,
+    )  # fmt: skip

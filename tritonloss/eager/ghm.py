@@ -1,0 +1,290 @@
+"""Gradient harmonising in plain torch: count the gradient norms, then weigh each by its region.
+
+Elements that do not count fall into one region more, whose weight is 0. On the CPU the passes run
+over cache-sized blocks of rows, and what is kept of a logit is its region and its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonloss import _op
+from tritonloss._targets import Targets
+
+from . import _blocks as blocks
+from .elementwise import asl1, asl1_radius, bce, label_rows, softplus, split_weight, upcast
+
+
+class Harmonised(NamedTuple):
+    """One loss of the family on prediction x and target y; y None stands for zeros."""
+
+    norm: Callable  # (x, y, mu): |dL/dx|, in [0, 1]
+    value: Callable  # (x, y, mu): the loss
+    fast_value: Callable  # the same, where no derivative is taken
+    slope: Callable  # (x, y, mu): dL/dx
+
+
+def _bce_norm(x, y, _):
+    p = torch.sigmoid(x)
+    return p if y is None else (p - y).abs()
+
+
+def _bce_slope(x, y, _):
+    # p (1 - y) - (1 - p) y: exact at y = 0 and y = 1
+    p = torch.sigmoid(x)
+    return p if y is None else torch.lerp(p, -torch.sigmoid(-x), y)
+
+
+def _bce_fast(x, y, _):
+    # one transcendental pair instead of two; abs() has no derivative at 0
+    if y is None:
+        return softplus(x)
+    return torch.lerp(x.relu(), (-x).relu_(), y).add_(x.abs().neg_().exp_().log1p_())
+
+
+KINDS = {
+    "bce": Harmonised(
+        _bce_norm,
+        lambda x, y, _: softplus(x) if y is None else bce(x, y),
+        _bce_fast,
+        _bce_slope,
+    ),
+    "asl1": Harmonised(
+        lambda x, y, mu: (x - y).abs() / asl1_radius(x - y, mu),
+        asl1,
+        asl1,
+        lambda x, y, mu: (x - y) / asl1_radius(x - y, mu),
+    ),
+}
+
+
+class Elements(NamedTuple):
+    """Predictions and targets of the rows that count, or of all rows with ``keep``."""
+
+    x: Tensor  # (..., C) float32 or float64
+    y: Tensor  # (..., C), or with index (..., 1): the target there, 0 elsewhere
+    index: Tensor | None  # (..., 1) a class
+    keep: Tensor | None  # broadcasts to x; False where the element does not count
+
+
+def _each(function: Callable, elements: Elements, mu) -> Tensor:
+    """function(x, y, mu) of each element: with labels, all as negatives and one a row again."""
+    x, y, index, _ = elements
+    if index is None:
+        return function(x, y, mu)
+    return function(x, None, mu).scatter(-1, index, function(x.gather(-1, index), y, mu))
+
+
+def elements_of(x, y, index, keep) -> Elements:
+    """Upcast, and put zeros where an element does not count."""
+    x = upcast(x)
+    x = torch.add(x, x.detach(), alpha=0)  # an infinite logit gives NaN, not a plausible number
+    if keep is not None:
+        x = torch.where(keep, x, torch.zeros_like(x))
+        if index is None:
+            y = torch.where(keep, y, 0)
+    return Elements(x, y.to(x.dtype), index, keep)
+
+
+def regions(elements: Elements, mu, kind: str, bins: int, dtype) -> Tensor:
+    """Unit region of each element's gradient norm, taken from float32; ``bins`` where dropped."""
+    x, y, index, keep = elements
+    g = _each(KINDS[kind].norm, Elements(x.detach().float(), y.float(), index, keep), mu)
+    # min and not a last edge a little above 1, which 16-bit types round away
+    region = (g * bins).to(dtype).clamp(0, bins - 1)
+    return region if keep is None else torch.where(keep, region, bins)
+
+
+def region_weights(count, state, momentum, bias_correction: bool, normalize: str, dtype):
+    """``(weights, state)``: 1 / (n A_k), with a 0 for the region of dropped elements, and (A, t).
+
+    Args:
+        count: (bins,) elements per region.
+        state: running (A, t), each (bins,), or None for a fresh start.
+        momentum: number or 0-d tensor.
+    """
+    filled = count > 0
+    seen, updates = torch.zeros((2, *count.shape), dtype=dtype, device=count.device).unbind()
+    if state is not None:
+        seen, updates = state[0].to(dtype), state[1].to(dtype)
+    seen = torch.where(filled, momentum * seen + (1 - momentum) * count.to(dtype), seen)
+    updates = updates + filled
+    amount = seen
+    if bias_correction:
+        if isinstance(momentum, Tensor):
+            log_m = momentum.to(dtype).log()
+        else:
+            log_m = math.log(momentum) if momentum else -math.inf
+        # 1 - m^t, without cancellation for m near 1
+        amount = amount / -torch.expm1(updates.clamp(min=1) * log_m)
+    n = filled.sum().clamp(min=1) if normalize == "nonempty" else count.shape[-1]
+    weights = torch.where(filled, 1 / (n * torch.where(filled, amount, 1)), 0)
+    weights = torch.cat([weights, torch.zeros_like(weights[:1])])
+    dtypes = (torch.float32,) * 2 if state is None else (state[0].dtype, state[1].dtype)
+    return weights, (seen.to(dtypes[0]), updates.to(dtypes[1]))
+
+
+def harmonised(
+    x: Tensor,
+    targets: Targets,
+    weight: Tensor | None,
+    state: tuple[Tensor, Tensor] | None,
+    momentum,
+    mu,
+    kind: str,
+    bins: int,
+    bias_correction: bool,
+    normalize: str,
+    ignore_index: int,
+):
+    """Loss and new state: the reference of ``kernels/ghm.py``, and the CPU path."""
+    how = (momentum, bias_correction, normalize)
+    with torch.autocast(x.device.type, enabled=False):
+        args = (targets.dense, targets.labels, targets.quality, weight)
+        if blocks.usable(x):
+            want_grad = torch.is_grad_enabled() and x.requires_grad
+            loss, *new_state = _blockwise(
+                x, *args, *(state or (None, None)), momentum, mu, kind, bins, bias_correction,
+                normalize, ignore_index, want_grad,
+            )  # fmt: skip
+            return loss, tuple(new_state)
+        return _whole_loss(x, *args, state, mu, kind, bins, ignore_index, how)
+
+
+def _whole_loss(x, dense, labels, quality, weight, state, mu, kind, bins, ignore_index, how):
+    elements = _whole(x, dense, labels, quality, weight, ignore_index)
+    region = regions(elements, mu, kind, bins, torch.int64)
+    flat = region.reshape(-1)
+    count = torch.zeros(bins + 1, dtype=torch.int64, device=x.device)
+    count = count.scatter_add(0, flat, torch.ones_like(flat))[:bins]
+    weights, new_state = region_weights(count, state, *how, elements.x.dtype)
+    return (weights[region] * _each(KINDS[kind].value, elements, mu)).sum(), new_state
+
+
+def _targets_of(x, dense, labels, quality, weight, ignore_index):
+    """``(y, index, rows, logit_weight)``: targets as Elements takes them, and rows that count."""
+    row_weight, logit_weight = split_weight(x, weight)
+    if labels is None:
+        return dense, None, None if row_weight is None else row_weight > 0, logit_weight
+    rows = label_rows(x.detach(), Targets(labels, quality, None), ignore_index, row_weight)
+    y = torch.where(rows.positive, rows.y, 0).unsqueeze(-1)
+    return y, rows.index, rows.keep, logit_weight
+
+
+def _whole(x, dense, labels, quality, weight, ignore_index) -> Elements:
+    y, index, rows, logit_weight = _targets_of(x, dense, labels, quality, weight, ignore_index)
+    keep = None if rows is None else rows.unsqueeze(-1)
+    if logit_weight is not None:
+        keep = logit_weight > 0 if keep is None else keep & (logit_weight > 0)
+    return elements_of(x, y, index, keep)
+
+
+# The CPU path. Blocks of twice the common size: few temporaries, and half the calls.
+
+
+def _blocks(x, y, index, rows, logit_weight, *at_index):
+    """``(where, x, y, keep, at_index)`` of each block of rows; rows that do not count are left out.
+
+    ``where`` cuts the block, then takes the rows that count if some are left out; y and keep are
+    None where all is 0 and all counts; ``at_index`` are (index, values, ...) to be put there.
+    """
+    for cut in blocks.row_blocks(x.shape[:-1], (x.shape[-1] + 1) // 2):
+        where = (cut,) if rows is None or rows[cut].all() else (cut, rows[cut])
+        block, weight = upcast(_take(x, where)), _take(logit_weight, where)
+        keep = None if weight is None else weight > 0
+        if keep is not None:
+            block = torch.where(keep, block, 0)
+        target = None
+        if index is None:
+            target = _take(y, where).to(block.dtype)
+            target = target if keep is None else torch.where(keep, target, 0)
+        yield where, block, target, keep, [_take(t, where) for t in (index, *at_index)]
+
+
+def _take(tensor, where):
+    for part in where:
+        tensor = None if tensor is None else tensor[part]
+    return tensor
+
+
+def _put(out, index, values):
+    return out if index is None else out.scatter_(-1, index, values)
+
+
+def _forward(x, dense, labels, quality, weight, amount, updates, momentum, mu, kind, bins,
+             bias_correction, normalize, ignore_index, want_grad):  # fmt: skip
+    """Count the regions, and remember them in a byte each; then value and gradient together."""
+    norm, _, value_of, slope_of = KINDS[kind]
+    state = None if amount is None else (amount, updates)
+    how = (momentum, bias_correction, normalize)
+    y, index, _, logit_weight = targets = _targets_of(
+        x, dense, labels, quality, weight, ignore_index
+    )
+    region_at = value_at = slope_at = None
+    if index is not None:
+        keep = None if logit_weight is None else logit_weight.gather(-1, index) > 0
+        at = elements_of(x.gather(-1, index), y, None, keep)._replace(keep=None)
+        region_at = regions(at, mu, kind, bins, torch.int32)
+        value_at, slope_at = value_of(at.x, at.y, mu), slope_of(at.x, at.y, mu)
+
+    stored, count, finite = [], torch.zeros(bins + 1, dtype=torch.int64), 0
+    for _, block, target, keep, (at, put) in _blocks(x, *targets, region_at):
+        finite = finite + block.sum()
+        g = norm(block.float(), None if target is None else target.float(), mu)
+        region = (g * bins).to(torch.int32).clamp_(0, bins - 1)
+        _put(region, at, put)
+        if keep is not None:
+            region = torch.where(keep, region, bins)
+        stored.append(region.to(torch.uint8 if bins < 256 else torch.int16))
+        count += torch.bincount(stored[-1].reshape(-1), minlength=bins + 1)
+    if not finite.isfinite():
+        # Rare, and a case for the formula: an infinite logit gives NaN.
+        return _formula_and_gradient(
+            x, dense, labels, quality, weight, state, mu, kind, bins, ignore_index, how, want_grad
+        )
+    weights, new_state = region_weights(count[:bins], state, *how, block.dtype)
+
+    gradient = torch.empty_like(x, dtype=block.dtype) if want_grad else block.new_empty(0)
+    totals = []
+    passes = zip(_blocks(x, *targets, value_at, slope_at), stored, strict=True)
+    for (where, block, target, _, (at, values, slopes)), region in passes:
+        factor = weights.index_select(0, region.to(torch.int32).reshape(-1)).view(block.shape)
+        totals.append(_put(value_of(block, target, mu), at, values).mul_(factor).sum())
+        if want_grad:
+            grad = _put(slope_of(block, target, mu), at, slopes).mul_(factor)
+            if len(where) > 1:
+                gradient[where[0]] = 0
+                gradient[where[0]][where[1]] = grad
+            else:
+                gradient[where[0]] = grad
+    return (torch.stack(totals).sum(), *new_state), (gradient,)
+
+
+def _formula_and_gradient(x, *args):
+    *args, want_grad = args
+    with torch.set_grad_enabled(want_grad):
+        leaf = x.detach().requires_grad_(want_grad)
+        loss, new_state = _whole_loss(leaf, *args)
+    gradient = torch.autograd.grad(loss, leaf)[0] if want_grad else x.new_empty(0)
+    return (loss.detach(), *new_state), (gradient,)
+
+
+def _backward(grads, saved, x, *args):
+    return (saved[0] * grads[0]).to(x.dtype)
+
+
+def _reference(x, dense, labels, quality, weight, amount, updates, momentum, mu, kind, bins,
+               bias_correction, normalize, ignore_index, want_grad):  # fmt: skip
+    state = None if amount is None else (amount, updates)
+    how = (momentum, bias_correction, normalize)
+    return _whole_loss(
+        x, dense, labels, quality, weight, state, mu, kind, bins, ignore_index, how
+    )[:1]  # fmt: skip
+
+
+_blockwise = _op.differentiable(_forward, _backward, _reference, constants=2)

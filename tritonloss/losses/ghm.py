@@ -1,0 +1,315 @@
+"""Gradient harmonising: GHM-C, GHM-R and the authentic smooth L1 loss under GHM-R.
+
+One kernel reads the logits once and sums count and loss of each region; a small one turns the sums
+into the loss, the running state and a weight per region; the backward is that of the pointwise
+losses, times the weight of the region.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tritonloss import _checks as check
+from tritonloss import _op
+from tritonloss._dispatch import use_triton
+from tritonloss._op import wrap_triton
+from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
+from tritonloss.eager import ghm as eager
+
+from .elementwise import run_pointwise
+
+try:
+    from tritonloss.kernels.elementwise import pointwise_kernel, walkable
+    from tritonloss.kernels.ghm import (
+        harmonise_kernel,
+        launch_backward,
+        launch_forward,
+        region_sums_kernel,
+        region_totals_kernel,
+    )
+except ImportError:  # no Triton: the eager path alone
+    launch_forward = launch_backward = pointwise_kernel = None
+    region_sums_kernel = region_totals_kernel = harmonise_kernel = None
+
+NORMALIZE = ("nonempty", "all")
+State = tuple[Tensor, Tensor]
+
+
+def _fake_forward(x, dense, labels, quality, weight, amount, updates, params, kind, bins, *rest):
+    weights = x.new_empty(bins, dtype=torch.float32)
+    new_state = (torch.empty_like(weights if t is None else t) for t in (amount, updates))
+    return x.new_empty((), dtype=torch.float32), *new_state, weights
+
+
+@_op.kernel_op(_fake_forward)
+def ghm_forward(
+    x: Tensor,
+    dense: Tensor | None,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    weight: Tensor | None,
+    amount: Tensor | None,
+    updates: Tensor | None,
+    params: Tensor,
+    kind: str,
+    bins: int,
+    bias_correction: bool,
+    normalize: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = (
+        wrap_triton(region_sums_kernel),
+        wrap_triton(region_totals_kernel),
+        wrap_triton(harmonise_kernel),
+    )
+    return launch_forward(
+        x, dense, labels, quality, weight, amount, updates, params, kind, bins, bias_correction,
+        normalize, ignore_index, kernels,
+    )  # fmt: skip
+
+
+@_op.kernel_op(lambda x, *args: torch.empty_like(x))
+def ghm_backward(
+    x: Tensor,
+    grad: Tensor,
+    weights: Tensor,
+    dense: Tensor | None,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    weight: Tensor | None,
+    params: Tensor,
+    kind: str,
+    ignore_index: int,
+) -> Tensor:
+    return launch_backward(
+        x, grad, weights, dense, labels, quality, weight, params, kind, ignore_index,
+        wrap_triton(pointwise_kernel),
+    )  # fmt: skip
+
+
+def _forward(x, *args):
+    loss, amount, updates, weights = _op.call(ghm_forward, launch_forward, x, *args)
+    return (loss, amount, updates), (weights,)
+
+
+def _backward(grads, saved, x, dense, labels, quality, weight, amount, updates, params, kind,
+              bins, bias_correction, normalize, ignore_index):  # fmt: skip
+    return _op.call(
+        ghm_backward, launch_backward, x, grads[0], saved[0], dense, labels, quality, weight,
+        params, kind, ignore_index,
+    )  # fmt: skip
+
+
+def _reference(x, dense, labels, quality, weight, amount, updates, params, kind, bins,
+               bias_correction, normalize, ignore_index):  # fmt: skip
+    state = None if amount is None else (amount, updates)
+    return eager.harmonised(
+        x, Targets(labels, quality, dense), weight, state, params[1], params[0], kind, bins,
+        bias_correction, normalize, ignore_index,
+    )[:1]  # fmt: skip
+
+
+_kernels = _op.differentiable(_forward, _backward, _reference, constants=2)
+
+
+def _check_parameters(x, bins, momentum, state, normalize) -> None:
+    if not isinstance(bins, int) or isinstance(bins, bool):
+        raise TypeError(f"bins must be an int; got {type(bins).__name__}")
+    if not 1 <= bins <= 256:
+        raise ValueError(f"bins must be in 1..256; got {bins}")
+    check.is_number("momentum", momentum, 0)
+    if not isinstance(momentum, Tensor) and momentum >= 1:
+        raise ValueError(f"momentum must be >= 0 and < 1; got {momentum}")
+    if normalize not in NORMALIZE:
+        raise ValueError(f"normalize must be one of {', '.join(NORMALIZE)}; got {normalize!r}")
+    if state is None:
+        return
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        raise TypeError(f"state must be a pair (A, t) of tensors; got {type(state).__name__}")
+    for name, tensor in zip(("state[0] (A)", "state[1] (t)"), state, strict=True):
+        check.is_tensor(name, tensor)
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64; got {str(tensor.dtype)[6:]}")
+        check.is_input(name, tensor, (bins,), "one per region", "the prediction", x)
+
+
+def _harmonised(
+    kind, x, targets, weight, mu, bins, momentum, state, bias_correction, normalize, ignore_index
+):
+    """Choice of the implementation, for checked arguments."""
+    if use_triton(x) and x.numel() > 0 and walkable(x, targets.dense, weight):
+        # 1 - m and log m are formed in float64: float32 would lose both for m near 1
+        if isinstance(momentum, Tensor):
+            params = (mu, momentum, 1 - momentum.double(), momentum.double().log())
+        else:
+            params = (mu, momentum, 1 - momentum, math.log(momentum) if momentum else -math.inf)
+        amount, updates = (None, None) if state is None else (s.contiguous() for s in state)
+        loss, *new_state = _kernels(
+            x, targets.dense, targets.labels, targets.quality, weight, amount, updates,
+            _op.scalars(x, *params), kind, bins, bool(bias_correction), normalize, ignore_index,
+        )  # fmt: skip
+        return loss if state is None else (loss, tuple(new_state))
+    loss, new_state = eager.harmonised(
+        x, targets, weight, state, momentum, mu, kind, bins, bool(bias_correction), normalize,
+        ignore_index,
+    )  # fmt: skip
+    return loss if state is None else (loss, new_state)
+
+
+def ghm_c_loss(
+    logits: Tensor,
+    targets: Tensor | tuple[Tensor, Tensor],
+    *,
+    bins: int = 10,
+    momentum: float | Tensor = 0.0,
+    state: State | None = None,
+    bias_correction: bool = False,
+    normalize: str = "nonempty",
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+) -> Tensor | tuple[Tensor, State]:
+    r"""GHM-C: cross entropy in which every region of the gradient norm weighs the same.
+
+    .. math:: L = \frac{1}{n} \sum_k \frac{1}{A_k} \sum_{i \in k} \mathrm{BCE}(x_i, y_i), \quad
+              g = |p - y|, \quad i \in k \iff k \le M g_i < k + 1
+
+    :math:`A_k` is the number of logits in region k, or its running mean
+    :math:`m A_k + (1-m) R_k`, which only regions that are not empty update; n is the number of
+    regions that are not empty. g is a constant for the gradient.
+
+    Args:
+        logits: ``(..., C)``, float16, bfloat16, float32 or float64, any strides.
+        targets: integer labels ``(...)``, C for background; or a pair ``(labels, quality)``; or a
+            floating tensor ``(..., C)`` with a (soft) target in [0, 1] per logit.
+        bins: number M of unit regions, 1..256; the last one is closed at 1.
+        momentum: m of the running mean, in [0, 1).
+        state: ``(A, t)``, two float32 tensors ``(bins,)``: running counts and numbers of updates.
+            Begin with zeros. It is not changed; a new one is returned.
+        bias_correction: divide :math:`A_k` by :math:`1 - m^{t_k}`. Without it, as published, a
+            region's first losses are 1 / (1 - m) times too large.
+        normalize: ``"nonempty"`` divides by n; ``"all"`` by M, as the paper's formula does.
+        weight: ``(...)`` per anchor or ``(..., C)`` per logit, a mask: what is above 0 counts.
+        ignore_index: label whose rows contribute exactly 0.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits); with ``state`` the pair
+        ``(loss, new_state)``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> logits, labels = torch.tensor([[-3.0], [-3.0], [-3.0], [2.0]]), torch.tensor([1, 1, 1, 1])
+        >>> round(tritonloss.ghm_c_loss(logits, labels).item(), 4)  # two regions: 3 easy, 1 hard
+        1.0878
+        >>> state = torch.zeros(10), torch.zeros(10)
+        >>> loss, state = tritonloss.ghm_c_loss(logits, labels, momentum=0.75, state=state)
+        >>> state[0].tolist()
+        [0.75, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25, 0.0]
+
+    Reference:
+        Li et al., Gradient Harmonized Single-stage Detector, AAAI 2019.
+    """  # noqa: E501
+    is_logits(logits)
+    weight = parse_weight(logits, weight)
+    targets = parse_targets(logits, targets, ignore_index, weight)
+    _check_parameters(logits, bins, momentum, state, normalize)
+    return _harmonised(
+        "bce", logits, targets, weight, 0.0, bins, momentum, state, bias_correction, normalize,
+        ignore_index,
+    )  # fmt: skip
+
+
+def _parse_regression(pred, target, weight, mu):
+    is_logits(pred, "pred")
+    check.is_input("target", target, pred.shape, "as pred", "pred", pred)
+    check.is_number("mu", mu, 0, open_low=True)
+    return Targets(None, None, target), parse_weight(pred, weight)
+
+
+def ghm_r_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    mu: float | Tensor = 0.02,
+    bins: int = 10,
+    momentum: float | Tensor = 0.0,
+    state: State | None = None,
+    bias_correction: bool = False,
+    normalize: str = "nonempty",
+    weight: Tensor | None = None,
+) -> Tensor | tuple[Tensor, State]:
+    r"""GHM-R: authentic smooth L1 in which every region of the gradient norm weighs the same.
+
+    .. math:: L = \frac{1}{n} \sum_k \frac{1}{A_k} \sum_{i \in k} (\sqrt{d_i^2 + \mu^2} - \mu),
+              \quad g = |d| / \sqrt{d^2 + \mu^2}, \quad d = pred - target
+
+    Args:
+        pred: ``(..., D)``, float16, bfloat16, float32 or float64, any strides.
+        target: shape of ``pred``.
+        mu: half-width of the quadratic part, > 0.
+        weight: ``(...)`` per box or ``(..., D)`` per coordinate, a mask: what is above 0 counts.
+
+    The other arguments, result and errors are those of :func:`ghm_c_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> pred, target = torch.tensor([[0.0, 0.0, 0.0, 1.0]]), torch.zeros(1, 4)
+        >>> round(tritonloss.ghm_r_loss(pred, target).item(), 4)
+        0.4901
+
+    Reference:
+        Li et al., Gradient Harmonized Single-stage Detector, AAAI 2019.
+    """
+    targets, weight = _parse_regression(pred, target, weight, mu)
+    _check_parameters(pred, bins, momentum, state, normalize)
+    return _harmonised(
+        "asl1", pred, targets, weight, mu, bins, momentum, state, bias_correction, normalize, -1
+    )
+
+
+def authentic_smooth_l1_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    mu: float | Tensor = 0.02,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""Authentic smooth L1: quadratic near 0, linear far away, all derivatives continuous.
+
+    .. math:: L = \sqrt{d^2 + \mu^2} - \mu, \quad d = pred - target
+
+    Args:
+        pred: ``(..., D)``, float16, bfloat16, float32 or float64, any strides.
+        target: shape of ``pred``.
+        mu: half-width of the quadratic part, > 0.
+        weight: ``(...)`` per box or ``(..., D)`` per coordinate; elements whose weight is not above
+            0 are removed from loss, gradient and divisor.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``.
+        avg_factor: with ``"mean"``, divide the sum by this; a value <= 0 counts as 1.
+
+    Returns:
+        float32 (float64 for float64 predictions).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> pred, target = torch.tensor([[0.03, -1.0]]), torch.tensor([[0.0, 0.0]])
+        >>> loss = tritonloss.authentic_smooth_l1_loss(pred, target, mu=0.04, reduction="none")
+        >>> [round(v, 4) for v in loss[0].tolist()]
+        [0.01, 0.9608]
+
+    Reference:
+        Li et al., Gradient Harmonized Single-stage Detector, AAAI 2019.
+    """
+    targets, weight = _parse_regression(pred, target, weight, mu)
+    check.is_reduction(reduction, avg_factor)
+    return run_pointwise("asl1", pred, targets, (mu,), weight, None, -1, reduction, avg_factor)
