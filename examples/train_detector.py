@@ -158,9 +158,9 @@ def train(config: Config) -> Result:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             logits, outputs = model(images.contiguous(memory_format=torch.channels_last))
-            losses = compute(logits, outputs, points, strides, targets)
+            total, losses = compute(logits, outputs, points, strides, targets)
             optimizer.zero_grad(set_to_none=True)
-            sum(losses.values()).backward()
+            total.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
             optimizer.step()
 

@@ -34,10 +34,10 @@ class Targets(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What a classification loss may read beside the targets; no gradient flows from here."""
+    """What a classification loss may read beside the targets; 0 at cells that are not positive."""
 
-    quality: torch.Tensor  # (B, N) IoU of the predicted box with its target, 0 elsewhere
-    box_loss: torch.Tensor  # (B, N) box loss of each positive cell, 0 elsewhere
+    quality: torch.Tensor  # (B, N) IoU of the predicted box with its target, without gradient
+    box_loss: torch.Tensor  # (B, N) box loss of each cell, with gradient
 
 
 @torch.no_grad()
@@ -79,7 +79,8 @@ def assign(
 
 
 # A classification loss takes the logits (B, N, C), the targets and what the boxes predict, and
-# returns one value, or a named tuple of values that are added up.
+# returns one value, or a named tuple of values that are added up. One that is called `loc` stands
+# for the box loss.
 
 
 def quality_focal(logits, targets: Targets, predicted: Predicted):
@@ -100,6 +101,18 @@ def varifocal(logits, targets: Targets, predicted: Predicted):
     return tritonloss.varifocal_loss(logits, pair, avg_factor=targets.count)
 
 
+def rank_sort(logits, targets: Targets, predicted: Predicted):
+    return tritonloss.rank_sort_loss(logits, (targets.labels, predicted.quality))
+
+
+def average_precision(logits, targets: Targets, predicted: Predicted):
+    return tritonloss.ap_loss(logits, targets.labels)
+
+
+def alrp(logits, targets: Targets, predicted: Predicted):
+    return tritonloss.alrp_loss(logits, targets.labels, predicted.box_loss)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One entry of ``LOSSES``.
@@ -110,12 +123,14 @@ class Recipe:
             the loss has state (it is then saved in the checkpoint).
         box: the default box loss.
         dfl: predict each side as a distribution and train it with the distribution focal loss.
+        balance: scale the box loss to the size of the classification loss.
     """
 
     help: str
     classification: Callable
     box: str = "giou"
     dfl: bool = False
+    balance: bool = False
 
 
 LOSSES = {
@@ -123,11 +138,18 @@ LOSSES = {
     "focal": Recipe("sigmoid focal + GIoU", focal),
     "focal_star": Recipe("FL*, the one-sided form of focal loss, + GIoU", focal_star),
     "varifocal": Recipe("varifocal + CIoU", varifocal, box="ciou"),
+    "rank_sort": Recipe("Rank & Sort + GIoU, balanced by itself", rank_sort, balance=True),
+    "ap": Recipe("average precision (AP) loss + GIoU", average_precision, balance=True),
+    "alrp": Recipe("aLRP: ranking and GIoU in one, balanced by itself", alrp, balance=True),
 }
 
 
 class Criterion(nn.Module):
-    """All losses of one step: tensors in, a dict of 0-d tensors out; it compiles into one graph."""
+    """The losses of one step: tensors in, their sum and a dict of the parts out, all 0-d.
+
+    It compiles into one graph. A balanced box loss counts in the sum with its weight and stands
+    in the dict without.
+    """
 
     def __init__(self, loss: str = "gfl", box: str | None = None, bins: int = 8):
         super().__init__()
@@ -136,6 +158,7 @@ class Criterion(nn.Module):
         self.classification = make() if isinstance(make, type) else make
         self.box_name = box or recipe.box
         self.box = BOX_LOSSES[self.box_name]
+        self.balance = recipe.balance
         self.bins = bins if recipe.dfl else 0
 
     def forward(self, logits, outputs, points, strides, targets: Targets):
@@ -150,11 +173,15 @@ class Criterion(nn.Module):
         with torch.no_grad():
             overlap = 1 - tritonloss.iou_loss(boxes, wanted, reduction="none")
             overlap = (overlap * weight).clamp(0, 1)
-        predicted = Predicted(*(self._spread(x, targets) for x in (overlap, error.detach())))
+        predicted = Predicted(*(self._spread(x, targets) for x in (overlap, error)))
 
         values = self.classification(logits, targets, predicted)
         losses = values._asdict() if hasattr(values, "_asdict") else {"classification": values}
-        losses = {**losses, self.box_name: BOX_WEIGHT * error.sum() / count}
+        box_loss = losses.pop("loc", BOX_WEIGHT * error.sum() / count)
+        total = sum(losses.values())
+        balance = tritonloss.self_balanced_weight(total, box_loss) if self.balance else 1.0
+        total = total + balance * box_loss
+        losses[self.box_name] = box_loss
         if self.bins:
             sides = torch.cat([points - wanted[:, :2], wanted[:, 2:] - points], 1)
             losses["dfl"] = DFL_WEIGHT * tritonloss.distribution_focal_loss(
@@ -163,7 +190,8 @@ class Criterion(nn.Module):
                 weight=weight[:, None].expand(-1, 4),
                 avg_factor=count,
             )
-        return losses
+            total = total + losses["dfl"]
+        return total, losses
 
     @staticmethod
     def _spread(values, targets: Targets):

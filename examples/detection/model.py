@@ -131,7 +131,7 @@ def nms(boxes, scores, labels, threshold: float = 0.5):
 
 
 @torch.no_grad()
-def detect(model: Detector, images, min_score: float = 0.02, candidates: int = 1000):
+def detect(model: Detector, images, min_score: float = 0.005, candidates: int = 1000):
     """Boxes, scores and labels found in each image of a batch (B, 3, H, W), on the CPU."""
     logits, outputs = model(images)
     points, strides = cells(*images.shape[-2:], device=images.device)

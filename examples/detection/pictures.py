@@ -47,8 +47,9 @@ def draw_detections(path, scenes: list[Scene], found, classes, min_score: float,
         known = scene.labels != IGNORE
         for box in scene.boxes[known]:
             _box(axis, box, TRUTH, width=1.2)
-        for box, score, label in zip(boxes, scores, labels, strict=True):
-            if score < min_score:
+        # Best first; an untrained detector would paint everything.
+        for box, score, label in list(zip(boxes, scores, labels, strict=True))[:400]:
+            if score < min_score or not _inside(box, window):
                 continue
             _box(axis, box, FOUND, width=1.6)
             if len(classes) > 1:
@@ -72,6 +73,11 @@ def draw_detections(path, scenes: list[Scene], found, classes, min_score: float,
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.2 / figure.get_figheight()), pad=0.4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _inside(box, window) -> bool:
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return window[0] <= x < window[2] and window[1] <= y < window[3]
 
 
 def _box(axis, box, colour, width):
