@@ -26,6 +26,9 @@ from ._layout import (
 from ._reduce import finish, finish_kernel
 from ._tiles import pointwise_derivative, pointwise_value, region_of
 
+# Which parameter is the power of the modulating factor.
+POWER = {"focal": 2, "quality": 0, "varifocal": 1}
+
 
 @triton.jit
 def load_logits(
@@ -135,6 +138,7 @@ def _pointwise_tile(
     grad_strides,
     params,
     KIND: tl.constexpr,
+    SQUARE: tl.constexpr,
     BACKWARD: tl.constexpr,
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
@@ -164,7 +168,7 @@ def _pointwise_tile(
         region = region_of(x, y, p0, bins, KIND)
         scale = tl.where(keep, tl.load(region_ptr + region), 0.0)
     if BACKWARD:
-        result = pointwise_derivative(x, y, positive, p0, p1, p2, p3, KIND)
+        result = pointwise_derivative(x, y, positive, p0, p1, p2, p3, KIND, SQUARE)
         if REDUCED:
             result *= grad_scale * scale
         else:
@@ -176,7 +180,7 @@ def _pointwise_tile(
                 )
             result *= grad.to(tl.float32) * scale
     else:
-        result = pointwise_value(x, y, positive, p0, p1, p2, p3, KIND) * scale
+        result = pointwise_value(x, y, positive, p0, p1, p2, p3, KIND, SQUARE) * scale
     result = tl.where(keep, result, 0.0)
     if BACKWARD or not REDUCED:
         if LINEAR:
@@ -245,6 +249,7 @@ def pointwise_kernel(
     p3,
     # constants
     KIND: tl.constexpr,
+    SQUARE: tl.constexpr,
     BACKWARD: tl.constexpr,
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
@@ -277,13 +282,13 @@ def pointwise_kernel(
         result, keep = _pointwise_tile(
             start, offs, n, pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
             n_classes, ignore_index, sizes, strides, out_strides, grad_strides, params,
-            KIND, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
+            KIND, SQUARE, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
         )  # fmt: skip
     else:
         result, keep = _pointwise_tile(
             start, offs, n, pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
             n_classes, ignore_index, sizes, strides, out_strides, grad_strides, params,
-            KIND, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
+            KIND, SQUARE, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
         )  # fmt: skip
     if REDUCED and not BACKWARD:
         tl.store(out_ptr + pid, tl.sum(result, 0))
@@ -373,6 +378,7 @@ def _launch(
         ignore_index,
         *numbers,
         KIND=kind,
+        SQUARE=pointer is None and kind in POWER and numbers[POWER[kind]] == 2.0,
         BACKWARD=backward,
         REDUCED=reduced,
         N_DIMS=walk.layout.n_dims,

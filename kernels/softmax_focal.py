@@ -112,7 +112,7 @@ def softmax_focal_forward_kernel(
         first += BLOCK_C
     # one class alone: d is huge, the loss exactly 0
     d = (x_label - top) - tl.log(tl.where(total == 0.0, 1.0, total))
-    value = focal_value(d, 1.0, 1.0, 1.0, gamma) * _alpha(alpha_ptr, label, keep) * scale
+    value = focal_value(d, 1.0, 1.0, 1.0, gamma, False) * _alpha(alpha_ptr, label, keep) * scale
     store_rows(value, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
     if stats_ptr is not None:
         stats_ptrs = stats_ptr + start + offs
@@ -186,7 +186,7 @@ def softmax_focal_backward_kernel(
     grad = upstream(
         grad_ptr, scale_ptr, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, REDUCED
     )
-    slope = focal_derivative(d, 1.0, 1.0, 1.0, gamma) * _alpha(alpha_ptr, label, keep)
+    slope = focal_derivative(d, 1.0, 1.0, 1.0, gamma, False) * _alpha(alpha_ptr, label, keep)
     slope = tl.where(keep, slope * (grad * scale), 0.0)
 
     x_row = tl.expand_dims(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS), CLASS_AXIS)
