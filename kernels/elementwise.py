@@ -38,7 +38,7 @@ def load_logits(
     pointers,  # x, dense target, label, quality, weight, class weight
     n_classes,
     ignore_index,
-    sizes,
+    coords,
     strides,  # of x, rows, dense target, weight
     N_DIMS: tl.constexpr,
     CLASS_DIM: tl.constexpr,
@@ -46,7 +46,7 @@ def load_logits(
     ROW_WEIGHT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """A tile of logits with their targets: ``(x, y, positive, keep, scale, coords)``.
+    """A tile of logits with their targets: ``(x, y, positive, keep, scale)``.
 
     ``keep`` is False beyond the end, for ignored rows and for weights of 0; there x, y and scale
     are 0, and nothing that was stored there, NaN included, reaches the result.
@@ -55,7 +55,6 @@ def load_logits(
     x_strides, row_strides, dense_strides, weight_strides = strides
     inside = offs < n - start
     linear = start + offs
-    coords = coordinates(start, offs, sizes, N_DIMS)
     row = offset_of(coords, row_strides, N_DIMS)
     if CLASS_DIM < 0:
         cls = tl.zeros(offs.shape, tl.int64)
@@ -99,7 +98,7 @@ def load_logits(
         scale *= load_or_zero(class_weight_ptr + cls, MASKED, inside).to(tl.float32)
     x = tl.where(keep, x, 0.0)
     x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
-    return x, y, positive, keep, tl.where(keep, scale, 0.0), coords
+    return x, y, positive, keep, tl.where(keep, scale, 0.0)
 
 
 @triton.jit
@@ -148,14 +147,16 @@ def _pointwise_tile(
     MASKED: tl.constexpr,
 ):
     """Loss or gradient of one tile, stored if there is a value per logit; ``(result, keep)``."""
-    x, y, positive, keep, scale, coords = load_logits(
+    # Apart from the pointers, which torch.compile would else take for written (see _rows.locate).
+    coords = coordinates(start, offs, sizes, N_DIMS)
+    x, y, positive, keep, scale = load_logits(
         start,
         offs,
         n,
         pointers,
         n_classes,
         ignore_index,
-        sizes,
+        coords,
         strides,
         N_DIMS,
         CLASS_DIM,

@@ -19,6 +19,7 @@ from ._rows import (
     columns_innermost,
     forward_rows,
     load_rows,
+    locate,
     n_rows,
     number,
     row_layout,
@@ -84,10 +85,10 @@ def softmax_focal_forward_kernel(
     start = pid * BLOCK_R
     offs = tl.arange(0, BLOCK_R)
     gamma = number(params_ptr, 0, gamma)
-    coords, row, inside, keep, scale = load_rows(
-        start, offs, n, weight_ptr, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3),
-        N_DIMS,
-    )  # fmt: skip
+    coords, row = locate(
+        start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
+    )
+    inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
     label, keep = _labels(label_ptr, row, inside, keep, n_classes, ignore_index)
     x_row = tl.expand_dims(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS), CLASS_AXIS)
     label_2d = tl.expand_dims(label, CLASS_AXIS)
@@ -173,10 +174,10 @@ def softmax_focal_backward_kernel(
     start = pid * BLOCK_R
     offs = tl.arange(0, BLOCK_R)
     gamma = number(params_ptr, 0, gamma)
-    coords, row, inside, keep, scale = load_rows(
-        start, offs, n, weight_ptr, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3),
-        N_DIMS,
-    )  # fmt: skip
+    coords, row = locate(
+        start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
+    )
+    inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
     label, keep = _labels(label_ptr, row, inside, keep, n_classes, ignore_index)
     stats_ptrs = stats_ptr + start + offs
     top = tl.load(stats_ptrs, mask=keep, other=0.0)
