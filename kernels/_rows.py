@@ -16,18 +16,27 @@ from ._reduce import finish
 
 
 @triton.jit
-def load_rows(start, offs, n_rows, weight_ptr, sizes, row_strides, N_DIMS: tl.constexpr):
-    """Rows start + offs: ``(coords, row, inside, keep, scale)``; scale is 0 where not kept."""
-    inside = offs < n_rows - start
+def locate(start, offs, sizes, row_strides, N_DIMS: tl.constexpr):
+    """Coordinates of rows start + offs, and their index.
+
+    A function without pointers: torch.compile would take a pointer that goes in for one that is
+    written where an index comes out, and copy what it points to.
+    """
     coords = coordinates(start, offs, sizes, N_DIMS)
-    row = offset_of(coords, row_strides, N_DIMS)
+    return coords, offset_of(coords, row_strides, N_DIMS)
+
+
+@triton.jit
+def load_rows(start, offs, n_rows, weight_ptr, row):
+    """Weight of each row: ``(inside, keep, scale)``; scale is 0 where not kept."""
+    inside = offs < n_rows - start
     keep = inside
     scale = tl.full(offs.shape, 1.0, tl.float32)
     if weight_ptr is not None:
         scale = tl.load(weight_ptr + row, mask=inside, other=0).to(tl.float32)
         keep = keep & (scale > 0)
         scale = tl.where(keep, scale, 0.0)
-    return coords, row, inside, keep, scale
+    return inside, keep, scale
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from ._rows import (
     backward_rows,
     forward_rows,
     load_rows,
+    locate,
     n_rows,
     number,
     row_layout,
@@ -98,13 +99,11 @@ def store_boxes(
 
 @triton.jit
 def _load_pair(
-    pred_ptr, target_ptr, weight_ptr, start, n, sizes, pred_strides, pred_sc, target_strides,
-    target_sc, row_strides, N_DIMS: tl.constexpr, PRED_WIDE: tl.constexpr,
-    TARGET_WIDE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    pred_ptr, target_ptr, weight_ptr, start, n, coords, row, pred_strides, pred_sc, target_strides,
+    target_sc, N_DIMS: tl.constexpr, PRED_WIDE: tl.constexpr, TARGET_WIDE: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    coords, row, inside, keep, scale = load_rows(
-        start, tl.arange(0, BLOCK), n, weight_ptr, sizes, row_strides, N_DIMS
-    )
+    inside, keep, scale = load_rows(start, tl.arange(0, BLOCK), n, weight_ptr, row)
     pred = load_boxes(
         pred_ptr, start, n, coords, pred_strides, pred_sc, keep, N_DIMS, PRED_WIDE, MASKED, BLOCK
     )
@@ -112,7 +111,7 @@ def _load_pair(
         target_ptr, start, n, coords, target_strides, target_sc, keep, N_DIMS, TARGET_WIDE, MASKED,
         BLOCK,
     )  # fmt: skip
-    return pred, target, coords, row, inside, keep, scale
+    return pred, target, inside, keep, scale
 
 
 @triton.jit
@@ -122,9 +121,11 @@ def _forward_block(
     REDUCED: tl.constexpr, N_DIMS: tl.constexpr, PRED_WIDE: tl.constexpr,
     TARGET_WIDE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pred, target, _, row, inside, keep, scale = _load_pair(
-        pred_ptr, target_ptr, weight_ptr, pid * BLOCK, n, sizes, pred_strides, pred_sc,
-        target_strides, target_sc, row_strides, N_DIMS, PRED_WIDE, TARGET_WIDE, MASKED, BLOCK,
+    start = pid * BLOCK
+    coords, row = locate(start, tl.arange(0, BLOCK), sizes, row_strides, N_DIMS)
+    pred, target, inside, keep, scale = _load_pair(
+        pred_ptr, target_ptr, weight_ptr, start, n, coords, row, pred_strides, pred_sc,
+        target_strides, target_sc, N_DIMS, PRED_WIDE, TARGET_WIDE, MASKED, BLOCK,
     )  # fmt: skip
     loss, _ = box_loss(pred, target, eps, alpha_threshold, KIND)
     store_rows(loss * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
@@ -200,9 +201,10 @@ def _backward_block(
     PRED_WIDE: tl.constexpr, TARGET_WIDE: tl.constexpr, OUT_WIDE: tl.constexpr,
     MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pred, target, coords, _, inside, keep, scale = _load_pair(
-        pred_ptr, target_ptr, weight_ptr, start, n, sizes, pred_strides, pred_sc,
-        target_strides, target_sc, row_strides, N_DIMS, PRED_WIDE, TARGET_WIDE, MASKED, BLOCK,
+    coords, row = locate(start, tl.arange(0, BLOCK), sizes, row_strides, N_DIMS)
+    pred, target, inside, keep, scale = _load_pair(
+        pred_ptr, target_ptr, weight_ptr, start, n, coords, row, pred_strides, pred_sc,
+        target_strides, target_sc, N_DIMS, PRED_WIDE, TARGET_WIDE, MASKED, BLOCK,
     )  # fmt: skip
     grad = upstream(grad_ptr, scale_ptr, coords, grad_strides, keep, N_DIMS, REDUCED) * scale
     _, slopes = box_loss(pred, target, eps, alpha_threshold, KIND)

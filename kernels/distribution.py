@@ -14,6 +14,7 @@ from ._rows import (
     columns_innermost,
     forward_rows,
     load_rows,
+    locate,
     n_rows,
     row_layout,
     rows_walkable,
@@ -26,10 +27,9 @@ MAX_BINS = 1024  # a row is one tile
 
 
 @triton.jit
-def load_bins(x_ptr, coords, strides, x_sc, keep, n_bins, N_DIMS: tl.constexpr,
-              BIN_AXIS: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
-    """A tile of logits and their softmax: ``(x, bins, top, e, total)``; 0 in rows not kept."""
-    bins = tl.expand_dims(tl.arange(0, BLOCK_B), 1 - BIN_AXIS)
+def load_bins(x_ptr, coords, bins, strides, x_sc, keep, n_bins, N_DIMS: tl.constexpr,
+              BIN_AXIS: tl.constexpr):  # fmt: skip
+    """A tile of logits and their softmax: ``(x, top, e, total)``; 0 in rows not kept."""
     x_row = tl.expand_dims(offset_of(coords, strides, N_DIMS), BIN_AXIS)
     x_ptrs = x_ptr + x_row + bins * tl.cast(x_sc, tl.int64)
     mask = tl.expand_dims(keep, BIN_AXIS) & (bins < n_bins)
@@ -37,7 +37,7 @@ def load_bins(x_ptr, coords, strides, x_sc, keep, n_bins, N_DIMS: tl.constexpr,
     x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
     top = tl.expand_dims(tl.max(tl.where(bins < n_bins, x, -1e38), BIN_AXIS), BIN_AXIS)
     e = tl.where(bins < n_bins, tl.exp(x - top), 0.0)
-    return x, bins, top, e, tl.expand_dims(tl.sum(e, BIN_AXIS), BIN_AXIS)
+    return x, top, e, tl.expand_dims(tl.sum(e, BIN_AXIS), BIN_AXIS)
 
 
 @triton.jit
@@ -89,12 +89,15 @@ def distribution_focal_forward_kernel(
 ):
     """1-D grid over blocks of rows."""
     pid = tl.program_id(0).to(tl.int64)
-    coords, row, inside, keep, scale = load_rows(
-        pid * BLOCK_R, tl.arange(0, BLOCK_R), n, weight_ptr, (1, size_1, size_2, size_3),
-        (row_s0, row_s1, row_s2, row_s3), N_DIMS,
-    )  # fmt: skip
-    x, bins, top, e, _ = load_bins(
-        x_ptr, coords, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS, BIN_AXIS, BLOCK_B
+    start = pid * BLOCK_R
+    offs = tl.arange(0, BLOCK_R)
+    coords, row = locate(
+        start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
+    )
+    inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
+    bins = tl.expand_dims(tl.arange(0, BLOCK_B), 1 - BIN_AXIS)
+    x, top, e, _ = load_bins(
+        x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS, BIN_AXIS
     )
     hat = load_target(
         target_ptr, coords, (target_s0, target_s1, target_s2, target_s3), bins, keep, n_bins,
@@ -156,12 +159,15 @@ def distribution_focal_backward_kernel(
 ):
     """1-D grid over blocks of rows."""
     pid = tl.program_id(0).to(tl.int64)
-    coords, _, inside, keep, scale = load_rows(
-        pid * BLOCK_R, tl.arange(0, BLOCK_R), n, weight_ptr, (1, size_1, size_2, size_3),
-        (row_s0, row_s1, row_s2, row_s3), N_DIMS,
-    )  # fmt: skip
-    _, bins, _, e, total = load_bins(
-        x_ptr, coords, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS, BIN_AXIS, BLOCK_B
+    start = pid * BLOCK_R
+    offs = tl.arange(0, BLOCK_R)
+    coords, row = locate(
+        start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
+    )
+    inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
+    bins = tl.expand_dims(tl.arange(0, BLOCK_B), 1 - BIN_AXIS)
+    _, _, e, total = load_bins(
+        x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS, BIN_AXIS
     )
     hat = load_target(
         target_ptr, coords, (target_s0, target_s1, target_s2, target_s3), bins, keep, n_bins,
@@ -216,12 +222,15 @@ def expectation_kernel(
 ):
     """1-D grid over blocks of rows; forward and backward of the mean bin."""
     pid = tl.program_id(0).to(tl.int64)
-    coords, row, inside, keep, _ = load_rows(
-        pid * BLOCK_R, tl.arange(0, BLOCK_R), n, None, (1, size_1, size_2, size_3),
-        (row_s0, row_s1, row_s2, row_s3), N_DIMS,
-    )  # fmt: skip
-    _, bins, _, e, total = load_bins(
-        x_ptr, coords, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS, BIN_AXIS, BLOCK_B
+    start = pid * BLOCK_R
+    offs = tl.arange(0, BLOCK_R)
+    coords, row = locate(
+        start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
+    )
+    inside, keep, _ = load_rows(start, offs, n, None, row)
+    bins = tl.expand_dims(tl.arange(0, BLOCK_B), 1 - BIN_AXIS)
+    _, _, e, total = load_bins(
+        x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS, BIN_AXIS
     )
     k = bins.to(tl.float32)
     mean = tl.expand_dims(tl.sum(e * k, BIN_AXIS), BIN_AXIS) / total

@@ -26,6 +26,9 @@ from ._layout import (
 from ._reduce import finish, finish_kernel
 from ._tiles import pointwise_derivative, pointwise_value, region_of
 
+# Which parameter is the power of the modulating factor.
+POWER = {"focal": 2, "quality": 0, "varifocal": 1}
+
 
 @triton.jit
 def load_logits(
@@ -35,7 +38,7 @@ def load_logits(
     pointers,  # x, dense target, label, quality, weight, class weight
     n_classes,
     ignore_index,
-    sizes,
+    coords,
     strides,  # of x, rows, dense target, weight
     N_DIMS: tl.constexpr,
     CLASS_DIM: tl.constexpr,
@@ -43,7 +46,7 @@ def load_logits(
     ROW_WEIGHT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """A tile of logits with their targets: ``(x, y, positive, keep, scale, coords)``.
+    """A tile of logits with their targets: ``(x, y, positive, keep, scale)``.
 
     ``keep`` is False beyond the end, for ignored rows and for weights of 0; there x, y and scale
     are 0, and nothing that was stored there, NaN included, reaches the result.
@@ -52,7 +55,6 @@ def load_logits(
     x_strides, row_strides, dense_strides, weight_strides = strides
     inside = offs < n - start
     linear = start + offs
-    coords = coordinates(start, offs, sizes, N_DIMS)
     row = offset_of(coords, row_strides, N_DIMS)
     if CLASS_DIM < 0:
         cls = tl.zeros(offs.shape, tl.int64)
@@ -96,7 +98,7 @@ def load_logits(
         scale *= load_or_zero(class_weight_ptr + cls, MASKED, inside).to(tl.float32)
     x = tl.where(keep, x, 0.0)
     x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
-    return x, y, positive, keep, tl.where(keep, scale, 0.0), coords
+    return x, y, positive, keep, tl.where(keep, scale, 0.0)
 
 
 @triton.jit
@@ -135,6 +137,7 @@ def _pointwise_tile(
     grad_strides,
     params,
     KIND: tl.constexpr,
+    SQUARE: tl.constexpr,
     BACKWARD: tl.constexpr,
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
@@ -144,14 +147,16 @@ def _pointwise_tile(
     MASKED: tl.constexpr,
 ):
     """Loss or gradient of one tile, stored if there is a value per logit; ``(result, keep)``."""
-    x, y, positive, keep, scale, coords = load_logits(
+    # Apart from the pointers, which torch.compile would else take for written (see _rows.locate).
+    coords = coordinates(start, offs, sizes, N_DIMS)
+    x, y, positive, keep, scale = load_logits(
         start,
         offs,
         n,
         pointers,
         n_classes,
         ignore_index,
-        sizes,
+        coords,
         strides,
         N_DIMS,
         CLASS_DIM,
@@ -164,7 +169,7 @@ def _pointwise_tile(
         region = region_of(x, y, p0, bins, KIND)
         scale = tl.where(keep, tl.load(region_ptr + region), 0.0)
     if BACKWARD:
-        result = pointwise_derivative(x, y, positive, p0, p1, p2, p3, KIND)
+        result = pointwise_derivative(x, y, positive, p0, p1, p2, p3, KIND, SQUARE)
         if REDUCED:
             result *= grad_scale * scale
         else:
@@ -176,7 +181,7 @@ def _pointwise_tile(
                 )
             result *= grad.to(tl.float32) * scale
     else:
-        result = pointwise_value(x, y, positive, p0, p1, p2, p3, KIND) * scale
+        result = pointwise_value(x, y, positive, p0, p1, p2, p3, KIND, SQUARE) * scale
     result = tl.where(keep, result, 0.0)
     if BACKWARD or not REDUCED:
         if LINEAR:
@@ -245,6 +250,7 @@ def pointwise_kernel(
     p3,
     # constants
     KIND: tl.constexpr,
+    SQUARE: tl.constexpr,
     BACKWARD: tl.constexpr,
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
@@ -277,13 +283,13 @@ def pointwise_kernel(
         result, keep = _pointwise_tile(
             start, offs, n, pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
             n_classes, ignore_index, sizes, strides, out_strides, grad_strides, params,
-            KIND, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
+            KIND, SQUARE, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
         )  # fmt: skip
     else:
         result, keep = _pointwise_tile(
             start, offs, n, pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
             n_classes, ignore_index, sizes, strides, out_strides, grad_strides, params,
-            KIND, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
+            KIND, SQUARE, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
         )  # fmt: skip
     if REDUCED and not BACKWARD:
         tl.store(out_ptr + pid, tl.sum(result, 0))
@@ -373,6 +379,7 @@ def _launch(
         ignore_index,
         *numbers,
         KIND=kind,
+        SQUARE=pointer is None and kind in POWER and numbers[POWER[kind]] == 2.0,
         BACKWARD=backward,
         REDUCED=reduced,
         N_DIMS=walk.layout.n_dims,

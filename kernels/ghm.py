@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._index import coordinates
 from ._launch import HISTOGRAM, HISTOGRAM_PROGRAMS, scalar_args
 from ._tiles import pointwise_value, region_of
 from .elementwise import launch_backward as pointwise_backward
@@ -64,14 +65,15 @@ def _add_tile(
     ROW_WEIGHT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    x, y, positive, keep, _, _ = load_logits(
+    coords = coordinates(start, offs, sizes, N_DIMS)
+    x, y, positive, keep, _ = load_logits(
         start,
         offs,
         n,
         pointers,
         n_classes,
         ignore_index,
-        sizes,
+        coords,
         strides,
         N_DIMS,
         CLASS_DIM,
@@ -79,7 +81,7 @@ def _add_tile(
         ROW_WEIGHT,
         MASKED,
     )
-    value = pointwise_value(x, y, positive, mu, 0.0, 0.0, 0.0, KIND)
+    value = pointwise_value(x, y, positive, mu, 0.0, 0.0, 0.0, KIND, False)
     region = tl.where(keep, region_of(x, y, mu, bins, KIND), -1)
     counts = tl.histogram(region, REGIONS, mask=keep)
     return _add_by_region(total, region, value, counts, REGIONS), count + counts

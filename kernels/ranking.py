@@ -343,14 +343,14 @@ def segment_of(x, active, group, knot_ptr, list_ptr, num_groups, n_pos, HAS_GROU
 
 @triton.jit
 def negative_tile(
-    start, offs, n, pointers, group_ptr, n_classes, num_groups, ignore_index, sizes, strides,
+    start, offs, n, pointers, group_ptr, n_classes, num_groups, ignore_index, coords, strides,
     group_strides,
     N_DIMS: tl.constexpr, CLASS_DIM: tl.constexpr, LINEAR: tl.constexpr, ROW_WEIGHT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """``(x, group, negative, coords)`` of a tile."""
-    x, y, positive, keep, _, coords = load_logits(
-        start, offs, n, pointers, n_classes, ignore_index, sizes, strides,
+    """``(x, group, negative)`` of a tile."""
+    x, y, positive, keep, _ = load_logits(
+        start, offs, n, pointers, n_classes, ignore_index, coords, strides,
         N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, MASKED,
     )  # fmt: skip
     negative = keep & (y == 0.0) & ~positive
@@ -361,7 +361,7 @@ def negative_tile(
         ).to(tl.int64)
         negative = negative & (group >= 0) & (group < num_groups)
         group = tl.where(negative, group, 0).to(tl.int32)
-    return x, group, negative, coords
+    return x, group, negative
 
 
 @triton.jit
@@ -450,14 +450,15 @@ def negatives_kernel(
         histogram_ptr += (tl.program_id(0) % copies).to(tl.int64) * n_pos * 4
     start = tl.program_id(0).to(tl.int64) * BLOCK
     while start < n:
+        coords = coordinates(start, offs, sizes, N_DIMS)
         if start + BLOCK <= n:
-            x, group, negative, coords = negative_tile(
-                start, offs, n, pointers, group_ptr, n_classes, num_groups, ignore_index, sizes,
+            x, group, negative = negative_tile(
+                start, offs, n, pointers, group_ptr, n_classes, num_groups, ignore_index, coords,
                 strides, group_strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
             )  # fmt: skip
         else:
-            x, group, negative, coords = negative_tile(
-                start, offs, n, pointers, group_ptr, n_classes, num_groups, ignore_index, sizes,
+            x, group, negative = negative_tile(
+                start, offs, n, pointers, group_ptr, n_classes, num_groups, ignore_index, coords,
                 strides, group_strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
             )  # fmt: skip
         knot, found = segment_of(

@@ -19,6 +19,7 @@ from ._rows import (
     columns_innermost,
     forward_rows,
     load_rows,
+    locate,
     n_rows,
     number,
     row_layout,
@@ -84,10 +85,10 @@ def softmax_focal_forward_kernel(
     start = pid * BLOCK_R
     offs = tl.arange(0, BLOCK_R)
     gamma = number(params_ptr, 0, gamma)
-    coords, row, inside, keep, scale = load_rows(
-        start, offs, n, weight_ptr, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3),
-        N_DIMS,
-    )  # fmt: skip
+    coords, row = locate(
+        start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
+    )
+    inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
     label, keep = _labels(label_ptr, row, inside, keep, n_classes, ignore_index)
     x_row = tl.expand_dims(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS), CLASS_AXIS)
     label_2d = tl.expand_dims(label, CLASS_AXIS)
@@ -112,7 +113,7 @@ def softmax_focal_forward_kernel(
         first += BLOCK_C
     # one class alone: d is huge, the loss exactly 0
     d = (x_label - top) - tl.log(tl.where(total == 0.0, 1.0, total))
-    value = focal_value(d, 1.0, 1.0, 1.0, gamma) * _alpha(alpha_ptr, label, keep) * scale
+    value = focal_value(d, 1.0, 1.0, 1.0, gamma, False) * _alpha(alpha_ptr, label, keep) * scale
     store_rows(value, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
     if stats_ptr is not None:
         stats_ptrs = stats_ptr + start + offs
@@ -173,10 +174,10 @@ def softmax_focal_backward_kernel(
     start = pid * BLOCK_R
     offs = tl.arange(0, BLOCK_R)
     gamma = number(params_ptr, 0, gamma)
-    coords, row, inside, keep, scale = load_rows(
-        start, offs, n, weight_ptr, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3),
-        N_DIMS,
-    )  # fmt: skip
+    coords, row = locate(
+        start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
+    )
+    inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
     label, keep = _labels(label_ptr, row, inside, keep, n_classes, ignore_index)
     stats_ptrs = stats_ptr + start + offs
     top = tl.load(stats_ptrs, mask=keep, other=0.0)
@@ -186,7 +187,7 @@ def softmax_focal_backward_kernel(
     grad = upstream(
         grad_ptr, scale_ptr, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, REDUCED
     )
-    slope = focal_derivative(d, 1.0, 1.0, 1.0, gamma) * _alpha(alpha_ptr, label, keep)
+    slope = focal_derivative(d, 1.0, 1.0, 1.0, gamma, False) * _alpha(alpha_ptr, label, keep)
     slope = tl.where(keep, slope * (grad * scale), 0.0)
 
     x_row = tl.expand_dims(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS), CLASS_AXIS)

@@ -1,1 +1,1 @@
-"""Benchmarks, kernel budgets and sweeps; not installed with the package."""
+"""Kernel budgets, sweeps, plots, checks on a GPU; each runs as ``python -m perf.<name>``."""

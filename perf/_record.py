@@ -1,0 +1,45 @@
+"""Record kernel launches without running them, so that no kernel's arguments are typed twice."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from triton.runtime.jit import JITFunction
+
+from tritonloss import _dispatch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One ``kernel[grid](...)``: its arguments by name and its compiler options."""
+
+    kernel: JITFunction
+    grid: tuple
+    args: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@contextmanager
+def recorded_launches():
+    """Losses of CPU or meta tensors take the kernels' path; launches land in the list."""
+    launches: list[Launch] = []
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        names = kernel.arg_names
+        bound = dict(zip(names, args, strict=False))
+        bound |= {k: v for k, v in kwargs.items() if k in names}
+        options = {k: v for k, v in kwargs.items() if k not in names}
+        launches.append(Launch(kernel, grid, bound, options))
+
+    run_before, force_before = JITFunction.run, _dispatch._FORCE_ON_CPU
+    JITFunction.run, _dispatch._FORCE_ON_CPU = run, True
+    try:
+        yield launches
+    finally:
+        JITFunction.run, _dispatch._FORCE_ON_CPU = run_before, force_before

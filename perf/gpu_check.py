@@ -1,0 +1,355 @@
+"""Test and time everything on the GPU of this machine: ``python -m perf.gpu_check``.
+
+Each step runs in a process of its own with a time limit, so that none takes another down. Logs,
+figures and the summary land in the ``--out`` folder. Nothing has to be installed but torch and
+Triton; what is missing is listed, and its steps are skipped. The exit code is 1 if a step failed.
+``--device cpu`` is a dry run of all that needs no GPU, through the interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SKIPPED = 77
+OPTIONAL = ("allpairspy", "hypothesis", "matplotlib", "numpy", "pandas", "pycocotools", "pytest",
+            "ruff", "sklearn", "tqdm", "xdist")  # fmt: skip
+ROOT = Path(__file__).parent.parent
+
+
+class Skip(Exception):
+    """The step cannot run here."""
+
+
+def missing(*packages: str) -> list[str]:
+    return [p for p in packages if importlib.util.find_spec(p) is None]
+
+
+def need_gpu(device: str) -> None:
+    if device == "cpu":
+        raise Skip("needs a GPU")
+
+
+def run(*command, device: str, **env: str) -> None:
+    if device == "cpu":
+        env.setdefault("TRITON_INTERPRET", "1")
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env).returncode
+    if code:
+        raise SystemExit(code)
+
+
+# ------------------------------------------------------------------------------------- the steps
+
+
+def environment(device: str, out: Path) -> None:
+    """What this machine is."""
+    import torch
+    import triton
+
+    import tritonloss
+
+    print(tritonloss.show_config())
+    facts = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "absent": missing(*OPTIONAL),
+        "commit": commit(),
+    }
+    if device != "cpu":
+        facts["gpu"] = {
+            name: str(getattr(torch.cuda.get_device_properties(0), name))
+            for name in ("name", "total_memory", "multi_processor_count", "major", "minor")
+        }
+    (out / "environment.json").write_text(json.dumps(facts, indent=2))
+    print(json.dumps(facts, indent=2))
+
+
+def tests(device: str, out: Path) -> None:
+    """The test suite, with the kernels on the GPU."""
+    if missing("pytest"):
+        raise Skip("pytest is absent")
+    options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=short"]
+    options += ["--ignore=tests/test_package.py", "--ignore=tests/test_example.py"]
+    if not missing("xdist"):
+        options += ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
+    if device == "cpu":
+        options += ["-k", "test_boxes or test_empty"]
+    report = out / "tests.xml"
+    run("-m", "pytest", *options, f"--junitxml={report}", "tests", device=device)
+
+
+def sync(device: str, out: Path) -> None:
+    """No loss makes the host wait for the GPU."""
+    need_gpu(device)
+    import torch
+
+    from . import workloads
+
+    for name, call in workloads.every_loss(device):
+        workloads.value_and_gradient(call)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            workloads.value_and_gradient(call)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        print("no sync:", name)
+
+
+def cuda_graphs(device: str, out: Path) -> None:
+    """Captured and replayed on new logits, every loss equals eager execution."""
+    need_gpu(device)
+    import torch
+
+    from . import workloads
+
+    for name, call in workloads.every_loss(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                workloads.value_and_gradient(call)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = workloads.value_and_gradient(call)
+        with torch.no_grad():
+            call.x.mul_(0.5)
+        graph.replay()
+        expect_same(name, workloads.value_and_gradient(call), captured)
+
+
+def compiled(device: str, out: Path) -> None:
+    """torch.compile(fullgraph=True), default and with CUDA graphs, equals eager execution."""
+    import torch
+
+    from . import workloads
+
+    modes = ("default", "reduce-overhead") if device != "cpu" else ("default",)
+    small = {"rows": 64, "classes": 5} if device == "cpu" else {}
+    failed = []
+    for mode in modes:
+        for name, call in workloads.every_loss(device, **small):
+            torch._dynamo.reset()
+            with workloads.kernels_or_eager(device):
+                loss = torch.compile(call.loss, fullgraph=True, mode=mode)
+                try:
+                    for _ in range(3):  # reduce-overhead records at the second call
+                        found = workloads.value_and_gradient(call._replace(loss=loss))
+                    found = tuple(t.clone() for t in found)
+                    # another order of the same sums
+                    expect_close(f"{mode}: {name}", workloads.value_and_gradient(call), found)
+                except Exception as error:
+                    failed.append(f"{mode}: {name}")
+                    print(f"FAIL {mode}: {name}: {type(error).__name__}: {str(error)[:2000]}")
+    if failed:
+        raise SystemExit(f"{len(failed)} failed: {', '.join(failed)}")
+
+
+def determinism(device: str, out: Path) -> None:
+    """Two runs, the same bits."""
+    from . import workloads
+
+    small = {"rows": 64, "classes": 5} if device == "cpu" else {"rows": 100_000, "classes": 80}
+    for name, call in workloads.every_loss(device, **small):
+        with workloads.kernels_or_eager(device):
+            expect_same(
+                name, workloads.value_and_gradient(call), workloads.value_and_gradient(call)
+            )
+
+
+def large(device: str, out: Path) -> None:
+    """More than 2^31 logits: offsets do not overflow."""
+    need_gpu(device)
+    import torch
+
+    import tritonloss as tl
+
+    rows, classes = 2**31 // 80 + 1000, 80
+    need = rows * classes * 2 * 2.2 + 2e9  # bfloat16 logits and their gradient
+    free = torch.cuda.mem_get_info()[0]
+    if free < need:
+        raise Skip(f"{need / 1e9:.0f} GB of memory needed, {free / 1e9:.0f} free")
+    x = torch.full((rows, classes), -2.0, dtype=torch.bfloat16, device=device)
+    x[-1] = 3.0
+    x.requires_grad_()
+    labels = torch.full((rows,), classes, device=device)
+    losses = {"focal": lambda: tl.sigmoid_focal_loss(x, labels, reduction="sum")}
+    losses["ghm_c"] = lambda: tl.ghm_c_loss(x, labels, bins=30) * float(rows)
+    for name, loss in losses.items():
+        value = loss()
+        (gradient,) = torch.autograd.grad(value, x)
+        small = x.detach()[-4000:].clone().requires_grad_()
+        print(name, value.item(), gradient[-1, 0].item())
+        assert torch.isfinite(value) and gradient[-1, -1] > gradient[0, 0] > 0
+        if name == "focal":
+            part = tl.sigmoid_focal_loss(small, labels[-4000:], reduction="sum")
+            (expected,) = torch.autograd.grad(part, small)
+            assert torch.equal(gradient[-4000:], expected), "the last logits"
+        del gradient
+
+
+def sanitizer(device: str, out: Path) -> None:
+    """No access out of bounds, no race."""
+    need_gpu(device)
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        raise Skip("compute-sanitizer is absent")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "1", sys.executable, "-m",
+                   "perf.gpu_check", "--run", "touch", "--device", device]  # fmt: skip
+        subprocess.run(command, cwd=ROOT, env=env, check=True)
+
+
+def touch(device: str, out: Path) -> None:
+    """Every loss once, small and at odd sizes: what the sanitizer watches."""
+    from . import workloads
+
+    for name, call in workloads.every_loss(device, rows=301, classes=7):
+        workloads.value_and_gradient(call)
+        print(name)
+
+
+def sweep(device: str, out: Path) -> None:
+    """The quick sweep, its plots, and the comparison with the committed figures of this GPU."""
+    if missing("pandas", "tqdm"):
+        raise Skip("pandas or tqdm is absent")
+    figures = out / "sweep.csv"
+    run("-m", "perf.sweep", "--quick", "--device", device, "--out", figures, device="")
+    if not missing("matplotlib"):
+        run("-m", "perf.plot", figures, "--out", out, device="")
+    before = ROOT / "perf" / "results" / f"sweep_{device_name(device)}.csv"
+    if before.exists() and device != "cpu":
+        run("-m", "perf.compare", before, figures, device="")
+    else:
+        print(f"nothing to compare with: no {before.name} is committed")
+
+
+# ------------------------------------------------------------------------------------- helpers
+
+
+def expect_same(name: str, expected, found) -> None:
+    import torch
+
+    for a, b, what in zip(expected, found, ("value", "gradient"), strict=True):
+        if not torch.equal(a, b):
+            raise SystemExit(f"{name}: the {what} differs by {(a - b).abs().max().item():.3e}")
+    print("same bits:", name)
+
+
+def expect_close(name: str, expected, found) -> None:
+    import torch
+
+    for a, b, what in zip(expected, found, ("value", "gradient"), strict=True):
+        tolerance = 1e-5 if a.dtype == torch.float32 else 2e-2
+        error = torch.linalg.vector_norm(a.double() - b.double())
+        size = torch.linalg.vector_norm(a.double())
+        if not error <= tolerance * size + 1e-12:
+            raise SystemExit(f"{name}: the {what} is wrong by {float(error / size):.1e}")
+    print("equal:", name)
+
+
+def commit() -> str:
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def device_name(device: str) -> str:
+    import torch
+
+    name = platform.machine() if device == "cpu" else torch.cuda.get_device_name()
+    return "".join(c if c.isalnum() else "_" for c in name).lower()
+
+
+# Seconds each step may take; their usual sum is far below the sum of the limits.
+STEPS: dict[str, tuple[Callable, int]] = {
+    "environment": (environment, 60),
+    "tests": (tests, 240),
+    "sync": (sync, 60),
+    "cuda_graphs": (cuda_graphs, 60),
+    "compiled": (compiled, 180),
+    "determinism": (determinism, 60),
+    "large": (large, 60),
+    "sanitizer": (sanitizer, 120),
+    "sweep": (sweep, 120),
+}
+
+
+def run_alone(name: str, device: str, out: Path, limit: float) -> tuple[str, float, str]:
+    """A step in its own process: ``(outcome, seconds, last words)``."""
+    log = out / f"{name}.log"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    if device == "cpu" and name != "sweep":
+        env["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "perf.gpu_check", "--run", name, "--device", device]
+    begin = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--out", str(out)], cwd=ROOT, env=env, stdout=file, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(limit)
+            outcome = {0: "passed", SKIPPED: "skipped"}.get(code, "FAILED")
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            outcome = "TIMEOUT"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return outcome, time.monotonic() - begin, lines[-1][:100] if lines else ""
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", help=f"comma-separated, of: {', '.join(STEPS)}")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--limit", type=float, default=1.0, help="factor on the time limits")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if args.run:
+        step = touch if args.run == "touch" else STEPS[args.run][0]
+        try:
+            step(args.device, out)
+        except Skip as reason:
+            print(f"skipped: {reason}")
+            return SKIPPED
+        return 0
+    names = args.steps.split(",") if args.steps else list(STEPS)
+    unknown = set(names) - set(STEPS)
+    if unknown:
+        parser.error(f"unknown steps: {', '.join(sorted(unknown))}")
+    rows = []
+    for name in names:
+        print(f"{name} ...", flush=True)
+        rows.append((name, *run_alone(name, args.device, out, STEPS[name][1] * args.limit)))
+    lines = [f"{'step':12} {'outcome':8} {'seconds':>7}  last line of its log"]
+    lines += [f"{n:12} {o:8} {s:7.1f}  {words}" for n, o, s, words in rows]
+    absent = missing(*OPTIONAL)
+    lines.append(f"absent packages: {', '.join(absent) if absent else 'none'}")
+    (out / "summary.txt").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return int(any(outcome in ("FAILED", "TIMEOUT") for _, outcome, *_ in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

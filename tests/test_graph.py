@@ -1,0 +1,250 @@
+"""What a CUDA compile sees: the graphs that torch.compile captures, without a GPU.
+
+Losses of CPU tensors take the kernels' path (``_FORCE_ON_CPU``) under a fake driver; the graphs of
+AOTAutograd are looked at and never run. Numbers do not show what is wrong here: a loss that quietly
+takes the eager path, or copies the logits first, is still right.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import CASES, case, generator, points
+
+import tritonloss as tl
+from tritonloss import _dispatch, _op
+from tritonloss._dispatch import HAS_TRITON, INTERPRET
+
+if not HAS_TRITON or INTERPRET:
+    pytest.skip("the kernels are not compiled", allow_module_level=True)
+
+import triton
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops import triton_kernel_wrap
+from torch._library.triton import get_triton_kernels_for_op
+from triton.backends.compiler import GPUTarget
+
+from perf._record import recorded_launches
+
+LAUNCHES = ("triton_kernel_wrapper_functional", "triton_kernel_wrapper_mutation")
+COPIES = ("clone", "expand", "copy", "contiguous", "_to_copy", "cat", "constant_pad_nd")
+
+# Kernels of the forward and of the backward, per loss; every mean and sum ends in finish_kernel.
+KERNELS = {
+    "focal": ("pointwise_kernel", "pointwise_kernel"),
+    "focal_star": ("pointwise_kernel", "pointwise_kernel"),
+    "quality_focal": ("pointwise_kernel", "pointwise_kernel"),
+    "varifocal": ("pointwise_kernel", "pointwise_kernel"),
+    "softmax_focal": ("softmax_focal_forward_kernel", "softmax_focal_backward_kernel"),
+    "distribution_focal": (
+        "distribution_focal_forward_kernel",
+        "distribution_focal_backward_kernel",
+    ),
+    "iou": ("box_forward_kernel", "box_backward_kernel"),
+    "giou": ("box_forward_kernel", "box_backward_kernel"),
+    "diou": ("box_forward_kernel", "box_backward_kernel"),
+    "ciou": ("box_forward_kernel", "box_backward_kernel"),
+}
+
+
+@pytest.fixture
+def cuda_compile(monkeypatch):
+    """Compile on CPU tensors as a machine with an sm_90 would; yields the captured graphs."""
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda *a: True)
+    monkeypatch.setattr(_dispatch, "_FORCE_ON_CPU", True)
+    torch._dynamo.reset()
+    triton_kernel_wrap.kernel_side_table.reset_table()
+    graphs: list[torch.fx.GraphModule] = []
+    yield graphs
+    torch._dynamo.reset()
+
+
+def compiled(function, graphs):
+    """``function`` compiled into ``graphs``; running it gives zeros."""
+
+    def capture(module, inputs):
+        graphs.append(module)
+        outputs = [n and n.meta["val"] for n in module.graph.output_node().args[0]]
+
+        def zeros(*args):
+            return [
+                torch.empty_strided(v.shape, v.stride(), dtype=v.dtype).zero_()
+                if isinstance(v, torch.Tensor)
+                else v
+                for v in outputs
+            ]
+
+        return make_boxed_func(zeros)
+
+    backend = aot_autograd(fw_compiler=capture, bw_compiler=capture)
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+def kernels_of(graph) -> list[str]:
+    """Names of the kernels that a graph launches, in order."""
+    table = triton_kernel_wrap.kernel_side_table
+    return [
+        table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
+        for node in graph.graph.nodes
+        if node.op == "call_function" and node.target.__name__ in LAUNCHES
+    ]
+
+
+def large_copies(graph, size: int) -> list[str]:
+    """Nodes that may write ``size`` elements again."""
+    return [
+        str(node)
+        for node in graph.graph.nodes
+        if node.op == "call_function"
+        and str(node.target).split(".")[-2:-1] in [[name] for name in COPIES]
+        and node.meta["val"].numel() >= size
+    ]
+
+
+def mutated_inputs(graph) -> list[str]:
+    """Pointers to what the graph did not allocate, yet believes to be written by a kernel."""
+    return [
+        name
+        for node in graph.graph.nodes
+        if node.op == "call_function" and node.target.__name__ in LAUNCHES
+        for name in node.kwargs.get("tensors_to_clone", ())
+        if "empty" not in str(node.kwargs["kwargs"][name].target)
+    ]
+
+
+def plain_axes(loss, **axes):
+    """A contiguous float32 point of this loss' axes that reduces to a mean."""
+    first = points(loss)[0]._replace(
+        rows=64, layout="contiguous", dtype="float32", reduction="mean", weight=None,
+        class_weight=False, avg_factor=None, logits="random",
+    )  # fmt: skip
+    return first._replace(**axes)
+
+
+def capture_both(loss, graphs, axes):
+    """Forward and backward graph of one call, and the problem."""
+    problem = loss.problem(axes, generator(0))
+    x = problem.x.detach().requires_grad_()
+
+    def call(x):
+        return loss.function(x, *problem.args, **problem.kwargs)
+
+    value = compiled(call, graphs)(x)
+    value.backward(torch.ones((), dtype=value.dtype).expand(value.shape))
+    forward, backward = graphs
+    return forward, backward, problem
+
+
+def _variants():
+    for loss in CASES:
+        for reduction in ("mean", "sum", "none"):
+            yield pytest.param(loss, {"reduction": reduction}, id=f"{loss.name}-{reduction}")
+        yield pytest.param(loss, {"dtype": "bfloat16", "layout": "nchw"}, id=f"{loss.name}-nchw")
+        weighted = {"weight": "row", "layout": "sliced", "reduction": "none"}
+        yield pytest.param(loss, weighted, id=f"{loss.name}-sliced-weighted")
+    for form in ("quality", "dense"):
+        for reduction in ("mean", "none"):
+            axes = {"form": form, "weight": "logit", "layout": "sliced", "reduction": reduction}
+            yield pytest.param(case("focal"), axes, id=f"focal-{form}-sliced-{reduction}")
+
+
+@pytest.mark.parametrize(("loss", "axes"), list(_variants()))
+def test_one_kernel_each_way_and_no_copy(loss, axes, cuda_compile):
+    point = plain_axes(loss, **axes)
+    forward, backward, problem = capture_both(loss, cuda_compile, point)
+    names = KERNELS[loss.name]
+    finish = [] if point.reduction == "none" else ["finish_kernel"]
+    assert kernels_of(forward) == [names[0], *finish]
+    assert kernels_of(backward) == [names[1]]
+    for graph in (forward, backward):
+        assert not large_copies(graph, problem.x.shape[:-1].numel()), graph.code
+        # An input that a kernel is believed to write would be copied, and keep CUDA graphs away.
+        assert not mutated_inputs(graph), graph.code
+
+
+def count_graphs(call, graphs, values) -> int:
+    x = torch.randn(64, 80, requires_grad=True)
+    labels = torch.zeros(64, dtype=torch.long)
+    function = compiled(lambda x, v: call(x, labels, v), graphs)
+    for value in values:
+        function(x, value).backward()
+    assert len(graphs) % 2 == 0
+    assert all("pointwise_kernel" in kernels_of(graph) for graph in graphs)
+    return len(graphs) // 2
+
+
+SCHEDULES = {
+    "focal gamma": lambda x, t, v: tl.sigmoid_focal_loss(x, t, gamma=v),
+    "quality_focal beta": lambda x, t, v: tl.quality_focal_loss(x, t, beta=v),
+    "varifocal gamma": lambda x, t, v: tl.varifocal_loss(x, t, gamma=v),
+    "focal avg_factor": lambda x, t, v: tl.sigmoid_focal_loss(x, t, avg_factor=v),
+}
+
+
+@pytest.mark.parametrize("call", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_scheduled_numbers_compile_at_most_twice(call, cuda_compile):
+    values = [2.0 + 0.1 * i for i in range(12)]  # Dynamo gives up after 8 graphs
+    assert count_graphs(call, cuda_compile, values) <= 2
+
+
+@pytest.mark.parametrize("call", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_scheduled_tensors_compile_once(call, cuda_compile):
+    values = [torch.tensor(2.0 + 0.1 * i) for i in range(3)]
+    assert count_graphs(call, cuda_compile, values) == 1
+
+
+def registered_ops() -> list[str]:
+    schemas = torch._C._jit_get_all_schemas()
+    prefix = f"{_op.NAMESPACE}::"
+    names = sorted(s.name for s in schemas if s.name.startswith(prefix))
+    return [name for name in names if not name.endswith("_eager")]  # plain torch
+
+
+@pytest.mark.parametrize("name", registered_ops())
+def test_compile_cache_sees_the_kernels(name):
+    """Else a compiled graph would outlive an edit of its kernels."""
+    kernels = get_triton_kernels_for_op(name)
+    assert kernels, f"{name}: write wrap_triton(kernel) with the kernel's own name in the op's body"
+    ends = {k.fn.__name__ for k in kernels}
+    backward = name.endswith("_backward") or "expectation" in name
+    assert backward or "finish_kernel" in ends
+
+
+@pytest.mark.parametrize("loss", CASES, ids=lambda c: c.name)
+def test_eager_launches_the_kernel_itself(loss, monkeypatch):
+    """Not through the wrapper for graphs, which costs more than a small kernel."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("an eager launch went through wrap_triton")
+
+    monkeypatch.setattr(triton_kernel_wrap.TraceableTritonKernelWrapper, "__getitem__", refuse)
+    problem = loss.problem(plain_axes(loss), generator(0))
+    with recorded_launches() as launches:
+        x = problem.x.detach().to("meta").requires_grad_()
+        args = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in problem.args]
+        loss.function(x, *args, **problem.kwargs).backward()
+    forward, backward = KERNELS[loss.name]
+    assert [launch.name for launch in launches] == [forward, "finish_kernel", backward]
+
+
+def test_functorch_predicate_is_right_under_dynamo(cuda_compile):
+    """peek_interpreter_stack() is set there without any transform: all would be eager."""
+    x, labels = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+
+    def uses_kernels(x):
+        return x + _dispatch.use_triton(x)
+
+    seen = torch.compile(uses_kernels, backend="eager", fullgraph=True)(torch.zeros(3))
+    assert seen.all(), "traced code takes the eager path"
+    gradient = torch.func.grad(lambda x: tl.sigmoid_focal_loss(x, labels))(x)
+    assert gradient.abs().sum() > 0, "under a transform the eager path runs"
