@@ -33,7 +33,8 @@ def run(backend, loss):
         loss=loss,
         backend=backend,
         steps=20,
-        batch=2,
+        batch=4,
+        lr=2e-4,  # a large one amplifies rounding: this compares gradients, not fates
         channels=16,
     )
     return np.array([list(step.values()) for step in train_detector.train(config).losses])
@@ -61,4 +62,4 @@ def test_a_halved_box_gradient_is_noticed(monkeypatch):
     monkeypatch.setitem(losses.BOX_LOSSES, "giou", halved)
     disturbed = run("eager", "focal")
     np.testing.assert_array_equal(disturbed[0], eager[0])  # the values are right, the step is not
-    assert np.max(np.abs(disturbed - eager) / np.abs(eager)) > 1000 * TOLERANCE
+    assert np.max(np.abs(disturbed - eager) / np.abs(eager)) > 100 * TOLERANCE

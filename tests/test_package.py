@@ -108,7 +108,6 @@ with tritonloss.backend("triton"):
 
 
 @once
-@pytest.mark.slow
 def test_wheel_in_a_clean_environment(tmp_path):
     """Installs nothing called ``kernels``, and imports from another folder."""
     pytest.importorskip("build")
