@@ -43,6 +43,7 @@ KERNELS = {
         "distribution_focal_forward_kernel",
         "distribution_focal_backward_kernel",
     ),
+    "authentic_smooth_l1": ("pointwise_kernel", "pointwise_kernel"),
     "iou": ("box_forward_kernel", "box_backward_kernel"),
     "giou": ("box_forward_kernel", "box_backward_kernel"),
     "diou": ("box_forward_kernel", "box_backward_kernel"),

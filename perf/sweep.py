@@ -1,0 +1,287 @@
+"""Time every loss over anchors, classes, positives and dtypes: ``python -m perf.sweep``.
+
+A provider is checked against the eager loss in float64 before it is timed; a wrong one is written
+down as wrong. Figures go to a long CSV, one line per loss, point, provider and mode, next to the
+device, the versions and the commit. A run that was cut off goes on where it stopped, and a point
+that takes the process down is written down and passed by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.utils.benchmark
+import triton
+from tqdm import tqdm
+
+import tritonloss as tl
+
+from . import gpu_check, workloads
+from .workloads import LOSSES, Call, Point
+
+PROVIDERS = ("triton", "eager", "compiled", "published")
+MODES = {"forward": 1, "backward": 2, "both": 3}  # passes over the logits that have to be
+KEY = ("loss", "provider", "mode", *Point._fields)
+COLUMNS = (*KEY, "status", "ms", "ms_p20", "ms_p80", "peak_mb", "bytes", "gbps", "floor_ms",
+           "x_floor", "copy_gbps", "device", "torch", "triton", "commit", "date")  # fmt: skip
+# Bytes in use per byte of logits: gradient, targets and the temporaries of plain autograd.
+FOOTPRINT = {"triton": 4, "eager": 24, "compiled": 12, "published": 60}
+# A loop over positives takes minutes beyond this.
+LARGEST_PUBLISHED = 30_000_000
+GATE_LOGITS = 1_000_000
+
+
+def points(quick: bool, device: str) -> Iterator[Point]:
+    """The grid: growth in anchors and positives at 80 classes, then the other axes around it."""
+    if quick:
+        sizes = [2000, 20_000] if device == "cpu" else [20_000, 176_000]
+        for rows in sizes:
+            yield Point(rows, 80, 300)
+        if device != "cpu":
+            yield Point(176_000, 80, 300, "bfloat16", layout="nchw")
+        return
+    most = 5 if device == "cpu" else 7
+    for exponent, positives in itertools.product(range(3, most + 1), (50, 500, 2000, 8000)):
+        if positives * 4 <= 10**exponent:
+            yield Point(10**exponent, 80, positives)
+    rows = 22_000 if device == "cpu" else 176_000  # 8 images of 22k anchors
+    for classes in (1, 20, 1203):
+        yield Point(rows if classes < 1203 else rows // 8, classes, 500)
+    for dtype, inputs, layout in (
+        ("bfloat16", "random", "contiguous"),
+        ("float16", "random", "contiguous"),
+        ("float32", "initial", "contiguous"),
+        ("float32", "recorded", "contiguous"),
+        ("float32", "random", "nchw"),
+        ("bfloat16", "random", "nchw"),
+    ):
+        yield Point(rows, 80, 500, dtype, inputs, layout)
+
+
+def provide(provider: str, call: Call):
+    """``(loss of the logits, backend)`` of a provider, or None."""
+    if provider == "triton":
+        return call.loss, "triton"
+    if provider == "published":
+        return (call.published, "eager") if call.published else None
+    loss = call.loss
+    if provider == "compiled":
+        torch._dynamo.reset()
+        loss = torch.compile(loss, dynamic=False)
+    return loss, "eager"
+
+
+def is_right(loss, backend: str, call: Call) -> bool:
+    """Value and gradient against the eager loss of the same logits in float64."""
+    with tl.backend("eager"):
+        exact = call._replace(x=call.x.detach().double().requires_grad_())
+        expected = workloads.value_and_gradient(exact)
+    with tl.backend(backend):
+        found = workloads.value_and_gradient(call._replace(loss=loss))
+    tolerances = (1e-4, 1e-4 if call.x.dtype == torch.float32 else 2e-2)
+    for a, b, tolerance in zip(expected, found, tolerances, strict=True):
+        error = torch.linalg.vector_norm(a - b.double())
+        if not error <= tolerance * torch.linalg.vector_norm(a) + 1e-12:
+            return False
+    return True
+
+
+def quantiles(function, device: str) -> tuple[float, float, float]:
+    """Median, p20 and p80 in milliseconds; the L2 cache is cold on a GPU."""
+    if device != "cpu":
+        return tuple(triton.testing.do_bench(function, quantiles=[0.5, 0.2, 0.8]))
+    timer = torch.utils.benchmark.Timer("f()", globals={"f": function})
+    timer.timeit(2)
+    times = sorted(1e3 * t for t in timer.blocked_autorange(min_run_time=0.2).times)
+    if len(times) < 5:
+        times = sorted(1e3 * timer.timeit(1).median for _ in range(5))
+    return statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5]
+
+
+def copy_bandwidth(device: str) -> float:
+    """GB/s of a copy, read and write counted."""
+    source = torch.empty((512 if device != "cpu" else 64) * 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    ms, *_ = quantiles(lambda: target.copy_(source), device)
+    return 2 * source.numel() / ms / 1e6
+
+
+def measure(loss, backend: str, call: Call, mode: str, device: str) -> dict:
+    x = call.x
+    with tl.backend(backend):
+        if mode == "backward":
+            value = loss(x)
+
+            def function():
+                return torch.autograd.grad(value, x, retain_graph=True)
+        elif mode == "forward":
+
+            def function():
+                return loss(x)
+        else:
+
+            def function():
+                return torch.autograd.grad(loss(x), x)
+
+        peak = ""
+        if device != "cpu":
+            function()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            function()
+            peak = f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.1f}"
+        ms, low, high = quantiles(function, device)
+    return {"ms": ms, "ms_p20": low, "ms_p80": high, "peak_mb": peak}
+
+
+def free_memory(device: str) -> float:
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as file:
+        available = next(line for line in file if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024
+
+
+class Sweep:
+    """The CSV being written."""
+
+    def __init__(self, path: Path, device: str):
+        self.path, self.device = path, device
+        self.running = path.with_suffix(".running")
+        if not path.exists():
+            with path.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(COLUMNS)
+        with path.open(newline="") as file:
+            self.done = {tuple(row[k] for k in KEY) for row in csv.DictReader(file)}
+        self.constant = {
+            "device": torch.cuda.get_device_name() if device != "cpu" else cpu_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "commit": gpu_check.commit(),
+            "date": datetime.date.today().isoformat(),
+        }
+
+    def write(self, key: tuple[str, ...], status: str, **figures) -> None:
+        row = dict.fromkeys(COLUMNS, "") | dict(zip(KEY, key, strict=True)) | self.constant
+        row |= {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in figures.items()}
+        row["status"] = status
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        self.done.add(key)
+
+    def bury(self) -> bool:
+        """Write down the point that took the last process with it, if there is one."""
+        if not self.running.exists():
+            return False
+        key = tuple(json.loads(self.running.read_text()))
+        self.running.unlink()
+        for mode in MODES:
+            if (key[0], key[1], mode, *key[2:]) not in self.done:
+                self.write((key[0], key[1], mode, *key[2:]), "crashed")
+        return True
+
+
+def cpu_name() -> str:
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def providers_of(device: str) -> list[str]:
+    return [p for p in PROVIDERS if device != "cpu" or p != "triton"]
+
+
+def work(sweep: Sweep, losses: list[str], quick: bool) -> None:
+    """All that is not done yet, in this process."""
+    device = sweep.device
+    copy = copy_bandwidth(device)
+    todo = list(itertools.product(losses, points(quick, device), providers_of(device)))
+    for loss, point, provider in tqdm(todo, disable=None):
+        point = point._replace(classes=LOSSES[loss].classes or point.classes)
+        keys = {mode: (loss, provider, mode, *map(str, point)) for mode in MODES}
+        if all(key in sweep.done for key in keys.values()):
+            continue
+        sweep.running.write_text(json.dumps([loss, provider, *map(str, point)]))
+        outcome, rows = measure_point(loss, point, provider, device)
+        for mode, key in keys.items():
+            sweep.write(key, outcome, copy_gbps=copy, **floor(rows.get(mode), point, mode, copy))
+        sweep.running.unlink()
+
+
+def measure_point(loss: str, point: Point, provider: str, device: str):
+    """``(status, figures per mode)``."""
+    size = point.logits * getattr(torch, point.dtype).itemsize
+    if size * FOOTPRINT[provider] > 0.8 * free_memory(device):
+        return "skipped: memory", {}
+    if provider == "published" and point.logits * point.positives > LARGEST_PUBLISHED * 100:
+        return "skipped: time", {}
+    rows = min(point.rows, max(GATE_LOGITS // point.classes, 1))
+    gate = workloads.call_of(loss, point._replace(rows=rows), device)
+    offered = provide(provider, gate)
+    if offered is None:
+        return "not offered", {}
+    try:
+        if not is_right(*offered, gate):
+            return "WRONG", {}
+        call = workloads.call_of(loss, point, device)
+        offered = provide(provider, call)
+        return "ok", {mode: measure(*offered, call, mode, device) for mode in MODES}
+    except torch.OutOfMemoryError:
+        return "out of memory", {}
+    except Exception as error:
+        return f"failed: {type(error).__name__}", {}
+
+
+def floor(figures: dict | None, point: Point, mode: str, copy: float) -> dict:
+    """Bytes that have to move, and how far from it the time is."""
+    if figures is None:
+        return {}
+    size = point.logits * getattr(torch, point.dtype).itemsize * MODES[mode]
+    lowest = size / copy / 1e6
+    return figures | {
+        "bytes": size,
+        "gbps": size / figures["ms"] / 1e6,
+        "floor_ms": lowest,
+        "x_floor": figures["ms"] / lowest,
+    }
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="CSV; continued if it exists")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="a few points")
+    parser.add_argument("--loss", action="append", choices=LOSSES, help="only this (repeatable)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    losses = args.loss or list(LOSSES)
+    if args.worker:
+        work(Sweep(args.out, args.device), losses, args.quick)
+        return 0
+    for loss in losses:  # a process each; started again after a crash
+        command = [sys.executable, "-m", "perf.sweep", "--worker", "--loss", loss]
+        command += ["--out", str(args.out), "--device", args.device]
+        command += ["--quick"] if args.quick else []
+        while subprocess.run(command).returncode:
+            if not Sweep(args.out, args.device).bury():
+                return 1
+    with args.out.open(newline="") as file:
+        wrong = [row for row in csv.DictReader(file) if row["status"] == "WRONG"]
+    for row in wrong:
+        print("WRONG:", ", ".join(row[k] for k in KEY))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The sweep's gate, its resumption, and the comparison of two sweeps."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("pandas")
+pytest.importorskip("tqdm")
+
+from perf import compare, sweep, workloads
+from perf.workloads import LOSSES, Point
+from tritonloss._dispatch import INTERPRET
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="says the same in the plain run")
+POINT = Point(60, 5, 10)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gate_lets_the_eager_loss_pass(loss):
+    call = workloads.call_of(loss, POINT, "cpu")
+    assert sweep.is_right(*sweep.provide("eager", call), call)
+
+
+@pytest.mark.parametrize("loss", ["ghm_c", "rank_sort", "ap"])
+def test_gate_lets_the_published_methods_pass(loss):
+    call = workloads.call_of(loss, POINT, "cpu")
+    assert sweep.is_right(*sweep.provide("published", call), call)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, loss: 1.01 * loss,
+        lambda x, loss: loss + (x - x.detach()).sum() * 1e-3,  # the gradient alone
+        lambda x, loss: loss * torch.tensor(float("nan")),
+    ],
+)
+def test_a_wrong_provider_is_written_down_and_not_timed(wrong, monkeypatch):
+    real = LOSSES["focal"].make
+
+    def make(*args):
+        call = real(*args)
+        return call._replace(published=lambda x: wrong(x, call.loss(x)))
+
+    monkeypatch.setitem(LOSSES, "focal", LOSSES["focal"]._replace(make=make))
+    assert sweep.measure_point("focal", POINT, "published", "cpu") == ("WRONG", {})
+
+
+def test_a_point_that_does_not_fit_is_passed_by(monkeypatch):
+    monkeypatch.setattr(sweep, "free_memory", lambda device: 1000)
+    assert sweep.measure_point("focal", POINT, "eager", "cpu") == ("skipped: memory", {})
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "points", lambda quick, device: [POINT, Point(50, 5, 10)])
+    figures = {mode: {"ms": 1.0, "ms_p20": 1.0, "ms_p80": 1.0} for mode in sweep.MODES}
+    measured = []
+
+    def measure_point(loss, point, provider, device):
+        measured.append((point.rows, provider))
+        if measured[-1] == (50, "eager"):
+            raise KeyboardInterrupt
+        return "ok", figures
+
+    monkeypatch.setattr(sweep, "measure_point", measure_point)
+    monkeypatch.setattr(sweep, "copy_bandwidth", lambda device: 10.0)
+    path = tmp_path / "sweep.csv"
+    with pytest.raises(KeyboardInterrupt):
+        sweep.work(sweep.Sweep(path, "cpu"), ["focal"], True)
+    assert json.loads(path.with_suffix(".running").read_text())[:3] == ["focal", "eager", "50"]
+    assert sweep.Sweep(path, "cpu").bury(), "the point that stopped it"
+    sweep.work(sweep.Sweep(path, "cpu"), ["focal"], True)
+    assert len(measured) == len(set(measured)) == 6
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({tuple(r[k] for k in sweep.KEY) for r in rows}) == len(rows) == 18
+    assert [r["status"] for r in rows].count("crashed") == 3
+
+
+def write(path, ms, low, high, status="ok"):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, sweep.COLUMNS)
+        writer.writeheader()
+        row = dict.fromkeys(sweep.COLUMNS, "") | {"loss": "focal", "provider": "triton"}
+        writer.writerow(row | {"status": status, "ms": ms, "ms_p20": low, "ms_p80": high})
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("after", "code"),
+    [((1.0, 0.9, 1.1), 0), ((1.5, 1.4, 1.6), 1), ((1.5, 1.0, 2.0), 0), ((0.5, 0.4, 0.6), 0)],
+    ids=["same", "slower", "noise", "faster"],
+)
+def test_compare_sees_what_is_slower_beyond_noise(after, code, tmp_path, capsys):
+    a = write(tmp_path / "a.csv", 1.0, 0.9, 1.1)
+    assert compare.main([a, write(tmp_path / "b.csv", *after)]) == code
+    assert "1 points in both" in capsys.readouterr().out
+
+
+def test_compare_sees_a_point_that_became_wrong(tmp_path):
+    a = write(tmp_path / "a.csv", 1.0, 0.9, 1.1)
+    assert compare.main([a, write(tmp_path / "b.csv", "", "", "", "WRONG")]) == 1

@@ -1,0 +1,102 @@
+"""No loss reads a value on the host: on a GPU that would make it wait for all that came before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, generator, points
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tritonloss as tl
+from tritonloss import _checks, _targets
+from tritonloss._dispatch import HAS_TRITON, INTERPRET
+
+aten = torch.ops.aten
+READING = {
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.masked_select,
+    aten.bincount,
+    aten.unique_consecutive,
+    aten._unique2,
+    aten.equal,
+}
+
+
+class NoReads(TorchDispatchMode):
+    """Raises where an operation waits for a value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in READING:
+            raise AssertionError(f"{func} reads values on the host")
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            for index in args[1]:
+                if index is not None and index.dtype in (torch.bool, torch.uint8):
+                    raise AssertionError(f"{func} by a mask reads how many are chosen")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Values of plain CPU tensors are checked by contract; those on a GPU are not."""
+    for module in (_checks, _targets.check):
+        monkeypatch.setattr(module, "values_checked", lambda x: False)
+
+
+def both_ways(function, x):
+    with NoReads():
+        value = function(x)
+        value.backward(torch.ones((), device=x.device, dtype=value.dtype).expand(value.shape))
+
+
+def _calls():
+    for loss in CASES:
+        for axes in points(loss)[:12]:
+            yield pytest.param(loss, axes, id=f"{loss.name}-{'-'.join(map(str, axes))}")
+
+
+@pytest.mark.skipif(INTERPRET, reason="interpreted kernels read values")
+@pytest.mark.parametrize(("loss", "axes"), list(_calls()))
+def test_eager_path_reads_nothing(loss, axes, unchecked):
+    problem = loss.problem(axes, generator(0))
+    with tl.backend("eager"):
+        both_ways(
+            lambda x: loss.function(x, *problem.args, **problem.kwargs),
+            problem.x.detach().requires_grad_(),
+        )
+
+
+@pytest.mark.skipif(INTERPRET, reason="interpreted kernels read values")
+@pytest.mark.parametrize("target_form", ["labels", "dense"])
+def test_eager_ghm_reads_nothing(target_form, unchecked):
+    labels = torch.randint(0, 6, (64,))
+    targets = labels if target_form == "labels" else torch.rand(64, 5)
+    with tl.backend("eager"):
+        both_ways(lambda x: tl.ghm_c_loss(x, targets), torch.randn(64, 5, requires_grad=True))
+        both_ways(
+            lambda x: tl.ghm_r_loss(x, torch.zeros(64, 4)), torch.randn(64, 4, requires_grad=True)
+        )
+
+
+def _examples():
+    if not HAS_TRITON or INTERPRET:
+        return []
+    from perf._examples import EXAMPLES
+
+    return list(EXAMPLES)
+
+
+@pytest.mark.parametrize("example", _examples())
+def test_launchers_read_nothing(example):
+    """On meta tensors, which have no values to read."""
+    from perf._examples import launches_of
+
+    with NoReads():
+        assert launches_of(example)
+
+
+def test_a_read_is_noticed():
+    x = torch.randn(4)
+    for read in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.nonzero()):
+        with pytest.raises(AssertionError, match="read"), NoReads():
+            read()
