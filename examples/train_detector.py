@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detection import UsageError, data, evaluate
-from detection.losses import BOX_LOSSES, LOSSES, Criterion, assign
+from detection.losses import BOX_LOSSES, LOSSES, Criterion, Pointwise, assign
 from detection.model import Detector, cells
 from tqdm import tqdm
 
@@ -41,6 +41,7 @@ class Config:
     val_coco: str | None = None
     loss: str = "gfl"
     box_loss: str | None = None
+    pisa: bool = False
     device: str = "cpu"
     backend: str = "auto"
     compile: bool = False
@@ -113,6 +114,8 @@ def train(config: Config) -> Result:
     config = dataclasses.replace(config)
     if config.steps is None:
         config.steps = saved["config"]["steps"] if saved else STEPS[_data_name(config)]
+    if config.pisa and not isinstance(LOSSES[config.loss].classification, Pointwise):
+        raise UsageError(f"--pisa: weights single logits, which --loss {config.loss} cannot use")
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config)
@@ -122,7 +125,7 @@ def train(config: Config) -> Result:
 
     torch.manual_seed(config.seed)
     torch.backends.cudnn.deterministic = True
-    criterion = Criterion(config.loss, config.box_loss, dataset.bins).to(device)
+    criterion = Criterion(config.loss, config.box_loss, dataset.bins, config.pisa).to(device)
     model = Detector(len(dataset.classes), criterion.bins, config.channels)
     model = model.to(device, memory_format=torch.channels_last)  # a third faster on a CPU
     optimizer = torch.optim.AdamW(
@@ -283,6 +286,7 @@ def parse_arguments(arguments: list[str] | None) -> Config:
     add("--val-coco", metavar="JSON", help="test annotations; default: every fifth image")
     add("--loss", choices=LOSSES, help="see below; default: gfl")
     add("--box-loss", choices=BOX_LOSSES, help="default: the one that belongs to --loss")
+    add("--pisa", action="store_true", help="prime sample attention: best boxes count most")
     add("--device", help="cpu (default), cuda, cuda:1, ...")
     add("--backend", choices=("auto", "triton", "eager"), help="of the losses; default: auto")
     add("--compile", action="store_true", help="torch.compile the losses into one graph")

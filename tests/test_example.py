@@ -172,6 +172,7 @@ def test_bad_arguments_are_named(coco, capsys, tmp_path):
     fails(capsys, ["--resume", text], "--resume", "text.json")
     fails(capsys, ["--channels", 20], "--channels")
     fails(capsys, ["--seed", -1], "--seed")
+    fails(capsys, ["--pisa", "--loss", "ap"], "--pisa", "ap")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -187,14 +188,25 @@ def test_command_line_without_traceback(tmp_path):
     """As a user runs it: a process of its own, from another folder."""
     command = [sys.executable, str(ROOT / "examples" / "train_detector.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = {"capture_output": True, "text": True, "env": environment, "cwd": tmp_path}
-    shown = subprocess.run([*command, "--help"], check=True, **run).stdout
-    for name, recipe in LOSSES.items():
-        assert name in shown and recipe.help in shown
-    failed = subprocess.run([*command, "--coco", "none", "--images", "."], **run)
+    failed = subprocess.run(
+        [*command, "--coco", "none", "--images", "."],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
     assert failed.returncode == 2
     assert failed.stderr.count("\n") == 1 and "--coco" in failed.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_the_losses(capsys):
+    with pytest.raises(SystemExit) as exit:
+        train_detector.main(["--help"])
+    shown = capsys.readouterr().out
+    assert exit.value.code == 0
+    for name, recipe in LOSSES.items():
+        assert f"{name} " in shown and recipe.help in shown
 
 
 @pytest.mark.parametrize("wrong", [["--loss", "nothing"], ["--steps", "0"], ["--lr", "nan"]])
@@ -208,6 +220,8 @@ def test_values_out_of_range_are_named(capsys, wrong):
 def test_every_loss_trains(loss):
     result = train_detector.train(config(loss=loss, steps=20))
     assert np.isfinite(values(result)).all()
+    if loss == "ghm":  # its scale is a running mean that starts at 0
+        return
     # What must fall from the start: quality targets grow with the boxes, so their classification
     # loss does not; aLRP's box loss grows with the ranks.
     falling = np.array(
@@ -217,13 +231,23 @@ def test_every_loss_trains(loss):
     assert 0 <= result.ap["AP50"] <= result.ap["AP40"] <= 1
 
 
+@pytest.mark.parametrize("loss", ["gfl", "focal"])
+def test_prime_samples_join(loss):
+    plain, prime = (train_detector.train(config(loss=loss, steps=5, pisa=p)) for p in (False, True))
+    assert np.isfinite(values(prime)).all()
+    assert "carl" in prime.losses[0] and "carl" not in plain.losses[0]
+    # The reweighted classification loss keeps the sum it had.
+    first, second = (run.losses[0]["classification"] for run in (plain, prime))
+    assert first == pytest.approx(second, rel=1e-5)
+
+
 def test_same_seed_same_losses():
     first, again, other = (train_detector.train(config(steps=4, seed=s)) for s in (0, 0, 1))
     np.testing.assert_array_equal(values(first), values(again))
     assert (values(first) != values(other)).all()
 
 
-@pytest.mark.parametrize("loss", ["gfl", "rank_sort"])
+@pytest.mark.parametrize("loss", ["gfl", "ghm", "rank_sort"])
 def test_resumed_run_repeats_the_straight_one(loss, tmp_path):
     out = str(tmp_path / "run")
     settings = config(loss=loss, out=out)
@@ -264,14 +288,13 @@ def test_all_cells_or_the_positive_ones_give_the_same_losses(loss):
     dataset = data.digits(0, 4, 0)
     images, boxes, labels = dataset.batch(np.random.default_rng(0), 2)
     points, strides = model.cells(96, 96)
-    criterion = losses.Criterion(loss)
-    network = model.Detector(10, criterion.bins, 16)
+    network = model.Detector(10, losses.Criterion(loss).bins, 16)
     outputs = [x.detach() for x in network(images)]
     results = []
     for every in (True, False):
         targets = losses.assign(points, strides, boxes, labels, 10, every)
         leaves = [x.clone().requires_grad_() for x in outputs]
-        total, _ = criterion(*leaves, points, strides, targets)
+        total, _ = losses.Criterion(loss)(*leaves, points, strides, targets)
         results.append([total, *torch.autograd.grad(total, leaves)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)

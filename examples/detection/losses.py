@@ -13,7 +13,7 @@ import tritonloss
 
 from .model import decode
 
-BOX_WEIGHT, DFL_WEIGHT = 1.0, 0.25
+BOX_WEIGHT, DFL_WEIGHT, CARL_WEIGHT = 1.0, 0.25, 0.2
 LARGE = 28.0  # boxes larger than this (root of the area, pixels) belong to stride 8
 BOX_LOSSES = {
     "iou": tritonloss.iou_loss,
@@ -83,22 +83,27 @@ def assign(
 # for the box loss.
 
 
-def quality_focal(logits, targets: Targets, predicted: Predicted):
-    pair = (targets.labels, predicted.quality)
-    return tritonloss.quality_focal_loss(logits, pair, avg_factor=targets.count)
+@dataclass(frozen=True)
+class Pointwise:
+    """A classification loss that is a sum over the logits; --pisa can weight its rows."""
+
+    loss: Callable
+    quality: bool = False  # its targets are IoUs, not 0 and 1
+
+    def __call__(self, logits, targets: Targets, predicted: Predicted, **options):
+        wanted = (targets.labels, predicted.quality) if self.quality else targets.labels
+        return self.loss(logits, wanted, **(options or {"avg_factor": targets.count}))
 
 
-def focal(logits, targets: Targets, predicted: Predicted):
-    return tritonloss.sigmoid_focal_loss(logits, targets.labels, avg_factor=targets.count)
+class GradientHarmonising(nn.Module):
+    """Keeps running counts: a module, so that they are saved in the checkpoint."""
 
+    def __init__(self):
+        super().__init__()
+        self.loss = tritonloss.GHMCLoss(bins=10, momentum=0.75)
 
-def focal_star(logits, targets: Targets, predicted: Predicted):
-    return tritonloss.focal_star_loss(logits, targets.labels, avg_factor=targets.count)
-
-
-def varifocal(logits, targets: Targets, predicted: Predicted):
-    pair = (targets.labels, predicted.quality)
-    return tritonloss.varifocal_loss(logits, pair, avg_factor=targets.count)
+    def forward(self, logits, targets: Targets, predicted: Predicted):
+        return self.loss(logits, targets.labels)
 
 
 def rank_sort(logits, targets: Targets, predicted: Predicted):
@@ -119,8 +124,8 @@ class Recipe:
 
     Args:
         help: the line that ``--help`` prints.
-        classification: a function as above, or an ``nn.Module`` class with such a ``forward`` if
-            the loss has state (it is then saved in the checkpoint).
+        classification: a function as above, or a class of ``nn.Module`` with such a ``forward`` if
+            the loss has state.
         box: the default box loss.
         dfl: predict each side as a distribution and train it with the distribution focal loss.
         balance: scale the box loss to the size of the classification loss.
@@ -134,10 +139,19 @@ class Recipe:
 
 
 LOSSES = {
-    "gfl": Recipe("quality focal + distribution focal + GIoU", quality_focal, dfl=True),
-    "focal": Recipe("sigmoid focal + GIoU", focal),
-    "focal_star": Recipe("FL*, the one-sided form of focal loss, + GIoU", focal_star),
-    "varifocal": Recipe("varifocal + CIoU", varifocal, box="ciou"),
+    "gfl": Recipe(
+        "quality focal + distribution focal + GIoU",
+        Pointwise(tritonloss.quality_focal_loss, quality=True),
+        dfl=True,
+    ),
+    "focal": Recipe("sigmoid focal + GIoU", Pointwise(tritonloss.sigmoid_focal_loss)),
+    "focal_star": Recipe(
+        "FL*, the one-sided form of focal loss, + GIoU", Pointwise(tritonloss.focal_star_loss)
+    ),
+    "varifocal": Recipe(
+        "varifocal + CIoU", Pointwise(tritonloss.varifocal_loss, quality=True), box="ciou"
+    ),
+    "ghm": Recipe("gradient harmonising (GHM-C) + GIoU", GradientHarmonising),
     "rank_sort": Recipe("Rank & Sort + GIoU, balanced by itself", rank_sort, balance=True),
     "ap": Recipe("average precision (AP) loss + GIoU", average_precision, balance=True),
     "alrp": Recipe("aLRP: ranking and GIoU in one, balanced by itself", alrp, balance=True),
@@ -151,7 +165,9 @@ class Criterion(nn.Module):
     in the dict without.
     """
 
-    def __init__(self, loss: str = "gfl", box: str | None = None, bins: int = 8):
+    def __init__(
+        self, loss: str = "gfl", box: str | None = None, bins: int = 8, pisa: bool = False
+    ):
         super().__init__()
         recipe = LOSSES[loss]
         make = recipe.classification
@@ -159,6 +175,7 @@ class Criterion(nn.Module):
         self.box_name = box or recipe.box
         self.box = BOX_LOSSES[self.box_name]
         self.balance = recipe.balance
+        self.pisa = pisa
         self.bins = bins if recipe.dfl else 0
 
     def forward(self, logits, outputs, points, strides, targets: Targets):
@@ -175,7 +192,11 @@ class Criterion(nn.Module):
             overlap = (overlap * weight).clamp(0, 1)
         predicted = Predicted(*(self._spread(x, targets) for x in (overlap, error)))
 
-        values = self.classification(logits, targets, predicted)
+        weighted = {}
+        if self.pisa:
+            prime = self._prime_weight(logits, targets, predicted)
+            weighted = {"weight": prime, "avg_factor": targets.count}
+        values = self.classification(logits, targets, predicted, **weighted)
         losses = values._asdict() if hasattr(values, "_asdict") else {"classification": values}
         box_loss = losses.pop("loc", BOX_WEIGHT * error.sum() / count)
         total = sum(losses.values())
@@ -191,7 +212,20 @@ class Criterion(nn.Module):
                 avg_factor=count,
             )
             total = total + losses["dfl"]
+        if self.pisa:
+            losses["carl"] = CARL_WEIGHT * tritonloss.carl_loss(
+                logits, targets.labels, predicted.box_loss, avg_factor=count
+            )
+            total = total + losses["carl"]
         return total, losses
+
+    @torch.no_grad()
+    def _prime_weight(self, logits, targets: Targets, predicted: Predicted):
+        """Weight of each row of logits, high where the box fits best (ISR-P)."""
+        each = self.classification(logits, targets, predicted, reduction="none")
+        flat = (predicted.quality, targets.gt_index, targets.labels)
+        weight = tritonloss.isr_p_weight(each.flatten(0, 1), *(x.flatten() for x in flat))
+        return weight.view_as(targets.labels)
 
     @staticmethod
     def _spread(values, targets: Targets):
