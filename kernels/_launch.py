@@ -17,7 +17,7 @@ class Config:
 # spills registers.
 POINTWISE = Config(block=2048, num_warps=8)
 # Elements of a tile of rows x classes; a row of 80 classes is one tile wide, so 16 rows a program.
-SOFTMAX_BY_CLASS = Config(block=2048, num_warps=4)
+SOFTMAX_BY_CLASS = Config(block=2048, num_warps=8)
 # Rows lie next to each other (a permuted NCHW head): 128 rows, one a thread, 16 classes at a time.
 SOFTMAX_BY_ROW = Config(block=2048, num_warps=4)
 # Elements of a tile of rows x bins: 64 rows of 32 bins (of which 17 are read in the common case).

@@ -77,6 +77,26 @@ def distribution(dtype: str = "float32", layout: str = "contiguous", **kwargs) -
     )
 
 
+def ranking(loss: Callable, form: str = "labels", dtype: str = "float32", layout="contiguous",
+            **kwargs) -> Callable:  # fmt: skip
+    def call():
+        x = logits(ROWS, CLASSES, dtype, layout)
+        labels, value = empty(*x.shape[:-1], dtype="int64"), empty(*x.shape[:-1])
+        if form == "dense":
+            return loss(x, empty(*x.shape), **kwargs)
+        if loss is tl.rank_sort_loss:
+            return sum(loss(x, (labels, value), **kwargs))
+        if loss is tl.alrp_loss:
+            return sum(loss(x, labels, value, **kwargs))
+        return loss(x, labels, **kwargs)
+
+    return call
+
+
+def regression(loss: Callable) -> Callable:
+    return lambda: loss(logits(ROWS, 4, "float32", "contiguous"), empty(ROWS, 4))
+
+
 def _rows(layout: str) -> tuple[int, ...]:
     return tuple(logits(ROWS, 1, "float32", layout).shape[:-1])
 
@@ -124,6 +144,18 @@ EXAMPLES: dict[str, Callable] = {
     "ciou scheduled": lambda: tl.ciou_loss(
         logits(ROWS, 4, "float32", "contiguous"), empty(ROWS, 4), alpha_threshold=empty()
     ),
+    "asl1": regression(tl.authentic_smooth_l1_loss),
+    "ghm_c": pointwise(tl.ghm_c_loss, bins=30),
+    "ghm_c 256 bins": pointwise(tl.ghm_c_loss, bins=256),
+    "ghm_c dense bf16": pointwise(tl.ghm_c_loss, "dense", "bfloat16", bins=30),
+    "ghm_c nchw, targets nhwc": pointwise(tl.ghm_c_loss, "dense", layout="nchw", bins=30),
+    "ghm_r": regression(tl.ghm_r_loss),
+    "rank_sort": ranking(tl.rank_sort_loss),
+    "rank_sort bf16 nchw": ranking(tl.rank_sort_loss, dtype="bfloat16", layout="nchw"),
+    "rank_sort scheduled": ranking(tl.rank_sort_loss, delta=empty()),
+    "ap": ranking(tl.ap_loss),
+    "ap dense": ranking(tl.ap_loss, "dense"),
+    "alrp": ranking(tl.alrp_loss),
 }
 
 # Compiled in a quick check: every kernel once, the pointwise one at its widest.
@@ -135,6 +167,8 @@ QUICK = [
     "distribution_focal",
     "expectation",
     "ciou",
+    "ghm_c",
+    "rank_sort",
 ]
 
 
@@ -146,6 +180,15 @@ def _pointwise_streams(args) -> dict[str, int]:
     return {name: args["BLOCK"] for name in names} if args["LINEAR"] else {}
 
 
+def _negatives_streams(args) -> dict[str, int]:
+    names = ["x_ptr", "dense_ptr", "out_ptr"] if args["BACKWARD"] else ["x_ptr", "dense_ptr"]
+    return {name: args["BLOCK"] for name in names} if args["LINEAR"] else {}
+
+
+def _region_streams(args) -> dict[str, int]:
+    return {name: args["BLOCK"] for name in ("x_ptr", "dense_ptr")} if args["LINEAR"] else {}
+
+
 def _box_streams(args) -> dict[str, int]:
     wide = {"pred_ptr": "PRED_WIDE", "target_ptr": "TARGET_WIDE", "out_ptr": "OUT_WIDE"}
     return {name: 4 * args["BLOCK"] for name, flag in wide.items() if args.get(flag)}
@@ -154,10 +197,15 @@ def _box_streams(args) -> dict[str, int]:
 # Per kernel: the pointers through which a program walks over consecutive elements, and how many.
 STREAMS: dict[str, Callable] = {
     "pointwise_kernel": _pointwise_streams,
+    "negatives_kernel": _negatives_streams,
+    "region_sums_kernel": _region_streams,
     "box_forward_kernel": _box_streams,
     "box_backward_kernel": _box_streams,
 }
 WRITTEN = "out_ptr"
+
+# Kernels that add up in float64 on purpose, and never once per logit.
+FLOAT64 = ("pairs_kernel", "settle_kernel", "spread_kernel", "tabulate_kernel", "finish_kernel")
 
 
 def wide_accesses(launch: Launch, warp_size: int) -> tuple[int, int]:

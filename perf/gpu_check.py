@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SKIPPED = 77
-OPTIONAL = ("allpairspy", "hypothesis", "matplotlib", "numpy", "pandas", "pycocotools", "pytest",
+OPTIONAL = ("hypothesis", "matplotlib", "numpy", "pandas", "pycocotools", "pytest",
             "ruff", "sklearn", "tqdm", "xdist")  # fmt: skip
 ROOT = Path(__file__).parent.parent
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from axes import all_pairs
 from torch import Tensor
 
 import tritonloss as tl
@@ -435,6 +436,4 @@ def points(c: Case, full: bool = False) -> list[Axes]:
     values = [c.axes.get(name, default) for name, default in AXES.items()]
     if full:
         return [Axes(*p) for p in itertools.product(*values) if _sensible(p, 2_600_000)]
-    from allpairspy import AllPairs
-
-    return [Axes(*p) for p in AllPairs(values, filter_func=_sensible)]
+    return [Axes(*p) for p in all_pairs(values, _sensible)]
