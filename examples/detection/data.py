@@ -57,7 +57,7 @@ class Dataset:
     test: list[Scene]
     crop: int
     scales: tuple[float, float] = (1.0, 1.0)
-    flips: str = ""  # "h" left-right, "d" across the rising diagonal
+    flips: str = ""  # "h" left-right, "v" up-down, "t" transpose
     colour: float = 0.0
     bins: int = 8  # the largest distance from an anchor to a side, in strides
 
@@ -99,9 +99,12 @@ class Dataset:
         if "h" in self.flips and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             boxes[:, [0, 2]] = self.crop - boxes[:, [2, 0]]
-        if "d" in self.flips and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.TRANSVERSE)
-            boxes = self.crop - boxes[:, [3, 2, 1, 0]]
+        if "v" in self.flips and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+            boxes[:, [1, 3]] = self.crop - boxes[:, [3, 1]]
+        if "t" in self.flips and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.TRANSPOSE)
+            boxes = boxes[:, [1, 0, 3, 2]]
         return image, boxes, labels
 
 
@@ -147,8 +150,7 @@ def trees() -> Dataset:
             scenes.append(Scene(image[:, x1:x2], part, labels, source=path.name))
     if not train:
         raise UsageError(f"--data trees: no photos in {TREES}")
-    # The diagonal flip alone: it keeps the direction in which the shadows fall, a strong cue.
-    return Dataset("trees", ["tree"], train, test, 160, (0.7, 1.4), "d", 0.15)
+    return Dataset("trees", ["tree"], train, test, 160, (0.7, 1.4), "hvt", 0.15)
 
 
 def digits(seed: int, n_train: int = 1500, n_test: int = 200) -> Dataset:
