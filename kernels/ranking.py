@@ -849,13 +849,18 @@ class Kernels(NamedTuple):
 KERNELS = Kernels()
 
 
+# With dense targets, positives there is room for whatever the number of logits: 11 MiB of scratch.
+DENSE_POSITIVES = 65536
+
+
 def capacity_of(x, labels) -> int:
     """Positives there is room for: every anchor has one class; of dense targets, an eighth of the
-    logits (more gives NaN, never a wrong number), which keeps the scratch below 32 bytes a logit.
+    logits, which keeps the scratch below 32 bytes a logit, or ``DENSE_POSITIVES``. More gives NaN,
+    never a wrong number.
     """
     if labels is not None:
         return max(labels.numel(), 1)
-    return max(x.numel() // 8, min(x.numel(), 1024))
+    return max(x.numel() // 8, min(x.numel(), DENSE_POSITIVES))
 
 
 def fraction_bits(n: int) -> int:
