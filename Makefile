@@ -10,10 +10,6 @@ BIN := $(VENV)/bin
 # Outside CI an installed torch or another index may be wanted: make CONSTRAINTS= demo
 CONSTRAINTS ?= -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
-# The kernels' tests that fit into minutes in the interpreter; test-full runs all of them.
-INTERPRETED := $(addprefix tests/test_,elementwise.py losses.py boxes.py distribution.py softmax_focal.py)
-# Cross-compilation, sweeps and training: also in test-full.
-HEAVY := budget.py graph.py perf.py sync.py example.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-full lint gpu-check clean
@@ -32,8 +28,8 @@ lint: $(VENV)/installed
 
 # Twice: Triton decides at import whether its kernels are interpreted.
 test: lint
-	$(PYTEST) tests -m "not slow" $(addprefix --ignore=tests/test_,$(HEAVY))
-	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED) -m "not slow"
+	$(PYTEST) tests -m "not slow"
+	TRITON_INTERPRET=1 $(PYTEST) tests -m "not slow" --ignore=tests/test_example.py
 
 test-full: lint
 	$(PYTEST) tests --full

@@ -252,7 +252,8 @@ def pairs_kernel(
         rank = tl.zeros([TILE], tl.float64)
         total = tl.zeros([TILE], tl.float64)
         wrong = tl.zeros([TILE], tl.float64)
-        excess = tl.zeros([TILE], tl.float64)
+        deficit = tl.zeros([TILE], tl.float64)
+        surplus = tl.zeros([TILE], tl.float64)
         other = tl.cast(0, tl.int32)
         while other < n_pos:
             j = other + tl.arange(0, TILE)
@@ -272,18 +273,17 @@ def pairs_kernel(
             if LOSS != "ap":
                 v_j = tl.load(positive_ptr + VALUE * capacity + j, mask=there, other=0.0)[None, :]
                 if LOSS == "rank_sort":
-                    bad = above * (1.0 - v_j)
-                    violates = v_j < v_i[:, None]
-                    total += tl.sum(bad, 1).to(tl.float64)
-                    wrong += tl.sum(tl.where(violates, above, 0.0), 1).to(tl.float64)
-                    excess += tl.sum(tl.where(violates, bad, 0.0), 1).to(tl.float64)
+                    better = above * (v_j - v_i[:, None])
+                    wrong += tl.sum(tl.where(better < 0, above, 0.0), 1).to(tl.float64)
+                    deficit += tl.sum(tl.maximum(-better, 0.0), 1).to(tl.float64)
+                    surplus += tl.sum(tl.maximum(better, 0.0), 1).to(tl.float64)
                 else:
                     total += tl.sum(above * v_j, 1).to(tl.float64)
             other += TILE
         if LOSS == "rank_sort":
-            # current - target sorting error in the form that does not cancel
+            # current - target sorting error, from qualities relative to v_i: nothing cancels
             right = tl.where(mask, rank - wrong, 1.0)
-            error = (excess - wrong * ((total - excess) / right)) / tl.where(mask, rank, 1.0)
+            error = (deficit + wrong * (surplus / right)) / tl.where(mask, rank, 1.0)
             error = tl.where(wrong > 0, error, 0.0)
             share = error / tl.where(wrong > 0, wrong, 1.0)
             tl.store(positive_ptr + FIRST * capacity + i, error.to(tl.float32), mask=mask)

@@ -175,7 +175,9 @@ LOSSES: dict[str, Workload] = {
     "expectation": Workload(_expectation, 17),
     "ghm_r": Workload(_smooth_l1(tl.ghm_r_loss), 4),
     "authentic_smooth_l1": Workload(_smooth_l1(tl.authentic_smooth_l1_loss), 4),
+    "iou": Workload(_boxes(tl.iou_loss), 4),
     "giou": Workload(_boxes(tl.giou_loss), 4),
+    "diou": Workload(_boxes(tl.diou_loss), 4),
     "ciou": Workload(_boxes(tl.ciou_loss), 4),
 }
 

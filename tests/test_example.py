@@ -300,11 +300,14 @@ def test_all_cells_or_the_positive_ones_give_the_same_losses(loss):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss", ["gfl", *(pytest.param(n, marks=pytest.mark.slow) for n in LOSSES if n != "gfl")]
+)
 def test_compiled_losses_are_the_same(loss):
-    eager = train_detector.train(config(loss=loss, steps=5))
-    compiled = train_detector.train(config(loss=loss, steps=5, compile=True))
+    # A small learning rate: with the usual one, rounding alone grows to 1e-3 within a few steps.
+    settings = {"loss": loss, "steps": 5, "lr": 1e-4}
+    eager = train_detector.train(config(**settings))
+    compiled = train_detector.train(config(**settings, compile=True))
     np.testing.assert_allclose(values(compiled), values(eager), rtol=1e-4)
 
 
@@ -339,8 +342,7 @@ def test_average_precision_of_perfect_and_of_no_detections():
     assert evaluate.average_precision(scenes, nothing, 10)["AP50"] == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", ["gfl", "focal"])
+@pytest.mark.parametrize("loss", ["gfl", pytest.param("focal", marks=pytest.mark.slow)])
 def test_digits_are_found(loss):
     result = train_detector.train(train_detector.Config(data="digits", loss=loss, steps=500))
     assert result.ap["AP50"] >= 0.90
