@@ -2,7 +2,7 @@
 
 One thread, all candidates of a shape in turn, minimum over the rounds: read the ratios.
 
-    OMP_NUM_THREADS=1 python perf/bench_ghm_cpu.py --rounds 9 --out perf/results/ghm_cpu.csv
+    python -m perf.bench_ghm_cpu
 """
 
 from __future__ import annotations
@@ -10,20 +10,17 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
-import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-import numpy as np  # noqa: E402  (a checkout need not be installed)
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from baselines import ghm_c_loop, isr_p_loop  # noqa: E402
+import tritonloss as tl
 
-import tritonloss as tl  # noqa: E402
-
-RECORDED = Path(__file__).parents[1] / "tests/data/recorded/nanodet_g_416.npz"
+from .baselines import ghm_c_loop, isr_p_loop
+from .workloads import RECORDED
 
 
 def logits_like(kind: str, anchors: int, classes: int):
@@ -109,8 +106,8 @@ def main():
     parser.add_argument("--anchors", type=int, default=100_000)
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--bins", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="CSV file")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path("perf/results/ghm_cpu.csv"))
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -121,14 +118,13 @@ def main():
         rows += isr(positives, args.rounds)
     for shape, name, seconds, ratio in rows:
         print(f"{shape:32} {name:16} {seconds * 1e3:9.2f} ms  {ratio:7.2f} x")
-    if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["shape", "what", "cpu_ms", "ratio", "torch", "machine"])
-            for shape, name, seconds, ratio in rows:
-                machine = platform.machine() + ", 1 thread"
-                writer.writerow([shape, name, f"{seconds * 1e3:.3f}", f"{ratio:.2f}",
-                                 torch.__version__, machine])  # fmt: skip
+    machine = platform.machine() + ", 1 thread"
+    with args.out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["shape", "what", "cpu_ms", "ratio", "torch", "machine"])
+        for shape, name, seconds, ratio in rows:
+            figures = [f"{seconds * 1e3:.3f}", f"{ratio:.2f}"]
+            writer.writerow([shape, name, *figures, torch.__version__, machine])
 
 
 if __name__ == "__main__":

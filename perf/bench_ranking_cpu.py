@@ -1,7 +1,7 @@
 """Ranking losses on the CPU beside what users run today: time, error, memory.
 
-    python perf/bench_ranking_cpu.py                 # all cells, one thread
-    python perf/bench_ranking_cpu.py --losses rank_sort --logits 1e5
+    python -m perf.bench_ranking_cpu                 # all cells, one thread
+    python -m perf.bench_ranking_cpu --losses rank_sort --logits 1e5
 
 Every cell is first checked against the per-positive loop; a disagreement stops the run. Ratios hold
 within one run: the machine's speed changes between runs.
@@ -13,17 +13,16 @@ import argparse
 import csv
 import platform
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import baselines
-
 from tritonloss.losses import ranking
+
+from . import baselines
 
 HERE = Path(__file__).parent
 # The loop over positives takes seconds at 1e6 logits: timed up to here.
@@ -120,8 +119,36 @@ def memory(n: int, n_pos: int):
     logits.requires_grad_()
     sum(ranking.rank_sort_loss(logits, labels)).backward()
     ratio = (peak_mib() - before) / (logits.nbytes / 2**20)
-    print(f"peak memory at {n:.0e} logits: {ratio:.2f} x the logits' bytes, logits included")
-    return ratio
+    print(f"peak memory at {n:.0e} logits, over the logits' own bytes, these included: {ratio:.2f}")
+
+
+def growth(options) -> list[dict]:
+    """Rank & Sort at 1e5 to 1e7 logits; the peak memory in a process of its own."""
+    rows = []
+    for n in (10**5, 10**6, 10**7):
+        logits, targets = make(300, n)
+        ours = competitors("rank_sort", targets)["ours"]
+        x = logits.requires_grad_()
+        timer = Timer("ours(x).backward()", globals={"ours": ours, "x": x},
+                      num_threads=options.threads)  # fmt: skip
+        ms = 1e3 * timer.blocked_autorange(min_run_time=2 * options.min_time).median
+        ratio = ms / rows[-1]["median_ms"] if rows else 1
+        rows.append({"logits": n, "median_ms": round(ms, 2), "growth": round(ratio, 2)})
+    command = [sys.executable, "-m", __spec__.name, "--memory", "--threads", str(options.threads)]
+    words = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    for row in rows:
+        row["peak_memory"] = words[-1] if row["logits"] == 10**7 else ""
+        print(*row.values(), sep="\t")
+    return rows
+
+
+def write(path: Path, rows: list[dict], threads: int) -> None:
+    machine = {"torch": torch.__version__, "threads": threads, "cpu": platform.machine()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *machine], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | machine for row in rows)
 
 
 def main():
@@ -129,8 +156,8 @@ def main():
     parser.add_argument("--losses", nargs="+", default=["rank_sort", "ap", "alrp"])
     parser.add_argument("--positives", nargs="+", type=int, default=[100, 300, 1000])
     parser.add_argument("--logits", nargs="+", type=float, default=[1e5, 1e6])
-    parser.add_argument("--growth", action="store_true", help="ours alone at 1e5, 1e6, 1e7")
-    parser.add_argument("--memory", action="store_true", help="peak memory at 1e7 logits")
+    parser.add_argument("--growth", action="store_true", help="ours at 1e5, 1e6, 1e7 logits")
+    parser.add_argument("--memory", action="store_true", help="peak memory at 1e7 logits, alone")
     parser.add_argument("--min-time", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "results/ranking_cpu.csv")
@@ -140,13 +167,7 @@ def main():
         memory(10**7, 300)
         return
     if options.growth:
-        for n in (10**5, 10**6, 10**7):
-            logits, targets = make(300, n)
-            ours = competitors("rank_sort", targets)["ours"]
-            x = logits.requires_grad_()
-            sample = Timer("ours(x).backward()", globals={"ours": ours, "x": x},
-                           num_threads=options.threads)  # fmt: skip
-            print(f"{n:.0e}\t{1e3 * sample.blocked_autorange(min_run_time=2).median:.2f} ms")
+        write(options.out.with_stem("ranking_growth_cpu"), growth(options), options.threads)
         return
     rows = [
         row
@@ -155,12 +176,7 @@ def main():
         for n_pos in options.positives
         for row in measure(loss, n_pos, int(n), options.min_time)
     ]
-    machine = {"torch": torch.__version__, "threads": options.threads, "cpu": platform.machine()}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *machine], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | machine for row in rows)
+    write(options.out, rows, options.threads)
 
 
 if __name__ == "__main__":

@@ -94,15 +94,14 @@ def figures_of(frame: pd.DataFrame) -> dict:
     title = f"{first['device']}, torch {first['torch']}, commit {first['commit']}, {first['date']}"
     both = usual(frame)
     at_80 = both[both["classes"].isin([80, 17, 4])]
-    fewest = at_80[at_80["positives"] == at_80["positives"].min()]
-    by_anchors = fewest if fewest["rows"].nunique() > 1 else at_80
+    by_anchors = at_80[at_80["positives"] == at_80.groupby("loss")["positives"].transform("min")]
     found = {
         "anchors": curves(by_anchors, "rows", "anchors", f"forward + backward, {title}", True),
         "floor": speedups(at_80, title),
     }
     largest = at_80[at_80["rows"] == at_80["rows"].max()]
     if largest["positives"].nunique() > 1:
-        ranking = largest[largest["loss"].isin(["rank_sort", "ap", "alrp", "focal"])]
+        ranking = largest[largest.groupby("loss")["positives"].transform("nunique") > 1]
         found["positives"] = curves(ranking, "positives", "positives", title, False)
     if at_80["peak_mb"].notna().any():
         found["memory"] = memory(by_anchors, title)

@@ -12,22 +12,72 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- figures: python -m perf.readme -->", "<!-- end of figures -->"
 
 
-def pointwise_table() -> str:
+def read(name: str) -> list[dict[str, str]]:
+    with (ROOT / "perf/results" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(*rows) -> str:
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(str(c) for c in row)} |" for row in rows)
+
+
+def pointwise() -> str:
     """Forward + backward as multiples of torch's BCE, one row per loss and target form."""
-    with (ROOT / "perf/results/pointwise_cpu.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read("pointwise_cpu")
     ratio = {(r["loss"], r["provider"]): r["times_bce"] for r in rows}
     names = dict.fromkeys(r["loss"] for r in rows if r["provider"] == "eager")
-    lines = ["| loss, targets | eager | compiled |", "|---|---|---|"]
-    lines += [f"| {n} | {ratio[n, 'eager']} | {ratio[n, 'compiled']} |" for n in names]
     first = rows[0]
-    head = (
-        f"Forward + backward on a CPU, as multiples of `binary_cross_entropy_with_logits` "
-        f"({first['median_ms']} ms in eager torch, median) in the same run: {first['anchors']} "
-        f"anchors x {first['classes']} classes, float32, {first['threads']} thread, torch "
-        f"{first['torch']}; `python -m perf.bench_pointwise_cpu`."
+    return (
+        f"Forward + backward as multiples of `binary_cross_entropy_with_logits` "
+        f"({first['best_ms']} ms in eager torch): {first['anchors']} anchors x {first['classes']} "
+        f"classes, best of the rounds, torch {first['torch']} "
+        f"(`python -m perf.bench_pointwise_cpu`).\n\n"
+    ) + table(
+        ("loss, targets", "eager", "compiled"),
+        *((n, ratio[n, "eager"], ratio[n, "compiled"]) for n in names),
     )
-    return f"{head}\n\n" + "\n".join(lines)
+
+
+def ranking() -> str:
+    """The published methods' time over ours, and their error."""
+    cells: dict[tuple, dict[str, dict]] = {}
+    for r in read("ranking_cpu"):
+        cells.setdefault((r["loss"], r["positives"], r["logits"]), {})[r["implementation"]] = r
+    grown = read("ranking_growth_cpu")
+    times = ", ".join(f"{r['median_ms']} ms at {int(r['logits']):.0e}" for r in grown)
+    return (
+        "Ranking losses: the time of the published methods over that of this package, which is "
+        "exact for every δ; in brackets the relative error of the negatives' gradient "
+        f"(`python -m perf.bench_ranking_cpu`). Rank & Sort with 300 positives takes {times} "
+        f"logits; there its peak memory is {grown[-1]['peak_memory']} times the logits' own bytes, "
+        "gradient and logits included (`--growth`).\n\n"
+    ) + table(
+        ("loss", "positives", "logits", "this package", "bucketed (δ = 0)", "loop over positives"),
+        *(
+            (
+                *(loss, positives, f"{int(logits):.0e}", f"{cell['ours']['median_ms']} ms"),
+                *(relative(cell.get(other)) for other in ("bucketed", "loop")),
+            )
+            for (loss, positives, logits), cell in cells.items()
+        ),
+    )
+
+
+def relative(row: dict[str, str] | None) -> str:
+    return f"{float(row['times_ours']):.1f} x ({row['gradient_error']})" if row else "not timed"
+
+
+def harmonising() -> str:
+    """GHM beside BCE and the loop over bins; ISR beside its loops."""
+    rows = read("ghm_cpu")
+    return (
+        "GHM beside BCE, and ISR-P beside loops over classes and boxes "
+        "(`python -m perf.bench_ghm_cpu`).\n\n"
+    ) + table(
+        ("input", "what", "ms", "ratio"),
+        *((r["shape"], r["what"], f"{float(r['cpu_ms']):.1f}", r["ratio"]) for r in rows),
+    )
 
 
 def main() -> None:
@@ -35,7 +85,8 @@ def main() -> None:
     text = path.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n{pointwise_table()}\n{END}{after}")
+    figures = "\n\n".join(part() for part in (pointwise, ranking, harmonising))
+    path.write_text(f"{before}{BEGIN}\nOn a CPU, float32, one thread:\n\n{figures}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -36,13 +36,14 @@ COLUMNS = (*KEY, "status", "ms", "ms_p20", "ms_p80", "peak_mb", "bytes", "gbps",
            "x_floor", "copy_gbps", "device", "torch", "triton", "commit", "date")  # fmt: skip
 # Bytes in use per byte of logits: gradient, targets and the temporaries of plain autograd.
 FOOTPRINT = {"triton": 4, "eager": 24, "compiled": 12, "published": 60}
-# A loop over positives takes minutes beyond this.
-LARGEST_PUBLISHED = 30_000_000
-GATE_LOGITS = 1_000_000
+# Logits times positives: a loop over positives takes minutes beyond this.
+LARGEST_PUBLISHED = 3_000_000_000
+GATE_LOGITS = 10_000_000
+RANKING = ("rank_sort", "ap", "alrp")
 
 
-def points(quick: bool, device: str) -> Iterator[Point]:
-    """The grid: growth in anchors and positives at 80 classes, then the other axes around it."""
+def points(loss: str, quick: bool, device: str) -> Iterator[Point]:
+    """The grid: growth in anchors (ranking: and positives), then the other axes around it."""
     if quick:
         sizes = [2000, 20_000] if device == "cpu" else [20_000, 176_000]
         for rows in sizes:
@@ -51,11 +52,12 @@ def points(quick: bool, device: str) -> Iterator[Point]:
             yield Point(176_000, 80, 300, "bfloat16", layout="nchw")
         return
     most = 5 if device == "cpu" else 7
-    for exponent, positives in itertools.product(range(3, most + 1), (50, 500, 2000, 8000)):
+    several = (50, 500, 2000, 8000) if loss in RANKING else (200,)
+    for exponent, positives in itertools.product(range(3, most + 1), several):
         if positives * 4 <= 10**exponent:
             yield Point(10**exponent, 80, positives)
     rows = 22_000 if device == "cpu" else 176_000  # 8 images of 22k anchors
-    for classes in (1, 20, 1203):
+    for classes in (1, 20, 1203) if LOSSES[loss].classes is None else ():
         yield Point(rows if classes < 1203 else rows // 8, classes, 500)
     for dtype, inputs, layout in (
         ("bfloat16", "random", "contiguous"),
@@ -133,15 +135,28 @@ def measure(loss, backend: str, call: Call, mode: str, device: str) -> dict:
             def function():
                 return torch.autograd.grad(loss(x), x)
 
-        peak = ""
-        if device != "cpu":
-            function()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            function()
-            peak = f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.1f}"
+        function()
+        peak = peak_bytes(function, device) / 1e6
         ms, low, high = quantiles(function, device)
     return {"ms": ms, "ms_p20": low, "ms_p80": high, "peak_mb": peak}
+
+
+def peak_bytes(function, device: str) -> int:
+    """Most memory in use during a call above what was before; on the CPU resident, in pages."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    function()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def free_memory(device: str) -> float:
@@ -194,7 +209,8 @@ class Sweep:
 def cpu_name() -> str:
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{names[0] if names else 'CPU'}, {threads} thread{'s' * (threads > 1)}"
 
 
 def providers_of(device: str) -> list[str]:
@@ -205,7 +221,12 @@ def work(sweep: Sweep, losses: list[str], quick: bool) -> None:
     """All that is not done yet, in this process."""
     device = sweep.device
     copy = copy_bandwidth(device)
-    todo = list(itertools.product(losses, points(quick, device), providers_of(device)))
+    todo = [
+        (loss, point, provider)
+        for loss in losses
+        for point in points(loss, quick, device)
+        for provider in providers_of(device)
+    ]
     for loss, point, provider in tqdm(todo, disable=None):
         point = point._replace(classes=LOSSES[loss].classes or point.classes)
         keys = {mode: (loss, provider, mode, *map(str, point)) for mode in MODES}
@@ -223,7 +244,7 @@ def measure_point(loss: str, point: Point, provider: str, device: str):
     size = point.logits * getattr(torch, point.dtype).itemsize
     if size * FOOTPRINT[provider] > 0.8 * free_memory(device):
         return "skipped: memory", {}
-    if provider == "published" and point.logits * point.positives > LARGEST_PUBLISHED * 100:
+    if provider == "published" and point.logits * point.positives > LARGEST_PUBLISHED:
         return "skipped: time", {}
     rows = min(point.rows, max(GATE_LOGITS // point.classes, 1))
     gate = workloads.call_of(loss, point._replace(rows=rows), device)
@@ -233,13 +254,16 @@ def measure_point(loss: str, point: Point, provider: str, device: str):
     try:
         if not is_right(*offered, gate):
             return "WRONG", {}
-        call = workloads.call_of(loss, point, device)
-        offered = provide(provider, call)
+        call = gate
+        if rows < point.rows:
+            call = workloads.call_of(loss, point, device)
+            offered = provide(provider, call)
         return "ok", {mode: measure(*offered, call, mode, device) for mode in MODES}
     except torch.OutOfMemoryError:
         return "out of memory", {}
     except Exception as error:
-        return f"failed: {type(error).__name__}", {}
+        words = " ".join(str(error).split())[:200]
+        return f"failed: {type(error).__name__}: {words}", {}
 
 
 def floor(figures: dict | None, point: Point, mode: str, copy: float) -> dict:
@@ -262,16 +286,19 @@ def main(argv=None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a few points")
     parser.add_argument("--loss", action="append", choices=LOSSES, help="only this (repeatable)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     losses = args.loss or list(LOSSES)
     if args.worker:
+        torch.set_num_threads(args.threads)
         work(Sweep(args.out, args.device), losses, args.quick)
         return 0
     for loss in losses:  # a process each; started again after a crash
         command = [sys.executable, "-m", "perf.sweep", "--worker", "--loss", loss]
         command += ["--out", str(args.out), "--device", args.device]
+        command += ["--threads", str(args.threads)]
         command += ["--quick"] if args.quick else []
         while subprocess.run(command).returncode:
             if not Sweep(args.out, args.device).bury():

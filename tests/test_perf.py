@@ -56,7 +56,7 @@ def test_a_point_that_does_not_fit_is_passed_by(monkeypatch):
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "points", lambda quick, device: [POINT, Point(50, 5, 10)])
+    monkeypatch.setattr(sweep, "points", lambda *args: [POINT, Point(50, 5, 10)])
     figures = {mode: {"ms": 1.0, "ms_p20": 1.0, "ms_p80": 1.0} for mode in sweep.MODES}
     measured = []
 
@@ -79,6 +79,11 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert len({tuple(r[k] for k in sweep.KEY) for r in rows}) == len(rows) == 18
     assert [r["status"] for r in rows].count("crashed") == 3
+
+
+def test_peak_memory_counts_what_a_call_holds():
+    held = sweep.peak_bytes(lambda: torch.ones(32 * 2**20, dtype=torch.uint8), "cpu")
+    assert 30e6 < held < 50e6
 
 
 def write(path, ms, low, high, status="ok"):
