@@ -76,23 +76,44 @@ def draw_classification(ax, logits, labels, norm, edges):
     ax.set_title("Who the gradient comes from")
 
 
-def draw_regression(ax, distance):
+def regression_losses(distance):
     zeros = torch.zeros_like(distance)
-    edges = torch.logspace(-3, 1, 25)
-    position = distance.abs().clamp(1e-3, 9.99)
-    losses = {
+    return {
         "smooth L1 (β = 1/9)": lambda d: F.smooth_l1_loss(d, zeros, beta=1 / 9),
         f"authentic smooth L1 (μ = {MU})": lambda d: tritonloss.authentic_smooth_l1_loss(
             d, zeros, mu=MU
         ),
         "GHM-R": lambda d: tritonloss.ghm_r_loss(d, zeros, mu=MU),
     }
-    for name, loss in losses.items():
+
+
+def draw_side_norms(ax, distance, edges):
+    norm = distance.abs() / torch.hypot(distance, torch.tensor(MU))
+    count = torch.histc(norm.double(), BINS, 0, 1)
+    ax.stairs(count.numpy(), edges.numpy(), label=f"sides of {len(distance)} positives")
+    ax.set(yscale="log", xlabel="gradient norm g = |d| / √(d² + μ²)", ylabel="box sides")
+    ax.set_title("Nearly all box sides are outliers")
+    return norm
+
+
+def draw_side_gradients(ax, distance, norm, edges):
+    for name, loss in regression_losses(distance).items():
+        share = share_by_bin(norm, gradient(loss, distance), edges)
+        ax.stairs(share.numpy(), edges.numpy(), label=name)
+    ax.set(yscale="log", xlabel="gradient norm g = |d| / √(d² + μ²)")
+    ax.set_ylabel("share of the whole gradient")
+    ax.set_title("GHM-R gives each region the same weight")
+
+
+def draw_distances(ax, distance):
+    edges = torch.logspace(-3, 1, 25)
+    position = distance.abs().clamp(1e-3, 9.99)
+    for name, loss in regression_losses(distance).items():
         share = share_by_bin(position, gradient(loss, distance), edges)
         ax.stairs(share.numpy(), edges.numpy(), label=name)
     ax.set(xscale="log", xlabel="|d|, distance of a side from its target (strides)")
     ax.set_ylabel("share of the whole gradient")
-    ax.set_title(f"Box sides of {len(distance)} positives")
+    ax.set_title("Which distances train the boxes")
 
 
 def draw_samples(ax, logits, labels, quality, gt_index):
@@ -126,11 +147,13 @@ def main():
     norm = (logits.sigmoid() - positive.float()).abs()
     edges = torch.linspace(0, 1, BINS + 1)
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(16, 8), layout="constrained")
     draw_norms(axes[0, 0], norm, positive, edges)
     draw_classification(axes[0, 1], logits, labels, norm, edges)
-    draw_regression(axes[1, 0], distance)
-    draw_samples(axes[1, 1], logits, labels, quality, gt_index)
+    draw_samples(axes[0, 2], logits, labels, quality, gt_index)
+    side_norm = draw_side_norms(axes[1, 0], distance, edges)
+    draw_side_gradients(axes[1, 1], distance, side_norm, edges)
+    draw_distances(axes[1, 2], distance)
     for ax in axes.flat:
         ax.legend(fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)

@@ -13,13 +13,14 @@ import tritonloss
 
 from .model import decode
 
-BOX_WEIGHT, DFL_WEIGHT, CARL_WEIGHT = 1.0, 0.25, 0.2
+BOX_WEIGHT, DFL_WEIGHT, CARL_WEIGHT, GHM_R_WEIGHT = 1.0, 0.25, 0.2, 2.0
 LARGE = 28.0  # boxes larger than this (root of the area, pixels) belong to stride 8
 BOX_LOSSES = {
     "iou": tritonloss.iou_loss,
     "giou": tritonloss.giou_loss,
     "diou": tritonloss.diou_loss,
     "ciou": tritonloss.ciou_loss,
+    "ghm_r": None,  # of all sides at once: see Criterion
 }
 
 
@@ -151,7 +152,7 @@ LOSSES = {
     "varifocal": Recipe(
         "varifocal + CIoU", Pointwise(tritonloss.varifocal_loss, quality=True), box="ciou"
     ),
-    "ghm": Recipe("gradient harmonising (GHM-C) + GIoU", GradientHarmonising),
+    "ghm": Recipe("gradient harmonising: GHM-C + GHM-R", GradientHarmonising, box="ghm_r"),
     "rank_sort": Recipe("Rank & Sort + GIoU, balanced by itself", rank_sort, balance=True),
     "ap": Recipe("average precision (AP) loss + GIoU", average_precision, balance=True),
     "alrp": Recipe("aLRP: ranking and GIoU in one, balanced by itself", alrp, balance=True),
@@ -173,7 +174,9 @@ class Criterion(nn.Module):
         make = recipe.classification
         self.classification = make() if isinstance(make, type) else make
         self.box_name = box or recipe.box
-        self.box = BOX_LOSSES[self.box_name]
+        # What a single box is worth to aLRP and CARL, where the box loss is none of single boxes.
+        self.box = BOX_LOSSES[self.box_name] or tritonloss.giou_loss
+        self.sides = tritonloss.GHMRLoss(momentum=0.7) if self.box_name == "ghm_r" else None
         self.balance = recipe.balance
         self.pisa = pisa
         self.bins = bins if recipe.dfl else 0
@@ -198,7 +201,11 @@ class Criterion(nn.Module):
             weighted = {"weight": prime, "avg_factor": targets.count}
         values = self.classification(logits, targets, predicted, **weighted)
         losses = values._asdict() if hasattr(values, "_asdict") else {"classification": values}
-        box_loss = losses.pop("loc", BOX_WEIGHT * error.sum() / count)
+        box_loss = BOX_WEIGHT * error.sum() / count
+        if self.sides is not None:
+            scale = strides[:, None]
+            box_loss = GHM_R_WEIGHT * self.sides(boxes / scale, wanted / scale, weight=weight)
+        box_loss = losses.pop("loc", box_loss)
         total = sum(losses.values())
         balance = tritonloss.self_balanced_weight(total, box_loss) if self.balance else 1.0
         total = total + balance * box_loss
