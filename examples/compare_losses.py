@@ -15,12 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from detection.losses import LOSSES
 from tqdm import tqdm
 
+HERE = Path(__file__).parent
 RUNS = {name: ["--loss", name] for name in LOSSES}
 RUNS |= {f"{name}, pisa": ["--loss", name, "--pisa"] for name in ("gfl", "focal")}
 COLUMNS = ("data", "loss", "steps", "seed", "AP40", "AP50", "seconds", "torch")
