@@ -191,8 +191,9 @@ def test_blocks_of_rows_agree_with_the_whole(function, hyper, monkeypatch):
     x = torch.randn(3, 500, 20, generator=g).transpose(0, 1).requires_grad_()
     labels = torch.randint(-1, 21, (500, 3), generator=g)
     dense = torch.rand(500, 3, 20, generator=g)
-    weight = torch.rand(500, 3, generator=g)
-    for targets in (labels, dense):
+    few = torch.where(torch.rand(500, 3, 20, generator=g) < 0.05, dense, 0)
+    weight = (torch.rand(500, 3, generator=g) - 0.2).clamp(min=0)
+    for targets in (labels, dense, few):
         results = []
         for block in (1 << 30, 1000):
             monkeypatch.setattr(_blocks, "BLOCK", block)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritonloss as tl
 from tritonloss import _checks, _targets
 from tritonloss._dispatch import HAS_TRITON, INTERPRET
+from tritonloss.eager import _blocks
 
 aten = torch.ops.aten
 READING = {
@@ -38,7 +39,8 @@ class NoReads(TorchDispatchMode):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Values of plain CPU tensors are checked by contract; those on a GPU are not."""
+    """What is for plain CPU tensors alone, value checks and the path by blocks, is out of the way."""
+    monkeypatch.setattr(_blocks, "usable", lambda x: False)
     for module in (_checks, _targets.check):
         monkeypatch.setattr(module, "values_checked", lambda x: False)
 

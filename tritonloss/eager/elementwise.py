@@ -22,6 +22,8 @@ from ._entry import entered, upcast
 
 # A logit that is no negative is replaced by this one, whose loss and gradient are exactly 0.
 NO_LOSS = -1e30
+# Share of targets above 0 up to which they are worth a pass of their own.
+FEW = 0.1
 
 
 class Pointwise(NamedTuple):
@@ -180,13 +182,7 @@ def pointwise_by_blocks(
     weight, _ = split_weight(x, weight)
     if targets.dense is not None:
         count = x.numel() if weight is None else (weight > 0).sum() * x.shape[-1]
-
-        def dense_values(block, index):
-            block = torch.add(block, block.detach(), alpha=0)
-            block_weight = None if weight is None else weight[index]
-            return _dense(block, targets.dense[index], block_weight, None, params, kind)[0]
-
-        total, gradient = summed(x, lambda block, _: block, dense_values, want_grad)
+        total, gradient = _dense_by_blocks(x, targets.dense, weight, params, kind, want_grad)
     else:
         rows = label_rows(x.detach(), targets, ignore_index, weight)
         count = rows.keep.sum() * x.shape[-1]
@@ -205,19 +201,65 @@ def pointwise_by_blocks(
             return value if rows.weight is None else value * rows.weight[index]
 
         total, gradient = summed(x, negatives_alone, negative_values, want_grad)
-        with torch.set_grad_enabled(want_grad):
-            labelled = torch.where(rows.positive, x_at_index.squeeze(-1), 0)
-            labelled = labelled.add_(labelled, alpha=0).requires_grad_(want_grad)
+        labelled = torch.where(rows.positive, x_at_index.squeeze(-1), 0)
+
+        def positive_values(labelled):
             value = _positives(labelled, rows, loss, params)
-            value = (value if rows.weight is None else value * rows.weight).sum()
+            return value if rows.weight is None else value * rows.weight
+
+        value, slope = _value_and_slope(labelled, positive_values, want_grad)
         if want_grad:
-            (slope,) = torch.autograd.grad(value, labelled)
             gradient.scatter_add_(-1, rows.index, slope.unsqueeze(-1))
-        total = total + value.detach()
+        total = total + value
     divisor = torch.as_tensor(
         mean_divisor(count, avg_factor) if reduction == "mean" else 1, dtype=total.dtype
     )
     return total / divisor, gradient, 1 / divisor
+
+
+def _dense_by_blocks(x, y, weight, params, kind, want_grad):
+    """Sum and gradient; where few targets are above 0, the rest costs what a negative does."""
+    loss = KINDS[kind]
+    places = y.nonzero(as_tuple=True)
+    if kind == "asl1" or len(places[0]) > FEW * y.numel():
+
+        def values(block, index):
+            block = torch.add(block, block.detach(), alpha=0)
+            block_weight = None if weight is None else weight[index]
+            return _dense(block, y[index], block_weight, None, params, kind)[0]
+
+        return summed(x, lambda block, _: block, values, want_grad)
+
+    def negatives_alone(block, index):
+        negative = y[index] == 0
+        if weight is not None:
+            negative &= weight[index].unsqueeze(-1) > 0
+        block = torch.where(negative, block, NO_LOSS)
+        return block.add_(block, alpha=0)  # an infinite logit gives NaN
+
+    def negative_values(block, index):
+        value = loss.negative(block, *params).sum(-1)
+        return value if weight is None else value * weight[index]
+
+    total, gradient = summed(x, negatives_alone, negative_values, want_grad)
+    there_weight = None if weight is None else weight[places[:-1]]
+
+    def positive_values(x_there):
+        return _dense(x_there, y[places], None, there_weight, params, kind)[0]
+
+    there = x.detach()[places].to(gradient.dtype)
+    value, slope = _value_and_slope(there, positive_values, want_grad)
+    if want_grad:
+        gradient[places] = slope
+    return total + value, gradient
+
+
+def _value_and_slope(x: Tensor, values: Callable, want_grad: bool):
+    """Sum of the values at the few logits x, and its gradient; an infinite logit gives NaN."""
+    with torch.set_grad_enabled(want_grad):
+        x = x.add(x, alpha=0).requires_grad_(want_grad)
+        total = values(x).sum()
+    return total.detach(), torch.autograd.grad(total, x)[0] if want_grad else None
 
 
 def split_weight(x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
