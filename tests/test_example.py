@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranking_reference as reference
 import torch
+
+from tritonloss.losses.ranking import ALRP, RankSort
 
 for module in ("pycocotools", "sklearn", "matplotlib", "PIL", "tqdm"):
     pytest.importorskip(module, reason="the example needs tritonloss[examples]")
@@ -309,6 +312,50 @@ def test_compiled_losses_are_the_same(loss):
     eager = train_detector.train(config(**settings))
     compiled = train_detector.train(config(**settings, compile=True))
     np.testing.assert_allclose(values(compiled), values(eager), rtol=1e-4)
+
+
+def with_gradient(value, *pairs):
+    """A value whose gradients are given: (tensor, gradient) pairs."""
+    return value + sum(((x - x.detach()) * g.to(x.dtype).view_as(x)).sum() for x, g in pairs)
+
+
+def loop(name):
+    """A classification loss of the example from the loops over positives."""
+
+    def loss(logits, targets, predicted):
+        n_classes = logits.shape[-1]
+        labels = targets.labels.flatten()
+        pos = (labels[:, None] == torch.arange(n_classes)).flatten()
+        neg = (labels >= 0).repeat_interleave(n_classes) & ~pos
+        flat = logits.flatten()
+
+        def wide(rows):
+            return rows.flatten().repeat_interleave(n_classes)
+
+        if name == "rank_sort":
+            rank, sort, *grads = reference.rank_sort(flat, pos, neg, wide(predicted.quality), 0.5)
+            return RankSort(
+                *(with_gradient(v, (flat, g)) for v, g in zip((rank, sort), grads, strict=True))
+            )
+        if name == "ap":
+            value, grad = reference.average_precision(flat, pos, neg, 1.0, True)
+            return with_gradient(value, (flat, grad))
+        error = wide(predicted.box_loss)
+        cls, loc, grad, error_grad = reference.alrp(flat, pos, neg, error.detach(), 1.0)
+        return ALRP(with_gradient(cls, (flat, grad)), with_gradient(loc, (error, error_grad)))
+
+    return loss
+
+
+@pytest.mark.parametrize("loss", ["rank_sort", "ap", "alrp"])
+def test_ranking_losses_train_like_the_loops(loss, monkeypatch):
+    settings = config(loss=loss, steps=20, digits=(40, 2), lr=1e-4)
+    ours = train_detector.train(settings)
+    recipe = dataclasses.replace(LOSSES[loss], classification=loop(loss))
+    monkeypatch.setitem(LOSSES, loss, recipe)
+    loops = train_detector.train(settings)
+    assert ours.losses[0].keys() == loops.losses[0].keys()
+    np.testing.assert_allclose(values(ours), values(loops), rtol=1e-4, atol=1e-7)
 
 
 def test_cells_learn_the_smallest_box_around_them():

@@ -39,7 +39,7 @@ class NoReads(TorchDispatchMode):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """What is for plain CPU tensors alone, value checks and the path by blocks, is out of the way."""
+    """Without what is for plain CPU tensors alone: value checks and the path by blocks."""
     monkeypatch.setattr(_blocks, "usable", lambda x: False)
     for module in (_checks, _targets.check):
         monkeypatch.setattr(module, "values_checked", lambda x: False)
