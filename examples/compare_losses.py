@@ -23,7 +23,7 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 RUNS = {name: ["--loss", name] for name in LOSSES}
 RUNS |= {f"{name}, pisa": ["--loss", name, "--pisa"] for name in ("gfl", "focal")}
-COLUMNS = ("data", "loss", "steps", "seed", "AP40", "AP50", "seconds", "torch")
+COLUMNS = ("data", "loss", "steps", "seed", "AP40", "AP50", "torch")
 
 
 def train(name: str, options) -> dict:
@@ -43,7 +43,6 @@ def train(name: str, options) -> dict:
         "seed": options.seed,
         "AP40": f"{metrics['AP']['AP40']:.3f}",
         "AP50": f"{metrics['AP']['AP50']:.3f}",
-        "seconds": round(metrics["train_seconds"]),
         "torch": metrics["versions"]["torch"],
     }
 

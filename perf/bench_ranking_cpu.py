@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.utils.benchmark import Timer
 from tritonloss.losses import ranking
 
 from . import baselines
+from .sweep import peak_bytes
 
 HERE = Path(__file__).parent
 # The loop over positives takes seconds at 1e6 logits: timed up to here.
@@ -73,10 +73,6 @@ def gradient_error(gradient, reference, targets) -> float:
     return float(gap)
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def measure(loss: str, n_pos: int, n_neg: int, min_time: float):
     logits, targets = make(n_pos, n_neg)
     functions = competitors(loss, targets)
@@ -109,16 +105,15 @@ def measure(loss: str, n_pos: int, n_neg: int, min_time: float):
     return rows
 
 
-def memory(n: int, n_pos: int):
-    """Peak resident memory of one step above the interpreter's, over the logits' own bytes."""
+def memory(n: int, n_pos: int) -> None:
+    """Peak resident memory of one step, over the logits' own bytes."""
     train(competitors("rank_sort", make(10, 1000)[1])["ours"], make(10, 1000)[0])
     logits = 2 * torch.randn(n // 80, 80)
     labels = torch.full((n // 80,), 80)
     labels[torch.randperm(n // 80)[:n_pos]] = 3
-    before = peak_mib() - logits.nbytes / 2**20
     logits.requires_grad_()
-    sum(ranking.rank_sort_loss(logits, labels)).backward()
-    ratio = (peak_mib() - before) / (logits.nbytes / 2**20)
+    step = peak_bytes(lambda: sum(ranking.rank_sort_loss(logits, labels)).backward(), "cpu")
+    ratio = step / logits.nbytes + 1
     print(f"peak memory at {n:.0e} logits, over the logits' own bytes, these included: {ratio:.2f}")
 
 

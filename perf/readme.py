@@ -80,12 +80,34 @@ def harmonising() -> str:
     )
 
 
+def detectors() -> str:
+    """AP of the example's detector, one row per loss."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in read("detector_ap"):
+        found.setdefault(row["loss"], {})[row["data"]] = row
+    any_row = next(iter(found.values()))
+    steps = " and ".join(f"{r['steps']} steps on the {data}" for data, r in any_row.items())
+    cells = [
+        (name, *(ap(row[data][k]) for data in any_row for k in ("AP40", "AP50")))
+        for name, row in found.items()
+        if row.keys() == any_row.keys()
+    ]
+    return (
+        f"The example's small detector after {steps}, same seed and settings for every loss "
+        "(`python examples/compare_losses.py`); short runs of one model, no ranking of losses:\n\n"
+    ) + table(("`--loss`", *(f"{d}, {k}" for d in any_row for k in ("AP40", "AP50"))), *cells)
+
+
+def ap(text: str) -> str:
+    return f"{float(text):.2f}"
+
+
 def main() -> None:
     path = ROOT / "README.md"
     text = path.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    figures = "\n\n".join(part() for part in (pointwise, ranking, harmonising))
+    figures = "\n\n".join(part() for part in (pointwise, ranking, harmonising, detectors))
     path.write_text(f"{before}{BEGIN}\nOn a CPU, float32, one thread:\n\n{figures}\n{END}{after}")
 
 

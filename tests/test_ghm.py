@@ -355,9 +355,7 @@ def test_unit_regions_on_a_recorded_detector(bins, error):
 # ---- tracing
 
 
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile_fullgraph_with_state(compiler, backend):
     torch._dynamo.reset()
     x, labels, _, _ = make("labels")

@@ -101,7 +101,7 @@ class GradientHarmonising(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.loss = tritonloss.GHMCLoss(bins=10, momentum=0.75)
+        self.loss = tritonloss.GHMCLoss(bins=10, momentum=0.75, bias_correction=True)
 
     def forward(self, logits, targets: Targets, predicted: Predicted):
         return self.loss(logits, targets.labels)
@@ -176,7 +176,7 @@ class Criterion(nn.Module):
         self.box_name = box or recipe.box
         # What a single box is worth to aLRP and CARL, where the box loss is none of single boxes.
         self.box = BOX_LOSSES[self.box_name] or tritonloss.giou_loss
-        self.sides = tritonloss.GHMRLoss(momentum=0.7) if self.box_name == "ghm_r" else None
+        self.sides = tritonloss.GHMRLoss(momentum=0.7, bias_correction=True) if self.box_name == "ghm_r" else None
         self.balance = recipe.balance
         self.pisa = pisa
         self.bins = bins if recipe.dfl else 0
