@@ -57,6 +57,8 @@ def test_a_point_that_does_not_fit_is_passed_by(monkeypatch):
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "points", lambda *args: [POINT, Point(50, 5, 10)])
+    providers = ["eager", "compiled", "published"]
+    monkeypatch.setattr(sweep, "providers_of", lambda *args: providers)
     figures = {mode: {"ms": 1.0, "ms_p20": 1.0, "ms_p80": 1.0} for mode in sweep.MODES}
     measured = []
 
@@ -79,6 +81,15 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert len({tuple(r[k] for k in sweep.KEY) for r in rows}) == len(rows) == 18
     assert [r["status"] for r in rows].count("crashed") == 3
+
+
+@pytest.mark.parametrize("provider", ["eager", "compiled"])
+def test_every_mode_of_a_provider_is_measured(provider, monkeypatch):
+    monkeypatch.setattr(
+        sweep, "quantiles", lambda function, device: (function(), 1.0, 1.0, 1.0)[1:]
+    )
+    status, figures = sweep.measure_point("focal", POINT, provider, "cpu")
+    assert status == "ok" and figures.keys() == sweep.MODES.keys()
 
 
 def test_peak_memory_counts_what_a_call_holds():

@@ -176,7 +176,11 @@ class Criterion(nn.Module):
         self.box_name = box or recipe.box
         # What a single box is worth to aLRP and CARL, where the box loss is none of single boxes.
         self.box = BOX_LOSSES[self.box_name] or tritonloss.giou_loss
-        self.sides = tritonloss.GHMRLoss(momentum=0.7, bias_correction=True) if self.box_name == "ghm_r" else None
+        self.sides = (
+            tritonloss.GHMRLoss(momentum=0.7, bias_correction=True)
+            if self.box_name == "ghm_r"
+            else None
+        )
         self.balance = recipe.balance
         self.pisa = pisa
         self.bins = bins if recipe.dfl else 0
