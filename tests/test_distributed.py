@@ -278,6 +278,163 @@ def test_a_fixed_capacity_is_never_a_silent_cut(pool):
         assert again == enough
 
 
+# ------------------------------------------------------------------------------------------ GHM
+
+
+def harmonised_inputs(rows: int = 400, seed: int = 0, spread: float = 3.0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 4, generator=g) * spread
+    return x, torch.randint(-1, 5, (rows,), generator=g), torch.rand(rows, 4, generator=g)
+
+
+def ghm_step(group, rank, x, labels, y, options):
+    """(loss, state, gradient) of both losses."""
+    results = []
+    with tl.backend(BACKEND):
+        for loss, target in ((tl.ghm_c_loss, labels), (tl.ghm_r_loss, y)):
+            leaf = x.clone().requires_grad_()
+            state = torch.zeros(10), torch.zeros(10)
+            value, state = loss(leaf, target, state=state, process_group=group, **options)
+            value.backward()
+            results.append((value.detach(), *state, leaf.grad))
+    return results
+
+
+GHM_OPTIONS = [
+    {},
+    {"momentum": 0.75, "bias_correction": True},
+    {"momentum": torch.tensor(0.5), "normalize": "all"},
+    {"gradients_averaged": True},
+]
+
+
+@pytest.mark.parametrize("options", GHM_OPTIONS, ids=lambda o: "-".join(o) or "defaults")
+@pytest.mark.parametrize("sizes", [[400], [150, 250], [0, 400], [0, 30, 300, 70]], ids=str)
+def test_ghm_is_that_of_one_process(pool, sizes, options, monkeypatch):
+    inputs = harmonised_inputs()
+    split = [PerRank(t.split(sizes)) for t in inputs]
+    got = pool.run(ghm_step, len(sizes), *split, options)
+    scale = len(sizes) if options.get("gradients_averaged") else 1
+    alone = {k: v for k, v in options.items() if k != "gradients_averaged"}
+    for i, (*want, want_grad) in enumerate(ghm_step(None, 0, *inputs, alone)):
+        for result in got:
+            for a, b, first in zip(result[i][:3], want, got[0][i][:3], strict=True):
+                assert torch.equal(a, first)
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        grad = torch.cat([result[i][3] for result in got])
+        assert relative_error(grad, scale * want_grad) <= 1e-6
+
+
+def large_ghm_step(group, rank, x, labels):
+    leaf = x.clone().requires_grad_()
+    value = tl.ghm_c_loss(leaf, labels, process_group=group)
+    value.backward()
+    return value.detach(), leaf.grad
+
+
+@pytest.mark.skipif(INTERPRET, reason="the eager path has two forms")
+@pytest.mark.parametrize("bad", [None, torch.nan])
+def test_ghm_by_blocks_beside_ghm_as_a_whole(pool, bad):
+    """One process has enough logits to go by blocks."""
+    x, labels, _ = harmonised_inputs(20_000)
+    if bad is not None:
+        x[-1, 0], labels[-1] = bad, 0
+    split = [PerRank(t.split([300, 19_700])) for t in (x, labels)]
+    got = pool.run(large_ghm_step, 2, *split)
+    want, want_grad = large_ghm_step(None, 0, x, labels)
+    for value, _ in got:
+        torch.testing.assert_close(value, want, equal_nan=True, rtol=1e-6, atol=0)
+    if bad is None:
+        assert relative_error(torch.cat([g for _, g in got]), want_grad) <= 1e-6
+
+
+def module_step(group, rank, seeds, k, saved):
+    """Steps of a module on this process' share of each batch."""
+    module = tl.GHMCLoss(momentum=0.75, process_group=group)
+    if saved is not None:
+        module.load_state_dict(saved)
+    losses = []
+    for seed in seeds:
+        x, labels, _ = harmonised_inputs(seed=seed, spread=1.0 + seed)
+        with tl.backend(BACKEND):
+            losses.append(module(x.chunk(k)[rank], labels.chunk(k)[rank]).item())
+    return losses, module.state_dict()
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_processes(pool):
+    straight, want = module_step(None, 0, range(6), 1, None)
+    losses, saved = [], None
+    for k, seeds in ((2, [0, 1]), (3, [2, 3]), (1, [4, 5])):
+        results = pool.run(module_step, k, seeds, k, saved)
+        assert all(r[0] == results[0][0] for r in results)
+        for _, state in results:
+            assert all(torch.equal(state[name], results[0][1][name]) for name in state)
+        losses += results[0][0]
+        saved = results[0][1]
+    assert losses == pytest.approx(straight, rel=1e-6)
+    for name, value in want.items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-6, atol=0)
+
+
+def ranking_modules_step(group, rank, problem):
+    options = {"process_group": group, "capacity": 64, "gradients_averaged": True}
+    with tl.backend(BACKEND):
+        targets = (problem.labels, problem.quality)
+        error = problem.quality.nan_to_num(0.3)
+        values = [
+            *tl.RankSortLoss(**options)(problem.logits, targets),
+            tl.APLoss(**options)(problem.logits, problem.labels),
+            *tl.ALRPLoss(**options)(problem.logits, problem.labels, error),
+        ]
+    return torch.stack(values)
+
+
+def test_modules(pool):
+    problem = make("random", 30, 1500)
+    got = pool.run(ranking_modules_step, 2, PerRank(shards(problem, 2, "uneven")))
+    want = ranking_modules_step(None, 0, problem)
+    for values in got:
+        torch.testing.assert_close(values, want, rtol=1e-6, atol=1e-6)
+
+
+def double_step(group, rank, x, labels):
+    x = x.double().requires_grad_()
+    (grad,) = torch.autograd.grad(
+        tl.ghm_c_loss(x, labels, process_group=group), x, create_graph=True
+    )
+    return torch.autograd.grad(grad.pow(2).sum(), x)[0]
+
+
+def test_ghm_twice_differentiated(pool):
+    x, labels, _ = harmonised_inputs(40)
+    split = [PerRank(t.split([15, 25])) for t in (x, labels)]
+    got = torch.cat(pool.run(double_step, 2, *split))
+    torch.testing.assert_close(got, double_step(None, 0, x, labels))
+
+
+def compiled_ghm_step(group, rank, x, labels, y):
+    def both(x, state, momentum):
+        options = {"momentum": momentum, "process_group": group, "gradients_averaged": True}
+        first, state = tl.ghm_c_loss(x, labels, state=state, **options)
+        return first + tl.ghm_r_loss(x, y, process_group=group), state
+
+    results = []
+    for run in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
+        with tl.backend(BACKEND):
+            leaf = x.clone().requires_grad_()
+            loss, state = run(leaf, (torch.ones(10), torch.ones(10)), torch.tensor(0.75))
+            loss.backward()
+        results.append((loss.detach(), *state, leaf.grad))
+    return results
+
+
+def test_compiled_ghm(pool):
+    split = [PerRank(t.split([150, 250])) for t in harmonised_inputs()]
+    for eager, compiled in pool.run(compiled_ghm_step, 2, *split):
+        for a, b in zip(eager, compiled, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 # -------------------------------------------------------------------------------------- compile
 
 
@@ -321,11 +478,10 @@ def test_compile(pool):
 def differing_step(group, rank, options):
     x, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 3, 3])
     logits = options.pop("logits", {}).get(rank, x)
-    function = {"ap": tl.ap_loss, "rank_sort": tl.rank_sort_loss}[
-        options.pop("loss", ["ap"] * 9)[rank]
-    ]
+    functions = {"ap": tl.ap_loss, "rank_sort": tl.rank_sort_loss, "ghm_c": tl.ghm_c_loss}
+    function = functions[options.pop("loss", ["ap"] * 3)[rank]]
     targets = labels.clamp(max=logits.shape[-1])
-    if options.pop("dense", [False] * 9)[rank]:
+    if options.pop("dense", [False] * 3)[rank]:
         targets = torch.zeros_like(logits)
     options = {name: values[rank] for name, values in options.items()}
     with tl.backend(BACKEND):
@@ -338,6 +494,10 @@ DIFFERENT = [
     ({"interpolated": [True, False, True]}, "interpolated differs"),
     ({"capacity": [None, 8, 8]}, "capacity differs .* from None to 8"),
     ({"gradients_averaged": [False, True, True]}, "gradients_averaged differs"),
+    ({"loss": ["ghm_c"] * 3, "bins": [10, 10, 30]}, "bins differs .* from 10 to 30"),
+    ({"loss": ["ghm_c"] * 3, "momentum": [0.5, 0.75, 0.5]}, "momentum differs .* from 0.5 to 0.75"),
+    ({"loss": ["ghm_c"] * 3, "normalize": ["all", "nonempty", "all"]}, "normalize differs"),
+    ({"loss": ["ghm_c", "ap", "ap"]}, "loss differs .* from ap_loss to ghm_c_loss"),
     ({"dense": [False, False, True]}, "targets differs .* from labels to dense"),
     ({"loss": ["ap", "ap", "rank_sort"]}, "loss differs .* from rank_sort_loss to ap_loss"),
     ({"logits": {1: torch.zeros(6, 4)}}, "number of classes differs .* from 3 to 4"),
@@ -433,3 +593,51 @@ def test_reduce_avg_factor(pool):
         assert total == 6 and mean == 2 and compiled == 12
     with pytest.raises(TypeError, match="x must be a tensor; got int"):
         tl.reduce_avg_factor(3, None)
+
+
+# -------------------------------------------------------------------------------------- traffic
+
+
+def traffic_step(group, rank, rows):
+    """(calls, bytes) that one step of each loss hands to the collectives."""
+    problem = make("random", 30, 2000, seed=rank)
+    x = torch.randn(rows, 4)
+    x[: len(problem.labels)] = problem.logits
+    labels = torch.full((rows,), 4)
+    labels[: len(problem.labels)] = problem.labels
+    calls, sizes = dict.fromkeys(TRAFFIC, 0), dict.fromkeys(TRAFFIC, 0)
+
+    def counting(real, loss):
+        def collective(tensor, *args, **kwargs):
+            calls[loss] += 1
+            sizes[loss] += tensor.nbytes
+            return real(tensor, *args, **kwargs)
+
+        return collective
+
+    for loss, function in TRAFFIC.items():
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("all_reduce", "all_gather_into_tensor"):
+                patch.setattr(dist, name, counting(getattr(dist, name), loss))
+            function(x, labels, group)
+    return calls, sizes
+
+
+TRAFFIC = {
+    "rank_sort": lambda x, labels, g: tl.rank_sort_loss(x, labels, process_group=g),
+    "ap": lambda x, labels, g: tl.ap_loss(x, labels, process_group=g),
+    "alrp": lambda x, labels, g: tl.alrp_loss(x, labels, torch.rand(len(x)), process_group=g),
+    "ghm_c": lambda x, labels, g: tl.ghm_c_loss(x, labels, process_group=g),
+    "ghm_r": lambda x, labels, g: tl.ghm_r_loss(x, torch.zeros_like(x), process_group=g),
+}
+
+
+@pytest.mark.skipif(INTERPRET, reason="a million interpreted logits")
+def test_traffic_does_not_grow_with_the_logits(pool):
+    """1e4, 1e5 and 1e6 logits in each process; 30 positives in each."""
+    (calls, sizes), *others = [pool.run(traffic_step, 2, n // 4)[0] for n in (10**4, 10**5, 10**6)]
+    assert all(other == (calls, sizes) for other in others)
+    assert set(calls.values()) == {3}
+    header, positives, histogram = 2 * 18 * 8, 2 * 30 * 3 * 8, 2 * (1 + 2 * 2 * 30) * 8
+    assert sizes["ap"] == sizes["rank_sort"] == header + positives + histogram
+    assert sizes["ghm_c"] == sizes["ghm_r"] == header + 256 * 8 + 8

@@ -29,6 +29,7 @@ WORDS = (
     "eager", "triton", "nonempty", "all",
 )  # fmt: skip
 SETTINGS = 16  # slots of the header
+MAX_REGIONS = 256  # of GHM
 SIZES = 2  # and before them: positives, logits
 # Of all processes together, where the host reads no sizes: fixed-point sums have room for so many.
 ASSUMED_LOGITS = 1 << 32
@@ -107,6 +108,15 @@ def all_reduce(x: Tensor, what: str, group: ProcessGroup, largest: bool = False)
     with _explained(what):
         dist.all_reduce(x, op=op, group=group)
     return x
+
+
+def summed_regions(x: Tensor, flag: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum over the processes of (..., regions) figures, float64; NaN if the flag is.
+
+    A message of one size, whatever the number of regions; after the agreement that gave the flag.
+    """
+    padded = torch.nn.functional.pad(x.double() + flag, (0, MAX_REGIONS - x.shape[-1]))
+    return all_reduce(padded, "the regions of GHM", group)[..., : x.shape[-1]]
 
 
 def all_gather(x: Tensor, what: str, group: ProcessGroup) -> Tensor:
@@ -200,7 +210,7 @@ def leave(found: _Found, group: str) -> None:
 
 
 @_op.opaque_op(lambda values, names, group: values.new_empty(()))
-def agreement(values: Tensor, names: str, group: str) -> Tensor:
+def agreement_shared(values: Tensor, names: str, group: str) -> Tensor:
     """0 where all processes have the same settings. On the CPU an error otherwise; on a GPU, which
     the host does not wait for, NaN, and the error at the next call."""
     sizes = values.new_zeros(SIZES)
@@ -222,8 +232,8 @@ def _broken(found: _Found) -> Tensor:
 
 
 def agree(settings: dict, device, group: str) -> Tensor:
-    """:func:`agreement` on settings without sizes."""
-    return agreement(*header(settings, device), group)
+    """0, or NaN, where there are no sizes to agree on."""
+    return agreement_shared(*header(settings, device), group)
 
 
 class Exchange:
@@ -349,7 +359,7 @@ def reduce_avg_factor(
         >>> count = tritonloss.reduce_avg_factor((labels < 3).sum(), None)
         >>> loss = tritonloss.sigmoid_focal_loss(torch.zeros(4, 3), labels, avg_factor=count)
         >>> round(loss.item(), 4)
-        0.6065
+        0.6931
     """
     check.is_tensor("x", x)
     sharing = parse_sharing(process_group, gradients_averaged)
