@@ -132,16 +132,22 @@ def all_gather(x: Tensor, what: str, group: ProcessGroup) -> Tensor:
 
 def header(settings: dict, device) -> tuple[Tensor, str]:
     """``(values, names)`` of settings: numbers, WORDS, None, or 0-d tensors, which stay there."""
-    values = []
-    for value in settings.values():
-        if isinstance(value, Tensor):
-            values.append(value.detach().to(device, torch.float64).reshape(()))
-        else:
-            number = WORDS.index(value) if isinstance(value, str) else value
-            number = -1 if number is None else number
-            values.append(torch.full((), number, dtype=torch.float64, device=device))
-    values += [torch.zeros((), dtype=torch.float64, device=device)] * (SETTINGS - len(values))
-    return torch.stack(values), "|".join(settings)
+    values = [_number(value) for value in settings.values()]
+    values += [0.0] * (SETTINGS - len(values))
+    if torch.device(device).type == "cpu" and not torch.compiler.is_compiling():
+        packed = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    else:  # nothing is copied from the host, which a CUDA graph could not replay
+        like = torch.zeros((), dtype=torch.float64, device=device)
+        packed = torch.stack(
+            [v.detach().to(like).reshape(()) if isinstance(v, Tensor) else like + v for v in values]
+        )
+    return packed, "|".join(settings)
+
+
+def _number(value):
+    if isinstance(value, str):
+        return WORDS.index(value)
+    return -1 if value is None else value
 
 
 def _shown(name: str, value: float) -> str:
