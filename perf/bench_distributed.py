@@ -39,7 +39,9 @@ LOSSES = {
     "alrp": lambda x, y, q, g: tl.alrp_loss(x, y, q, process_group=g).cls,
     "ghm_c": lambda x, y, q, g: tl.ghm_c_loss(x, y, process_group=g),
 }
-COLLECTIVES = ("all_reduce", "all_gather_into_tensor")
+# torch 2.13 has a new name for the second
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+COLLECTIVES = ("all_reduce", GATHER)
 
 
 class Counted:
@@ -142,7 +144,7 @@ def one_collective(what: str, size: int, rounds: int) -> dict:
         if what == "all_reduce":
             dist.all_reduce(x)
         else:
-            dist.all_gather_into_tensor(out, x)
+            getattr(dist, GATHER)(out, x)
 
     return {"what": what, "payload_bytes": size, "calls": 1, "step_ms": timed(step, rounds)}
 

@@ -15,6 +15,7 @@ from ranking_cases import INPUTS, LOSSES, Problem, make, ours, relative_error
 
 import tritonloss as tl
 from perf import scaling
+from perf.bench_distributed import COLLECTIVES
 from tritonloss._dispatch import INTERPRET
 
 BACKEND = "triton" if INTERPRET else "eager"
@@ -618,7 +619,7 @@ def traffic_step(group, rank, rows):
 
     for loss, function in TRAFFIC.items():
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("all_reduce", "all_gather_into_tensor"):
+            for name in COLLECTIVES:
                 patch.setattr(dist, name, counting(getattr(dist, name), loss))
             with tl.backend(BACKEND):
                 function(x, labels, group)

@@ -122,8 +122,10 @@ def summed_regions(x: Tensor, flag: Tensor, group: ProcessGroup) -> Tensor:
 def all_gather(x: Tensor, what: str, group: ProcessGroup) -> Tensor:
     """(K, *shape of x), in the order of the ranks."""
     out = x.new_empty(group.size(), *x.shape)
+    # torch 2.13 has a new name for it and warns of the old one
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     with _explained(what):
-        dist.all_gather_into_tensor(out.view(-1), x.reshape(-1), group=group)
+        gather(out.view(-1), x.reshape(-1), group=group)
     return out
 
 
