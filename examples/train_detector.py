@@ -3,6 +3,11 @@
     python examples/train_detector.py --data trees --loss gfl
 
 writes detections.png, training.png, metrics.json and checkpoint.pt into the folder --out.
+
+    torchrun --nproc-per-node 2 examples/train_detector.py --data trees --loss rank_sort
+
+shares each batch among two processes (gloo on CPUs, NCCL on GPUs): the losses and their normalisers
+are those of the whole batch; batch norm alone sees what its process has.
 """
 
 from __future__ import annotations
@@ -19,9 +24,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from detection import UsageError, data, evaluate
 from detection.losses import BOX_LOSSES, LOSSES, Criterion, Pointwise, assign
 from detection.model import Detector, cells
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import tritonloss
@@ -82,6 +89,9 @@ def pick_device(config: Config) -> torch.device:
     """The device, once it is clear that it and the backend work."""
     try:
         device = torch.device(config.device)
+        if device.type == "cuda" and dist.is_initialized():
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().splitlines()[0]
@@ -106,7 +116,8 @@ def learning_rate(step: int, config: Config) -> float:
 def train(config: Config) -> Result:
     """Train, evaluate on the held-out part and, with ``config.out``, write pictures and figures.
 
-    The same settings give the same losses on the same machine.
+    The same settings give the same losses on the same machine. Among several processes each step's
+    crops are shared out; all return the losses, the first one alone evaluates and writes.
     """
     saved = load_checkpoint(config.resume) if config.resume else None
     if saved:
@@ -118,20 +129,30 @@ def train(config: Config) -> Result:
         raise UsageError(f"--pisa: weights single logits, which --loss {config.loss} cannot use")
     if config.threads:
         torch.set_num_threads(config.threads)
+    group = dist.group.WORLD if dist.is_initialized() else None
+    rank, processes = (0, 1) if group is None else (group.rank(), group.size())
+    if config.batch < processes:
+        raise UsageError(f"--batch: {config.batch} crops are too few for {processes} processes")
+    if config.pisa and processes > 1:
+        raise UsageError("--pisa: compares the boxes of one process, and there are several")
     device = pick_device(config)
     dataset = load_data(config)
+    if rank > 0:
+        config.out, config.progress = None, False
     if config.out is not None:
         make_folder(config.out)
 
     torch.manual_seed(config.seed)
     torch.backends.cudnn.deterministic = True
-    criterion = Criterion(config.loss, config.box_loss, dataset.bins, config.pisa).to(device)
+    criterion = Criterion(config.loss, config.box_loss, dataset.bins, config.pisa, group)
+    criterion = criterion.to(device)
     model = Detector(len(dataset.classes), criterion.bins, config.channels)
     model = model.to(device, memory_format=torch.channels_last)  # a third faster on a CPU
     optimizer = torch.optim.AdamW(
         [*model.parameters(), *criterion.parameters()], lr=config.lr, weight_decay=0.05
     )
     compute = torch.compile(criterion, fullgraph=True) if config.compile else criterion
+    predict = model if group is None else DistributedDataParallel(model)
     points, strides = cells(dataset.crop, dataset.crop, device)
     every = config.compile or device.type != "cpu"
 
@@ -156,21 +177,24 @@ def train(config: Config) -> Result:
         for step in range(first, last):
             # The crops of a step depend on the seed and the step alone, so a run can be resumed.
             rng = np.random.default_rng([config.seed, 1, step])
-            images, gt_boxes, gt_labels = (x.to(device) for x in dataset.batch(rng, config.batch))
+            share = (x.tensor_split(processes)[rank] for x in dataset.batch(rng, config.batch))
+            images, gt_boxes, gt_labels = (x.to(device) for x in share)
             targets = assign(points, strides, gt_boxes, gt_labels, len(dataset.classes), every)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
-            logits, outputs = model(images.contiguous(memory_format=torch.channels_last))
+            logits, outputs = predict(images.contiguous(memory_format=torch.channels_last))
             total, losses = compute(logits, outputs, points, strides, targets)
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
             optimizer.step()
 
-            waiting.append({name: value.detach() for name, value in losses.items()})
+            waiting.append(losses)
             bar.update()
             if len(waiting) == 20 or step + 1 == last:  # reading a value waits for the GPU
-                result.losses += [{k: float(v) for k, v in row.items()} for row in waiting]
+                rows = torch.stack([torch.stack(list(row.values())).detach() for row in waiting])
+                rows = criterion.mean_over_processes(rows).tolist()
+                result.losses += [dict(zip(losses, row, strict=True)) for row in rows]
                 waiting.clear()
                 bar.set_postfix({k: f"{v:.3f}" for k, v in result.losses[-1].items()})
                 if not all(map(math.isfinite, result.losses[-1].values())):
@@ -182,7 +206,7 @@ def train(config: Config) -> Result:
                     save_checkpoint(config, model, criterion, optimizer, result)
     result.train_seconds = time.perf_counter() - began
     result.model = model
-    if last == config.steps:
+    if last == config.steps and rank == 0:
         found = evaluate.run(model, dataset.test, device)
         result.ap = evaluate.average_precision(dataset.test, found, len(dataset.classes))
         if config.out is not None:
@@ -319,6 +343,8 @@ def parse_arguments(arguments: list[str] | None) -> Config:
 def main(arguments: list[str] | None = None) -> int:
     try:
         config = parse_arguments(arguments)
+        if "LOCAL_RANK" in os.environ:  # started by torchrun
+            dist.init_process_group("nccl" if "cuda" in config.device else "gloo")
         result = train(config)
     except UsageError as error:
         print(f"train_detector.py: error: {error}", file=sys.stderr)
@@ -326,6 +352,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            first = dist.get_rank() == 0
+            dist.destroy_process_group()
+        else:
+            first = True
+    if not first:
+        return 0
     steps = len(result.losses)
     speed = f"{steps} steps, {result.parameters:,} parameters, {result.train_seconds:.0f} s"
     if not result.ap:

@@ -251,6 +251,7 @@ def harmonise_kernel(
 def launch_forward(
     x, dense, labels, quality, weight, amount, updates, params, kind, bins, bias_correction,
     normalize, ignore_index, kernels=(region_sums_kernel, region_totals_kernel, harmonise_kernel),
+    of_all=None,
 ):  # fmt: skip
     """Loss, new state and the weight of each region.
 
@@ -262,6 +263,8 @@ def launch_forward(
         amount, updates: the state, each contiguous (bins,), or None.
         params: (mu, m, 1 - m, log m), numbers or a float32 tensor.
         kernels: the wrapped kernels in an op body.
+        of_all: None, or ``[2, regions] -> [2, regions]``, the sum over the processes that share the
+            batch.
 
     Returns:
         ``(loss, new amount, new updates, weights)``.
@@ -275,38 +278,43 @@ def launch_forward(
     x_s, row_s, _, dense_s, weight_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)
     device = x.device
-    losses = torch.empty((regions, programs), dtype=torch.float32, device=device)
-    counts = torch.empty_like(losses, dtype=torch.int32)
-    sums[(programs,)](
-        x,
-        dense,
-        labels,
-        quality,
-        weight,
-        pointer,
-        losses,
-        counts,
-        n,
-        x.shape[-1],
-        bins,
-        *walk.layout.sizes[1:],
-        *x_s,
-        *row_s,
-        *dense_s,
-        *weight_s,
-        ignore_index,
-        *numbers,
-        KIND=kind,
-        REGIONS=regions,
-        N_DIMS=walk.layout.n_dims,
-        CLASS_DIM=walk.class_dim,
-        LINEAR=walk.linear,
-        ROW_WEIGHT=walk.row_weight,
-        BLOCK=HISTOGRAM.block,
-        num_warps=HISTOGRAM.num_warps,
-    )
     total = torch.empty((2, regions), dtype=torch.float32, device=device)
-    totals[(regions,)](losses, counts, total, programs, BLOCK=HISTOGRAM_PROGRAMS, num_warps=4)
+    if n == 0:  # a process of several may have no anchors
+        total.zero_()
+    else:
+        losses = torch.empty((regions, programs), dtype=torch.float32, device=device)
+        counts = torch.empty_like(losses, dtype=torch.int32)
+        sums[(programs,)](
+            x,
+            dense,
+            labels,
+            quality,
+            weight,
+            pointer,
+            losses,
+            counts,
+            n,
+            x.shape[-1],
+            bins,
+            *walk.layout.sizes[1:],
+            *x_s,
+            *row_s,
+            *dense_s,
+            *weight_s,
+            ignore_index,
+            *numbers,
+            KIND=kind,
+            REGIONS=regions,
+            N_DIMS=walk.layout.n_dims,
+            CLASS_DIM=walk.class_dim,
+            LINEAR=walk.linear,
+            ROW_WEIGHT=walk.row_weight,
+            BLOCK=HISTOGRAM.block,
+            num_warps=HISTOGRAM.num_warps,
+        )
+        totals[(regions,)](losses, counts, total, programs, BLOCK=HISTOGRAM_PROGRAMS, num_warps=4)
+    if of_all is not None:
+        total = of_all(total).float()
     loss = torch.empty((), dtype=torch.float32, device=device)
     weights = torch.empty(bins, dtype=torch.float32, device=device)
     new_amount = torch.empty_like(weights if amount is None else amount)
@@ -335,6 +343,8 @@ def launch_backward(
     kernel=pointwise_kernel,
 ):  # fmt: skip
     """Gradient of the predictions: the pointwise one times the weight of the region."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
     return pointwise_backward(
         x, grad, None, dense, labels, quality, weight, None, params, kind, ignore_index, "sum",
         kernel, weights,

@@ -507,6 +507,7 @@ def collect_kernel(
     # pointers
     histogram_ptr,  # [copies, 2 P, 2] int64
     knot_ptr,  # [7, 2 capacity] out: COUNT, OFFSET
+    total_ptr,  # [2, 2 capacity] int64 out instead, for other processes to add to; or None
     counter_ptr,
     # shapes
     capacity,
@@ -530,9 +531,14 @@ def collect_kernel(
             count += tl.load(slot, mask=mask, other=0)
             offset += tl.load(slot + 1, mask=mask, other=0)
             copy += 1
-        unit: tl.constexpr = 0.5**FRACTION_BITS
-        tl.store(knot_ptr + COUNT * 2 * capacity + k, count.to(tl.float32), mask=mask)
-        tl.store(knot_ptr + OFFSET * 2 * capacity + k, offset.to(tl.float32) * unit, mask=mask)
+        if total_ptr is not None:
+            tl.store(total_ptr + k, count, mask=mask)
+            tl.store(total_ptr + 2 * capacity + k, offset, mask=mask)
+        else:
+            unit: tl.constexpr = 0.5**FRACTION_BITS
+            offset = offset.to(tl.float32) * unit
+            tl.store(knot_ptr + COUNT * 2 * capacity + k, count.to(tl.float32), mask=mask)
+            tl.store(knot_ptr + OFFSET * 2 * capacity + k, offset, mask=mask)
         first += tl.num_programs(0) * BLOCK
 
 
@@ -812,6 +818,8 @@ def scatter_kernel(
         i = first + tl.arange(0, BLOCK)
         mask = i < n_pos
         item = tl.load(item_ptr + i, mask=mask, other=0)
+        mask = mask & (item >= 0)  # those of other processes have none here
+        item = tl.maximum(item, 0)
         here = tl.zeros([BLOCK], tl.int32)
         coords = coordinates(item, here, (1, size_1, size_2, size_3), N_DIMS)
         out = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
@@ -915,7 +923,8 @@ def _items(x, dense, labels, weight, group, out) -> _Items:
 
 
 def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_index, num_groups,
-               histogram=None, n_slots=0, upstream=None, scale=None, out=None):  # fmt: skip
+               histogram=None, n_slots=0, bits=0, upstream=None, scale=None,
+               out=None):  # fmt: skip
     """Launch the pass over all logits, forward or backward."""
     shape = x.shape
     zeros = (0,) * len(shape)
@@ -938,6 +947,8 @@ def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_i
     x_s, row_s, class_s, dense_s, weight_s, group_s, out_s = layout.strides
     pointer, (number,) = scalar_args(delta, 1)
     n = x.numel()
+    if n == 0:  # a process without anchors
+        return
     kernel[(min(triton.cdiv(n, RANKING.block), MAX_PROGRAMS),)](
         x,
         dense,
@@ -967,7 +978,7 @@ def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_i
         ignore_index,
         number,
         BACKWARD=out is not None,
-        FRACTION_BITS=fraction_bits(n),
+        FRACTION_BITS=bits,
         N_DIMS=layout.n_dims,
         CLASS_DIM=class_s.index(1) if 1 in class_s else -1,
         LINEAR=linear,
@@ -990,7 +1001,7 @@ class Scratch(NamedTuple):
 
 def launch_forward(
     x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups, *,
-    kernels=KERNELS,
+    kernels=KERNELS, exchange=None,
 ):  # fmt: skip
     """Values of a ranking loss, and what its backward needs.
 
@@ -1003,6 +1014,9 @@ def launch_forward(
         group: integers that broadcast to x, or None.
         delta: a tuple of one number, or a float tensor of one entry.
         loss: "rank_sort", "ap", "ap_plain" or "alrp".
+        exchange: None, or what the processes that share the batch tell each other:
+            ``agree(positives, n) -> most logits of one process``, ``positives(raw, lists, items,
+            counter) -> the same of all`` and ``integers(tensor) -> sum``.
 
     Returns:
         ``(first value, second value, coefficient of the rows' errors, *Scratch)``. The second is
@@ -1013,30 +1027,37 @@ def launch_forward(
     raw = torch.empty(2, capacity, dtype=torch.float32, device=device)
     raw_list = torch.empty(capacity, dtype=torch.int32, device=device)
     raw_item = torch.empty(capacity, dtype=torch.int64, device=device)
+    counter = torch.zeros(2, dtype=torch.int64, device=device)
+    items = _items(x, dense, labels, weight, group, None)
+    x_s, row_s, dense_s, weight_s, group_s, _ = items.strides
+    if items.count > 0:
+        kernels.compact[(triton.cdiv(items.count, RANKING.block),)](
+            x, dense, labels, value, weight, group, raw, raw_list, raw_item, counter,
+            items.count, x.shape[-1], num_groups, capacity, *items.sizes,
+            *x_s, *row_s, *dense_s, *weight_s, *group_s, *items.by_class[:3], ignore_index,
+            HAS_KEY=loss == "rank_sort", N_DIMS=items.n_dims, BLOCK=RANKING.block,
+            num_warps=RANKING.num_warps,
+        )  # fmt: skip
+    bits = fraction_bits(x.numel())
+    if exchange is not None:
+        bits = fraction_bits(exchange.size * exchange.agree(counter[0], x.numel()))
+        raw, raw_list, raw_item, counter = exchange.positives(raw, raw_list, raw_item, counter)
+        capacity = raw_item.numel()
+
     places = torch.empty(5, capacity, dtype=torch.int32, device=device)
     scratch = Scratch(
         torch.empty(8, capacity, dtype=torch.float32, device=device),
         torch.empty(7, 2 * capacity, dtype=torch.float32, device=device),
         torch.empty(capacity, dtype=torch.int64, device=device),
         torch.zeros(2, num_groups, dtype=torch.int32, device=device),
-        torch.zeros(2, dtype=torch.int64, device=device),
+        counter,
         torch.empty((), dtype=torch.float32, device=device),
     )
-    positives, knots, order, lists, counter, scale = scratch
+    positives, knots, order, lists, _, scale = scratch
     # Private copies for six slots per positive there is room for: with few positives, 64 copies.
     n_slots = 6 * capacity
     histogram = torch.zeros(n_slots, 2, dtype=torch.int64, device=device)
     first, second = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
-
-    items = _items(x, dense, labels, weight, group, None)
-    x_s, row_s, dense_s, weight_s, group_s, _ = items.strides
-    kernels.compact[(triton.cdiv(items.count, RANKING.block),)](
-        x, dense, labels, value, weight, group, raw, raw_list, raw_item, counter,
-        items.count, x.shape[-1], num_groups, capacity, *items.sizes,
-        *x_s, *row_s, *dense_s, *weight_s, *group_s, *items.by_class[:3], ignore_index,
-        HAS_KEY=loss == "rank_sort", N_DIMS=items.n_dims, BLOCK=RANKING.block,
-        num_warps=RANKING.num_warps,
-    )  # fmt: skip
 
     pointer, (number,) = scalar_args(delta, 1)
     grid = (min(triton.cdiv(capacity, PAIRS.block), MAX_PROGRAMS),)
@@ -1047,11 +1068,20 @@ def launch_forward(
     kernels.pairs[grid](positives, places, knots, lists, counter, pointer, capacity, num_groups,
                         number, LOSS=kind, **tile)  # fmt: skip
     _negatives(kernels.negatives, scratch, x, dense, labels, weight, group, delta, ignore_index,
-               num_groups, histogram, n_slots)  # fmt: skip
+               num_groups, histogram, n_slots, bits)  # fmt: skip
+    total = None
+    if exchange is not None:
+        total = torch.zeros(2, 2 * capacity, dtype=torch.int64, device=device)
     kernels.collect[(min(triton.cdiv(2 * capacity, RANKING.block), MAX_PROGRAMS),)](
-        histogram, knots, counter, capacity, n_slots, FRACTION_BITS=fraction_bits(x.numel()),
+        histogram, knots, total, counter, capacity, n_slots, FRACTION_BITS=bits,
         BLOCK=RANKING.block, num_warps=RANKING.num_warps,
     )  # fmt: skip
+    if exchange is not None:
+        whole = exchange.integers(torch.cat([total.view(-1), counter[1:]]))
+        counter[1:] = whole[-1:]
+        count, offset = whole[:-1].view(2, -1)
+        knots[COUNT.value] = count
+        knots[OFFSET.value] = offset * 0.5**bits
     kernels.settle[grid](positives, places, knots, counter, pointer, capacity, number, LOSS=kind,
                          **tile)  # fmt: skip
     if loss != "ap_plain":

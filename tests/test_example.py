@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import ranking_reference as reference
 import torch
@@ -301,6 +302,64 @@ def test_all_cells_or_the_positive_ones_give_the_same_losses(loss):
         results.append([total, *torch.autograd.grad(total, leaves)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def criterion_step(group, rank, loss, outputs, boxes, labels):
+    """Losses and gradients of a share of a batch."""
+    torch.manual_seed(0)
+    points, strides = model.cells(96, 96)
+    targets = losses.assign(points, strides, boxes, labels, 10)
+    leaves = [x.clone().requires_grad_() for x in outputs]
+    criterion = losses.Criterion(loss, group=group)
+    total, parts = criterion(*leaves, points, strides, targets)
+    values = criterion.mean_over_processes(torch.stack([total, *parts.values()]))
+    return values, torch.autograd.grad(total, leaves)
+
+
+def test_processes_share_a_batch():
+    """The mean of their gradients, which DDP takes, is the gradient of one with all of it."""
+    images, boxes, labels = data.digits(0, 4, 0).batch(np.random.default_rng(0), 3)
+    pool = processes.Pool(2)
+    try:
+        for loss in LOSSES:
+            network = model.Detector(10, losses.Criterion(loss).bins, 16)
+            inputs = *(x.detach() for x in network(images)), boxes, labels
+            whole, whole_grads = criterion_step(None, 0, loss, inputs[:2], *inputs[2:])
+            split = [x.tensor_split(2) for x in inputs]
+            outputs = processes.PerRank(zip(*split[:2], strict=True))
+            (got, grads), (other, more) = pool.run(
+                criterion_step, 2, loss, outputs, *map(processes.PerRank, split[2:])
+            )
+            torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
+            assert torch.equal(got, other)
+            for a, b, w in zip(grads, more, whole_grads, strict=True):
+                torch.testing.assert_close(torch.cat([a, b]) / 2, w, rtol=1e-4, atol=1e-6)
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("loss", ["rank_sort", "ghm"])
+def test_two_processes_train_and_report_once(coco, tmp_path, loss):
+    path, _ = coco
+    out = tmp_path / "run"
+    arguments = ["--coco", path, "--images", path.parent, "--out", out, "--steps", 4, "--batch", 3,
+                 "--channels", 16, "--loss", loss, "--threads", 1]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+               ROOT / "examples" / "train_detector.py", *arguments]  # fmt: skip
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("AP50") == 1
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(metrics["losses"]) == 4 and {"AP40", "AP50"} <= set(metrics["AP"])
+    assert (out / "checkpoint.pt").exists()
+    assert train_detector.main(["--resume", str(out / "checkpoint.pt"), "--steps", "6"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("pandas")
 pytest.importorskip("tqdm")
 
-from perf import compare, sweep, workloads
+from perf import compare, scaling, sweep, workloads
 from perf.workloads import LOSSES, Point
 from tritonloss._dispatch import INTERPRET
 
@@ -120,3 +120,10 @@ def test_compare_sees_what_is_slower_beyond_noise(after, code, tmp_path, capsys)
 def test_compare_sees_a_point_that_became_wrong(tmp_path):
     a = write(tmp_path / "a.csv", 1.0, 0.9, 1.1)
     assert compare.main([a, write(tmp_path / "b.csv", "", "", "", "WRONG")]) == 1
+
+
+def test_traffic_of_the_committed_table_is_that_of_the_model():
+    found = scaling.predictions()
+    assert {p.processes for p in found} == {1, 2, 3, 4}
+    for p in found:
+        assert (p.calls, p.bytes) == (p.calls_predicted, p.bytes_predicted)

@@ -46,11 +46,12 @@ def kernel_op(fake: Callable):
     return decorate
 
 
-def opaque_op(fake: Callable):
-    """Register a function whose shapes depend on values; ``fake`` allocates its outputs."""
+def opaque_op(fake: Callable, name: str | None = None):
+    """Register a function that cannot be traced, for its shapes depend on values or it talks to
+    other processes; ``fake`` allocates its outputs."""
 
     def decorate(body: Callable):
-        op = torch.library.custom_op(f"{NAMESPACE}::{body.__name__}", mutates_args=())(body)
+        op = torch.library.custom_op(f"{NAMESPACE}::{name or body.__name__}", mutates_args=())(body)
         op.register_fake(fake)
         return op
 

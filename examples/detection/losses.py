@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ import tritonloss
 
 from .model import decode
 
-BOX_WEIGHT, DFL_WEIGHT, CARL_WEIGHT, GHM_R_WEIGHT = 1.0, 0.25, 0.2, 2.0
+BOX_WEIGHT, DFL_WEIGHT, CARL_WEIGHT = 1.0, 0.25, 0.2
+GHM_C_WEIGHT, GHM_R_WEIGHT = 5.0, 0.5
 LARGE = 28.0  # boxes larger than this (root of the area, pixels) belong to stride 8
 BOX_LOSSES = {
     "iou": tritonloss.iou_loss,
@@ -99,24 +101,24 @@ class Pointwise:
 class GradientHarmonising(nn.Module):
     """Keeps running counts: a module, so that they are saved in the checkpoint."""
 
-    def __init__(self):
+    def __init__(self, **shared):
         super().__init__()
-        self.loss = tritonloss.GHMCLoss(bins=10, momentum=0.75, bias_correction=True)
+        self.loss = tritonloss.GHMCLoss(bins=30, momentum=0.75, bias_correction=True, **shared)
 
     def forward(self, logits, targets: Targets, predicted: Predicted):
-        return self.loss(logits, targets.labels)
+        return GHM_C_WEIGHT * self.loss(logits, targets.labels)
 
 
-def rank_sort(logits, targets: Targets, predicted: Predicted):
-    return tritonloss.rank_sort_loss(logits, (targets.labels, predicted.quality))
+def rank_sort(logits, targets: Targets, predicted: Predicted, **shared):
+    return tritonloss.rank_sort_loss(logits, (targets.labels, predicted.quality), **shared)
 
 
-def average_precision(logits, targets: Targets, predicted: Predicted):
-    return tritonloss.ap_loss(logits, targets.labels)
+def average_precision(logits, targets: Targets, predicted: Predicted, **shared):
+    return tritonloss.ap_loss(logits, targets.labels, **shared)
 
 
-def alrp(logits, targets: Targets, predicted: Predicted):
-    return tritonloss.alrp_loss(logits, targets.labels, predicted.box_loss)
+def alrp(logits, targets: Targets, predicted: Predicted, **shared):
+    return tritonloss.alrp_loss(logits, targets.labels, predicted.box_loss, **shared)
 
 
 @dataclass(frozen=True)
@@ -163,30 +165,43 @@ class Criterion(nn.Module):
     """The losses of one step: tensors in, their sum and a dict of the parts out, all 0-d.
 
     It compiles into one graph. A balanced box loss counts in the sum with its weight and stands
-    in the dict without.
+    in the dict without. The processes of ``group`` share a batch, and the trainer averages their
+    gradients: the mean of their losses is that of one process with the whole batch.
     """
 
     def __init__(
-        self, loss: str = "gfl", box: str | None = None, bins: int = 8, pisa: bool = False
+        self,
+        loss: str = "gfl",
+        box: str | None = None,
+        bins: int = 8,
+        pisa: bool = False,
+        group=None,
     ):
         super().__init__()
         recipe = LOSSES[loss]
         make = recipe.classification
-        self.classification = make() if isinstance(make, type) else make
+        self.group = group
+        shared = {} if group is None else {"process_group": group, "gradients_averaged": True}
+        if isinstance(make, type):
+            make = make(**shared)
+        elif shared and not isinstance(make, Pointwise):
+            make = partial(make, **shared)
+        self.classification = make
         self.box_name = box or recipe.box
         # What a single box is worth to aLRP and CARL, where the box loss is none of single boxes.
         self.box = BOX_LOSSES[self.box_name] or tritonloss.giou_loss
-        self.sides = (
-            tritonloss.GHMRLoss(momentum=0.7, bias_correction=True)
-            if self.box_name == "ghm_r"
-            else None
-        )
+        self.sides = None
+        if self.box_name == "ghm_r":
+            self.sides = tritonloss.GHMRLoss(momentum=0.7, bias_correction=True, **shared)
         self.balance = recipe.balance
         self.pisa = pisa
         self.bins = bins if recipe.dfl else 0
 
     def forward(self, logits, outputs, points, strides, targets: Targets):
-        count = targets.count.clamp(min=1)
+        count = tritonloss.reduce_avg_factor(targets.count, self.group).clamp(min=1)
+        if self.group is not None:
+            count = count / self.group.size()
+        targets = targets._replace(count=count)
         rows, cell = targets.rows, targets.rows % len(points)
         points, strides = points[cell], strides[cell]
         wanted = targets.boxes.flatten(0, 1)[rows]
@@ -211,8 +226,11 @@ class Criterion(nn.Module):
             box_loss = GHM_R_WEIGHT * self.sides(boxes / scale, wanted / scale, weight=weight)
         box_loss = losses.pop("loc", box_loss)
         total = sum(losses.values())
-        balance = tritonloss.self_balanced_weight(total, box_loss) if self.balance else 1.0
-        total = total + balance * box_loss
+        if self.balance:
+            common = self.mean_over_processes(box_loss)
+            total = total + tritonloss.self_balanced_weight(total, common) * box_loss
+        else:
+            total = total + box_loss
         losses[self.box_name] = box_loss
         if self.bins:
             sides = torch.cat([points - wanted[:, :2], wanted[:, 2:] - points], 1)
@@ -229,6 +247,10 @@ class Criterion(nn.Module):
             )
             total = total + losses["carl"]
         return total, losses
+
+    def mean_over_processes(self, x):
+        """Without gradient; losses of single processes have the whole batch's as their mean."""
+        return tritonloss.reduce_avg_factor(x, self.group, gradients_averaged=True)
 
     @torch.no_grad()
     def _prime_weight(self, logits, targets: Targets, predicted: Predicted):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tritonloss import _op
 from tritonloss._targets import Targets
+from tritonloss.distributed import ProcessGroup, all_reduce, summed_regions, valued
 
 from . import _blocks as blocks
 from .elementwise import asl1, asl1_radius, bce, label_rows, softplus, split_weight, upcast
@@ -129,6 +130,22 @@ def region_weights(count, state, momentum, bias_correction: bool, normalize: str
     return weights, (seen.to(dtypes[0]), updates.to(dtypes[1]))
 
 
+# The processes that share the batch, and the flag of their agreement; None: this one alone.
+Shared = tuple[ProcessGroup, Tensor] | None
+
+
+def _of_all(count: Tensor, shared: Shared) -> Tensor:
+    return count if shared is None else summed_regions(count, shared[1], shared[0])
+
+
+def _loss_of_all(loss: Tensor, shared: Shared) -> Tensor:
+    """The whole batch's value, this process' gradient."""
+    if shared is None:
+        return loss
+    group, flag = shared
+    return valued(all_reduce(loss.detach() + flag, "the loss of GHM", group).to(loss.dtype), loss)
+
+
 def harmonised(
     x: Tensor,
     targets: Targets,
@@ -141,6 +158,7 @@ def harmonised(
     bias_correction: bool,
     normalize: str,
     ignore_index: int,
+    shared: Shared = None,
 ):
     """Loss and new state: the reference of ``kernels/ghm.py``, and the CPU path."""
     how = (momentum, bias_correction, normalize)
@@ -150,20 +168,24 @@ def harmonised(
             want_grad = torch.is_grad_enabled() and x.requires_grad
             loss, *new_state = _blockwise(
                 x, *args, *(state or (None, None)), momentum, mu, kind, bins, bias_correction,
-                normalize, ignore_index, want_grad,
+                normalize, ignore_index, shared, want_grad,
             )  # fmt: skip
             return loss, tuple(new_state)
-        return _whole_loss(x, *args, state, mu, kind, bins, ignore_index, how)
+        return _whole_loss(x, *args, state, mu, kind, bins, ignore_index, how, shared)
 
 
-def _whole_loss(x, dense, labels, quality, weight, state, mu, kind, bins, ignore_index, how):
+def _whole_loss(
+    x, dense, labels, quality, weight, state, mu, kind, bins, ignore_index, how, shared
+):
     elements = _whole(x, dense, labels, quality, weight, ignore_index)
     region = regions(elements, mu, kind, bins, torch.int64)
     flat = region.reshape(-1)
     count = torch.zeros(bins + 1, dtype=torch.int64, device=x.device)
     count = count.scatter_add(0, flat, torch.ones_like(flat))[:bins]
+    count = _of_all(count, shared)
     weights, new_state = region_weights(count, state, *how, elements.x.dtype)
-    return (weights[region] * _each(KINDS[kind].value, elements, mu)).sum(), new_state
+    loss = (weights[region] * _each(KINDS[kind].value, elements, mu)).sum()
+    return _loss_of_all(loss, shared), new_state
 
 
 def _targets_of(x, dense, labels, quality, weight, ignore_index):
@@ -217,7 +239,7 @@ def _put(out, index, values):
 
 
 def _forward(x, dense, labels, quality, weight, amount, updates, momentum, mu, kind, bins,
-             bias_correction, normalize, ignore_index, want_grad):  # fmt: skip
+             bias_correction, normalize, ignore_index, shared, want_grad):  # fmt: skip
     """Count the regions, and remember them in a byte each; then value and gradient together."""
     norm, _, value_of, slope_of = KINDS[kind]
     state = None if amount is None else (amount, updates)
@@ -245,9 +267,11 @@ def _forward(x, dense, labels, quality, weight, amount, updates, momentum, mu, k
     if not finite.isfinite():
         # Rare, and a case for the formula: an infinite logit gives NaN.
         return _formula_and_gradient(
-            x, dense, labels, quality, weight, state, mu, kind, bins, ignore_index, how, want_grad
-        )
-    weights, new_state = region_weights(count[:bins], state, *how, block.dtype)
+            x, dense, labels, quality, weight, state, mu, kind, bins, ignore_index, how, shared,
+            want_grad,
+        )  # fmt: skip
+    count = _of_all(count[:bins], shared)
+    weights, new_state = region_weights(count, state, *how, block.dtype)
 
     gradient = torch.empty_like(x, dtype=block.dtype) if want_grad else block.new_empty(0)
     totals = []
@@ -262,7 +286,7 @@ def _forward(x, dense, labels, quality, weight, amount, updates, momentum, mu, k
                 gradient[where[0]][where[1]] = grad
             else:
                 gradient[where[0]] = grad
-    return (torch.stack(totals).sum(), *new_state), (gradient,)
+    return (_loss_of_all(torch.stack(totals).sum(), shared), *new_state), (gradient,)
 
 
 def _formula_and_gradient(x, *args):
@@ -279,11 +303,11 @@ def _backward(grads, saved, x, *args):
 
 
 def _reference(x, dense, labels, quality, weight, amount, updates, momentum, mu, kind, bins,
-               bias_correction, normalize, ignore_index, want_grad):  # fmt: skip
+               bias_correction, normalize, ignore_index, shared, want_grad):  # fmt: skip
     state = None if amount is None else (amount, updates)
     how = (momentum, bias_correction, normalize)
     return _whole_loss(
-        x, dense, labels, quality, weight, state, mu, kind, bins, ignore_index, how
+        x, dense, labels, quality, weight, state, mu, kind, bins, ignore_index, how, shared
     )[:1]  # fmt: skip
 
 

@@ -9,6 +9,9 @@ them per segment between two knots and sums their distances to the segment's kno
 looks up value and slope of g. `Negatives` is that engine; the three losses differ in the weights
 ``w_i`` and in sums over pairs of positives, which `pair_tiles` walks in blocks.
 
+Several processes share a batch in two exchanges (`over_lists`): all know all positives, and add up
+what each counted. Alone, the exchanges do nothing.
+
 Everything between the passes is float64 and of size P. Shapes depend on P (`nonzero`), so the
 functions run inside an opaque op when they are compiled, and read P on the host.
 """
@@ -22,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tritonloss.distributed import Exchange, Sharing
+
 # Logits per step of a pass: a few float64 temporaries of this size stay in a core's L2.
 CHUNK = 1 << 16
 # Pairs of positives per block.
@@ -33,15 +38,14 @@ ALRP_EPS = 1e-5
 
 
 class Positives(NamedTuple):
-    """The positives of one list by ascending score."""
+    """The positives of one list by ascending score, those of other processes among them."""
 
-    index: Tensor  # (P,) int64, where in the list
     score: Tensor  # (P,) float64
     value: Tensor | None  # (P,) float64, quality or localisation error
 
 
 class Negatives:
-    """What P sorted positives see of the other logits of their list.
+    """What P sorted positives see of the other logits of their list in this process.
 
     A uniform grid over the knots' range finds segments: a cell without a knot lies in one segment,
     and the few logits whose cell holds knots search among those.
@@ -49,17 +53,20 @@ class Negatives:
     Args:
         x: flat logits of the list.
         hidden: flat mask of the ignored logits, or None.
-        positives: at least one.
+        index: int64, where in x the positives of this process stand.
+        score: (P,) float64, all positives by ascending score; at least one.
         delta: half-width of the step.
     """
 
-    def __init__(self, x: Tensor, hidden: Tensor | None, positives: Positives, delta: float):
+    def __init__(
+        self, x: Tensor, hidden: Tensor | None, index: Tensor, score: Tensor, delta: float
+    ):
         self.x, self.hidden, self.delta = x, hidden, delta
-        self.where = positives.index.sort().values
+        self.where = index.sort().values
         starts = torch.arange(0, x.numel() + CHUNK, CHUNK)
         self.where_bounds = torch.searchsorted(self.where, starts).tolist()
         self.found: list[tuple[Tensor, Tensor]] = []  # what `_search` found, for the second pass
-        self._place_knots(positives.score)
+        self._place_knots(score)
         self._place_cells()
 
     def _place_knots(self, score: Tensor) -> None:
@@ -144,9 +151,14 @@ class Negatives:
             segment += reached * step
         return index.int(), segment.int()
 
-    def false_positives(self) -> Tensor:
-        """FP_i for every positive, float64."""
+    def histogram(self) -> Tensor:
+        """(2, segments) float64: number of negatives, and sum of their distances to the knot.
+
+        NaN if a logit that counts is not finite.
+        """
         n_segments, size = self.start.numel(), self.n_cells + 2
+        if not is_finite(self.x, self.hidden):
+            return torch.full((2, n_segments), torch.nan, dtype=torch.float64)
         cell_count, cell_offset = torch.zeros(2, size, dtype=torch.float64)
         count, offset = torch.zeros(2, n_segments, dtype=torch.float64)
         ones = torch.ones(CHUNK, dtype=torch.float64)
@@ -161,11 +173,17 @@ class Negatives:
         plain = ~self.has_knot
         offset -= count * self.start_low
         count.index_add_(0, self.before, cell_count * plain)
+        if self.delta > 0:
+            distance = cell_offset / self.per_unit + cell_count * self.cell_shift
+            offset.index_add_(0, self.before, distance * plain)
+        return torch.stack([count, offset])
+
+    def false_positives(self, histogram: Tensor) -> Tensor:
+        """FP_i for every positive from the histogram of all negatives, float64."""
+        count, offset = histogram.unbind()
         above = count[1:].flip(0).cumsum(0).flip(0)  # negatives at or above each knot
         if self.delta == 0:
             return above
-        distance = cell_offset / self.per_unit + cell_count * self.cell_shift
-        offset.index_add_(0, self.before, distance * plain)
         # ramp_k: how far the negatives reach above knot k, measured inside windows. All terms are
         # positive, so that FP_i keeps its relative accuracy however small it is.
         inside = torch.where(self.width > 0, offset[1:], 0.0)
@@ -264,20 +282,16 @@ class ListResult(NamedTuple):
     extra: Tensor | None  # (P,), sorting gradient or localisation coefficient
 
 
-def rank_sort_list(positives: Positives, negatives: Negatives, delta: float) -> ListResult:
+def rank_sort_list(positives: Positives, false: Tensor, delta: float) -> ListResult:
     rank_plus, sort_error, sort_grad = sorting(positives, delta)
-    false = negatives.false_positives()
     rank = rank_plus + false
     error, n_pos = false / rank, rank.numel()
     values = [error.mean(), sort_error.mean()]
     return ListResult(values, -error / n_pos, 1 / rank / n_pos, sort_grad / n_pos)
 
 
-def ap_list(
-    positives: Positives, negatives: Negatives, delta: float, interpolated: bool
-) -> ListResult:
+def ap_list(positives: Positives, false: Tensor, delta: float, interpolated: bool) -> ListResult:
     rank_plus, _ = positive_ranks(positives, delta)
-    false = negatives.false_positives()
     rank = rank_plus + false
     miss, n_pos = false / rank, rank.numel()  # 1 - precision
     used = miss.cummin(0).values if interpolated else miss
@@ -285,9 +299,8 @@ def ap_list(
     return ListResult([used.mean()], -used / n_pos, weight, None)
 
 
-def alrp_list(positives: Positives, negatives: Negatives, delta: float) -> ListResult:
+def alrp_list(positives: Positives, false: Tensor, delta: float) -> ListResult:
     rank_plus, ahead = positive_ranks(positives, delta)
-    false = negatives.false_positives()
     rank = rank_plus + false
     n_pos = rank.numel()
     counts = false > ALRP_EPS
@@ -295,7 +308,8 @@ def alrp_list(positives: Positives, negatives: Negatives, delta: float) -> ListR
     weight = torch.where(counts, pull / false, 0.0)
     last_tied = torch.searchsorted(positives.score, positives.score, right=True) - 1
     coefficient = (1 / rank).cumsum(0)[last_tied] / n_pos
-    return ListResult([(false / rank).mean()], -pull, weight, coefficient)
+    loc = (coefficient * positives.value).sum()
+    return ListResult([(false / rank).mean(), loc], -pull, weight, coefficient)
 
 
 class Problem(NamedTuple):
@@ -371,80 +385,146 @@ def normalise(
     return Problem(flat(logits, order), hidden, group, index, anchor, value, order)
 
 
-def side_by_side(problem: Problem) -> tuple[Problem, Tensor | None, list[slice]]:
-    """The problem with each list in one slice, the permutation if one was needed, the slices.
-
-    Lists without a positive are left out.
-    """
+def side_by_side(problem: Problem) -> tuple[Problem, Tensor | None]:
+    """The problem with each list in one piece, and the permutation if one was needed."""
     group = problem.group
-    if group is None:
-        whole = slice(0, problem.x.numel())
-        return problem, None, [whole] if problem.index.numel() else []
-    permutation = None
-    if bool((group.diff() < 0).any()):
-        group, permutation = group.sort(stable=True)
-        place = torch.empty_like(permutation)
-        place[permutation] = torch.arange(place.numel())
-        problem = problem._replace(
-            x=problem.x[permutation],
-            hidden=None if problem.hidden is None else problem.hidden[permutation],
-            index=place[problem.index],
-        )
-    ids = group[problem.index].unique()
-    starts = torch.searchsorted(group, ids).tolist()
-    stops = torch.searchsorted(group, ids, right=True).tolist()
-    return problem, permutation, [slice(a, b) for a, b in zip(starts, stops, strict=True)]
+    if group is None or not bool((group.diff() < 0).any()):
+        return problem, None
+    group, permutation = group.sort(stable=True)
+    place = torch.empty_like(permutation)
+    place[permutation] = torch.arange(place.numel())
+    problem = problem._replace(
+        x=problem.x[permutation],
+        hidden=None if problem.hidden is None else problem.hidden[permutation],
+        group=group,
+        index=place[problem.index],
+    )
+    return problem, permutation
 
 
 def is_finite(x: Tensor, hidden: Tensor | None) -> bool:
     """Whether every logit that counts is finite."""
-    if all(bool(end.isfinite()) for end in x.aminmax()):
+    if x.numel() == 0 or all(bool(end.isfinite()) for end in x.aminmax()):
         return True
     return hidden is not None and bool((x.isfinite() | hidden).all())
 
 
+class List(NamedTuple):
+    """One list: its positives in all processes, and what of it is here."""
+
+    part: slice  # its logits among those that lie side by side
+    positives: Positives
+    place: Tensor  # of this process' positives among all
+    mine: Tensor  # the same in the order of `Problem.index`
+    index: Tensor  # and in the list
+    negatives: Negatives | None  # None if a positive is not finite
+
+
+def lists_of(problem: Problem, everyone: Tensor, first: int, delta: float) -> Iterator[List]:
+    """The lists with a positive, by their ids.
+
+    Args:
+        problem: with its lists side by side.
+        everyone: (list, score, value) of the positives of all processes.
+        first: row of this process' first.
+    """
+    names, scores, values = everyone.unbind(1)
+    for name in names.unique().long():
+        part = slice(0, problem.x.numel())
+        if problem.group is not None:
+            ends = [torch.searchsorted(problem.group, name.to(problem.group.dtype), right=right)
+                    for right in (False, True)]  # fmt: skip
+            part = slice(*map(int, ends))
+        rows = (names == name).nonzero()[:, 0]
+        rows = rows[scores[rows].argsort(stable=True)]
+        score = scores[rows]
+        mine = rows - first
+        place = ((mine >= 0) & (mine < problem.index.numel())).nonzero()[:, 0]
+        mine = mine[place]
+        index = problem.index[mine] - part.start
+        hidden = None if problem.hidden is None else problem.hidden[part]
+        negatives = None
+        if bool(score.isfinite().all()):
+            negatives = Negatives(problem.x[part], hidden, index, score, delta)
+        yield List(part, Positives(score, values[rows]), place, mine, index, negatives)
+
+
 def over_lists(
-    loss: Callable[[Positives, Negatives, float], ListResult],
+    loss: Callable[[Positives, Tensor, float], ListResult],
     n_values: int,
     problem: Problem,
     delta: float,
     need_grad: bool,
+    sharing: Sharing,
+    shared_settings: dict,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of ``loss`` over the lists: values, flat gradient of the first value, and ``extra``.
 
     Values are float64 (n_values,), the gradient has one entry per logit (or none), ``extra`` one
-    float64 per positive.
+    float64 per positive. Values are those of all processes, the rest is this one's.
     """
-    problem, permutation, slices = side_by_side(problem)
-    x = problem.x
-    values = torch.zeros(n_values, dtype=torch.float64)
-    extra = torch.zeros(problem.index.numel(), dtype=torch.float64)
+    problem, permutation = side_by_side(problem)
+    x, n_pos = problem.x, problem.index.numel()
+    exchange = Exchange(sharing, shared_settings)
+    exchange.agree(torch.tensor(n_pos), x.numel())
     dtype = result_dtype(x)
-    grad = torch.zeros(x.numel() if need_grad else 0, dtype=dtype)
-    for part in slices:
-        hidden = None if problem.hidden is None else problem.hidden[part]
-        mine = ((problem.index >= part.start) & (problem.index < part.stop)).nonzero()[:, 0]
-        if not is_finite(x[part], hidden):
+    fill = torch.nan if exchange.broken else 0.0
+    values = torch.full((n_values,), fill, dtype=torch.float64)
+    extra = torch.full((n_pos,), fill, dtype=torch.float64)
+    grad = torch.full((x.numel() if need_grad else 0,), fill, dtype=dtype)
+    if exchange.broken:
+        return values, grad, extra
+
+    rows = torch.zeros(n_pos, 3, dtype=torch.float64)
+    if problem.group is not None:
+        rows[:, 0] = problem.group[problem.index]
+    rows[:, 1] = x[problem.index]
+    if problem.value is not None:
+        rows[:, 2] = problem.value
+    everyone, first = exchange.positives(rows)
+    lists = list(lists_of(problem, everyone, first, delta))
+    unknown = x.new_full((2, 1), torch.nan, dtype=torch.float64)
+    histograms = exchange.total(
+        [unknown if one.negatives is None else one.negatives.histogram() for one in lists]
+    )
+    for one, histogram in zip(lists, histograms, strict=True):
+        if bool(histogram.isnan().any()):
             values += torch.nan
-            extra[mine] = torch.nan
-            grad[part] = torch.nan
+            extra[one.mine] = torch.nan
+            if need_grad:
+                grad[one.part] = torch.nan
             continue
-        index = problem.index[mine] - part.start
-        score, by_score = x[part][index].double().sort(stable=True)
-        mine, index = mine[by_score], index[by_score]
-        value = None if problem.value is None else problem.value[mine]
-        positives = Positives(index, score, value)
-        negatives = Negatives(x[part], hidden, positives, delta)
-        result = loss(positives, negatives, delta)
-        values += torch.stack(result.values) / len(slices)
+        false = one.negatives.false_positives(histogram)
+        result = loss(one.positives, false, delta)
+        values += torch.stack(result.values) / len(lists)
         if result.extra is not None:
-            extra[mine] = result.extra / len(slices)
+            extra[one.mine] = result.extra[one.place] / len(lists)
         if need_grad:
-            negatives.gradient(result.weight / len(slices), grad[part])
-            grad[part][index] = (result.at_positives / len(slices)).to(dtype)
+            one.negatives.gradient(result.weight / len(lists), grad[one.part])
+            own = result.at_positives[one.place] / len(lists)
+            grad[one.part][one.index] = own.to(dtype)
     if permutation is not None and need_grad:
         grad = torch.empty_like(grad).index_copy_(0, permutation, grad)
     return values, grad, extra
+
+
+def settings(
+    loss: str, implementation: str, logits: Tensor, targets: Tensor, quality: Tensor | None,
+    delta: float | Tensor, ignore_index: int, num_groups: int | None, **more,
+) -> dict:  # fmt: skip
+    """What must be the same in all processes that share a batch."""
+    labels = "labels" if quality is None else "(labels, quality)"
+    return {
+        "loss": loss,
+        "implementation": implementation,
+        "dtype": str(logits.dtype)[6:],
+        "number of classes": logits.shape[-1],
+        "targets": "dense" if targets.is_floating_point() else labels,
+        "delta": delta,
+        "ignore_index": ignore_index,
+        "num_groups": num_groups,
+        **more,
+    }
 
 
 def rank_sort(
@@ -456,6 +536,9 @@ def rank_sort(
     delta: float,
     ignore_index: int,
     num_groups: int | None,
+    process_group: str,
+    capacity: int,
+    scale: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(ranking and sorting error (2,), gradient of the first, gradient of the second).
@@ -466,7 +549,11 @@ def rank_sort(
     value = targets if dense else torch.ones_like(targets, dtype=torch.float32)
     value = value if quality is None else quality
     problem = normalise(logits, targets, value, weight, group, ignore_index, num_groups)
-    values, grad, extra = over_lists(rank_sort_list, 2, problem, delta, need_grad)
+    values, grad, extra = over_lists(
+        rank_sort_list, 2, problem, delta, need_grad, Sharing(process_group, capacity, scale),
+        settings("rank_sort_loss", "eager", logits, targets, quality, delta, ignore_index,
+                 num_groups),
+    )  # fmt: skip
     sort_grad = torch.zeros(targets.numel(), dtype=result_dtype(logits))
     if need_grad:
         place = problem.index if dense else problem.anchor
@@ -485,12 +572,19 @@ def average_precision(
     interpolated: bool,
     ignore_index: int,
     num_groups: int | None,
+    process_group: str,
+    capacity: int,
+    scale: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """(1 - mean precision (1,), gradient)."""
     problem = normalise(logits, targets, None, weight, group, ignore_index, num_groups)
     loss = partial(ap_list, interpolated=interpolated)
-    values, grad, _ = over_lists(loss, 1, problem, delta, need_grad)
+    values, grad, _ = over_lists(
+        loss, 1, problem, delta, need_grad, Sharing(process_group, capacity, scale),
+        settings("ap_loss", "eager", logits, targets, None, delta, ignore_index, num_groups,
+                 interpolated=interpolated),
+    )  # fmt: skip
     if need_grad:
         grad = unflat(grad, logits.shape, problem.order)
     return values.to(result_dtype(logits)), grad
@@ -505,11 +599,17 @@ def alrp(
     delta: float,
     ignore_index: int,
     num_groups: int | None,
+    process_group: str,
+    capacity: int,
+    scale: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(cls (1,), its gradient, coefficient of each anchor's error in loc)."""
+    """(cls and loc (2,), gradient of cls, coefficient of each anchor's error in loc)."""
     problem = normalise(logits, targets, error, weight, group, ignore_index, num_groups)
-    values, grad, extra = over_lists(alrp_list, 1, problem, delta, need_grad)
+    values, grad, extra = over_lists(
+        alrp_list, 2, problem, delta, need_grad, Sharing(process_group, capacity, scale),
+        settings("alrp_loss", "eager", logits, targets, None, delta, ignore_index, num_groups),
+    )  # fmt: skip
     coefficient = torch.zeros(error.numel(), dtype=result_dtype(logits))
     coefficient.index_add_(0, problem.anchor, extra.to(coefficient.dtype))
     if need_grad:

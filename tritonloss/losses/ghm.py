@@ -17,6 +17,14 @@ from tritonloss import _op
 from tritonloss._dispatch import use_triton
 from tritonloss._op import wrap_triton
 from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
+from tritonloss.distributed import (
+    ProcessGroup,
+    agree,
+    group_of,
+    parse_sharing,
+    scaled_gradient,
+    summed_regions,
+)
 from tritonloss.eager import ghm as eager
 
 from .elementwise import run_pointwise
@@ -71,6 +79,35 @@ def ghm_forward(
     )  # fmt: skip
 
 
+def _launch_shared(
+    x: Tensor,
+    dense: Tensor | None,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    weight: Tensor | None,
+    amount: Tensor | None,
+    updates: Tensor | None,
+    params: Tensor,
+    kind: str,
+    bins: int,
+    bias_correction: bool,
+    normalize: str,
+    ignore_index: int,
+    process_group: str,
+    flag: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The launcher with a sum over the processes between its kernels: opaque to a graph."""
+    loss, *rest = launch_forward(
+        x, dense, labels, quality, weight, amount, updates, params, kind, bins, bias_correction,
+        normalize, ignore_index,
+        of_all=lambda total: summed_regions(total, flag, group_of(process_group)),
+    )  # fmt: skip
+    return loss + flag.float(), *rest
+
+
+ghm_forward_shared = _op.opaque_op(_fake_forward, "ghm_forward_shared")(_launch_shared)
+
+
 @_op.kernel_op(lambda x, *args: torch.empty_like(x))
 def ghm_backward(
     x: Tensor,
@@ -95,8 +132,13 @@ def _forward(x, *args):
     return (loss, amount, updates), (weights,)
 
 
+def _shared_forward(x, *args):
+    loss, amount, updates, weights = _op.call(ghm_forward_shared, _launch_shared, x, *args)
+    return (loss, amount, updates), (weights,)
+
+
 def _backward(grads, saved, x, dense, labels, quality, weight, amount, updates, params, kind,
-              bins, bias_correction, normalize, ignore_index):  # fmt: skip
+              bins, bias_correction, normalize, ignore_index, *shared):  # fmt: skip
     return _op.call(
         ghm_backward, launch_backward, x, grads[0], saved[0], dense, labels, quality, weight,
         params, kind, ignore_index,
@@ -104,15 +146,17 @@ def _backward(grads, saved, x, dense, labels, quality, weight, amount, updates, 
 
 
 def _reference(x, dense, labels, quality, weight, amount, updates, params, kind, bins,
-               bias_correction, normalize, ignore_index):  # fmt: skip
+               bias_correction, normalize, ignore_index, *shared):  # fmt: skip
     state = None if amount is None else (amount, updates)
+    shared = (group_of(shared[0]), shared[1]) if shared else None
     return eager.harmonised(
         x, Targets(labels, quality, dense), weight, state, params[1], params[0], kind, bins,
-        bias_correction, normalize, ignore_index,
+        bias_correction, normalize, ignore_index, shared,
     )[:1]  # fmt: skip
 
 
 _kernels = _op.differentiable(_forward, _backward, _reference, constants=2)
+_shared_kernels = _op.differentiable(_shared_forward, _backward, _reference, constants=2)
 
 
 def _check_parameters(x, bins, momentum, state, normalize) -> None:
@@ -137,26 +181,51 @@ def _check_parameters(x, bins, momentum, state, normalize) -> None:
 
 
 def _harmonised(
-    kind, x, targets, weight, mu, bins, momentum, state, bias_correction, normalize, ignore_index
-):
+    kind, x, targets, weight, mu, bins, momentum, state, bias_correction, normalize, ignore_index,
+    process_group, gradients_averaged,
+):  # fmt: skip
     """Choice of the implementation, for checked arguments."""
-    if use_triton(x) and x.numel() > 0 and walkable(x, targets.dense, weight):
+    sharing = parse_sharing(process_group, gradients_averaged)
+    group, bias_correction = sharing.group, bool(bias_correction)
+    kernels = use_triton(x) and walkable(x, targets.dense, weight) and (x.numel() > 0 or group)
+    shared = None
+    if group:
+        form = "labels" if targets.quality is None else "(labels, quality)"
+        settings = {
+            "loss": "ghm_c_loss" if kind == "bce" else "ghm_r_loss",
+            "implementation": "triton" if kernels else "eager",
+            "dtype": str(x.dtype)[6:],
+            "number of classes": x.shape[-1],
+            "targets": "dense" if targets.labels is None else form,
+            "ignore_index": ignore_index,
+            "bins": bins,
+            "momentum": momentum,
+            "mu": mu,
+            "bias_correction": bias_correction,
+            "normalize": normalize,
+            "state": state is not None,
+            "gradients_averaged": gradients_averaged,
+        }
+        shared = process_group, agree(settings, x.device, group)
+    if kernels:
         # 1 - m and log m are formed in float64: float32 would lose both for m near 1
         if isinstance(momentum, Tensor):
             params = (mu, momentum, 1 - momentum.double(), momentum.double().log())
         else:
             params = (mu, momentum, 1 - momentum, math.log(momentum) if momentum else -math.inf)
         amount, updates = (None, None) if state is None else (s.contiguous() for s in state)
-        loss, *new_state = _kernels(
+        args = (
             x, targets.dense, targets.labels, targets.quality, weight, amount, updates,
-            _op.scalars(x, *params), kind, bins, bool(bias_correction), normalize, ignore_index,
+            _op.scalars(x, *params), kind, bins, bias_correction, normalize, ignore_index,
         )  # fmt: skip
-        return loss if state is None else (loss, tuple(new_state))
-    loss, new_state = eager.harmonised(
-        x, targets, weight, state, momentum, mu, kind, bins, bool(bias_correction), normalize,
-        ignore_index,
-    )  # fmt: skip
-    return loss if state is None else (loss, new_state)
+        loss, *new_state = _shared_kernels(*args, group, shared[1]) if group else _kernels(*args)
+    else:
+        loss, new_state = eager.harmonised(
+            x, targets, weight, state, momentum, mu, kind, bins, bias_correction, normalize,
+            ignore_index, shared,
+        )  # fmt: skip
+    loss = scaled_gradient(loss, sharing)
+    return loss if state is None else (loss, tuple(new_state))
 
 
 def ghm_c_loss(
@@ -170,6 +239,8 @@ def ghm_c_loss(
     normalize: str = "nonempty",
     weight: Tensor | None = None,
     ignore_index: int = -1,
+    process_group: ProcessGroup | None = None,
+    gradients_averaged: bool = False,
 ) -> Tensor | tuple[Tensor, State]:
     r"""GHM-C: cross entropy in which every region of the gradient norm weighs the same.
 
@@ -193,13 +264,22 @@ def ghm_c_loss(
         normalize: ``"nonempty"`` divides by n; ``"all"`` by M, as the paper's formula does.
         weight: ``(...)`` per anchor or ``(..., C)`` per logit, a mask: what is above 0 counts.
         ignore_index: label whose rows contribute exactly 0.
+        process_group: processes that share one batch, each with its own anchors (none is fine):
+            :math:`A_k` and n are those of the whole batch, and so are the loss and the state, the
+            same in all of them; the gradient is the logits' own part. All must call. A checkpoint
+            of the state does not depend on their number. None: this process alone.
+        gradients_averaged: True where the trainer averages gradients over the processes, as
+            DistributedDataParallel does; worked out in :func:`rank_sort_loss`.
 
     Returns:
         The loss, float32 (float64 for float64 logits); with ``state`` the pair
         ``(loss, new_state)``.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+        TypeError, ValueError: an argument of the wrong type, shape, device or range, or one that
+            differs between processes (named in all of them; on a GPU the loss is NaN, and the next
+            call raises).
+        RuntimeError: a process left, raised, or did not call within the group's timeout.
 
     Example:
         >>> import torch, tritonloss
@@ -220,7 +300,7 @@ def ghm_c_loss(
     _check_parameters(logits, bins, momentum, state, normalize)
     return _harmonised(
         "bce", logits, targets, weight, 0.0, bins, momentum, state, bias_correction, normalize,
-        ignore_index,
+        ignore_index, process_group, gradients_averaged,
     )  # fmt: skip
 
 
@@ -242,6 +322,8 @@ def ghm_r_loss(
     bias_correction: bool = False,
     normalize: str = "nonempty",
     weight: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    gradients_averaged: bool = False,
 ) -> Tensor | tuple[Tensor, State]:
     r"""GHM-R: authentic smooth L1 in which every region of the gradient norm weighs the same.
 
@@ -268,8 +350,9 @@ def ghm_r_loss(
     targets, weight = _parse_regression(pred, target, weight, mu)
     _check_parameters(pred, bins, momentum, state, normalize)
     return _harmonised(
-        "asl1", pred, targets, weight, mu, bins, momentum, state, bias_correction, normalize, -1
-    )
+        "asl1", pred, targets, weight, mu, bins, momentum, state, bias_correction, normalize, -1,
+        process_group, gradients_averaged,
+    )  # fmt: skip
 
 
 def authentic_smooth_l1_loss(

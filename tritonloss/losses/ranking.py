@@ -15,6 +15,15 @@ from tritonloss import _op
 from tritonloss._dispatch import _transforms_active, use_triton
 from tritonloss._op import wrap_triton
 from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
+from tritonloss.distributed import (
+    KernelExchange,
+    ProcessGroup,
+    Sharing,
+    group_of,
+    parse_sharing,
+    scaled_gradient,
+    valued,
+)
 from tritonloss.eager import ranking as eager
 
 try:
@@ -68,9 +77,9 @@ def _fake_values(logits, count):
 
 
 @_op.opaque_op(
-    lambda x, targets, quality, weight, group, delta, ignore_index, num_groups, need_grad: (
+    lambda x, targets, *args: (
         _fake_values(x, 2),
-        _fake_grad(x, need_grad),
+        _fake_grad(x, args[-1]),
         targets.new_empty(targets.shape, dtype=eager.result_dtype(x)),
     )
 )
@@ -83,17 +92,21 @@ def rank_sort_eager(
     delta: Tensor,
     ignore_index: int,
     num_groups: int,
+    process_group: str,
+    capacity: int,
+    scale: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return eager.rank_sort(
-        x, targets, quality, weight, group, float(delta), ignore_index, num_groups, need_grad
-    )
+        x, targets, quality, weight, group, float(delta), ignore_index, num_groups, process_group,
+        capacity, scale, need_grad,
+    )  # fmt: skip
 
 
 @_op.opaque_op(
-    lambda x, targets, weight, group, delta, interpolated, ignore_index, num_groups, need_grad: (
+    lambda x, *args: (
         _fake_values(x, 1),
-        _fake_grad(x, need_grad),
+        _fake_grad(x, args[-1]),
     )
 )
 def average_precision_eager(
@@ -105,17 +118,21 @@ def average_precision_eager(
     interpolated: bool,
     ignore_index: int,
     num_groups: int,
+    process_group: str,
+    capacity: int,
+    scale: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     return eager.average_precision(
-        x, targets, weight, group, float(delta), interpolated, ignore_index, num_groups, need_grad
-    )
+        x, targets, weight, group, float(delta), interpolated, ignore_index, num_groups,
+        process_group, capacity, scale, need_grad,
+    )  # fmt: skip
 
 
 @_op.opaque_op(
-    lambda x, targets, error, weight, group, delta, ignore_index, num_groups, need_grad: (
-        _fake_values(x, 1),
-        _fake_grad(x, need_grad),
+    lambda x, targets, error, *args: (
+        _fake_values(x, 2),
+        _fake_grad(x, args[-1]),
         error.new_empty(error.shape, dtype=eager.result_dtype(x)),
     )
 )
@@ -128,11 +145,15 @@ def alrp_eager(
     delta: Tensor,
     ignore_index: int,
     num_groups: int,
+    process_group: str,
+    capacity: int,
+    scale: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return eager.alrp(
-        x, targets, error, weight, group, float(delta), ignore_index, num_groups, need_grad
-    )
+        x, targets, error, weight, group, float(delta), ignore_index, num_groups, process_group,
+        capacity, scale, need_grad,
+    )  # fmt: skip
 
 
 def _rank_sort_forward(x, *args):
@@ -159,7 +180,7 @@ def _average_precision_forward(x, *args):
 
 def _alrp_forward(x, *args):
     values, grad, coefficient = _op.call(alrp_eager, eager.alrp, x, *args)
-    return (values.view(()), coefficient), (grad,)
+    return (*(v.clone() for v in values.unbind()), coefficient), (grad,)
 
 
 def _first_backward(upstream, saved, x, *args):
@@ -171,8 +192,9 @@ _average_precision = _op.differentiable(_average_precision_forward, _first_backw
 _alrp = _op.differentiable(_alrp_forward, _first_backward, None)
 
 
-def _fake_forward(x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups):
-    capacity = capacity_of(x, labels)
+def _fake_forward(x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups,
+                  capacity=None):  # fmt: skip
+    capacity = capacity or capacity_of(x, labels)
     shape = x.shape[:-1] if loss == "alrp" else (0,)
     return (
         x.new_empty((), dtype=torch.float32),
@@ -238,20 +260,68 @@ def ranking_backward(
     )  # fmt: skip
 
 
+def _fake_shared(x, dense, labels, *args):
+    *args, process_group, capacity, _ = args
+    room = group_of(process_group).size() * capacity
+    return _fake_forward(x, dense, labels, *args, capacity=room)
+
+
+def _launch_shared(
+    x: Tensor,
+    dense: Tensor | None,
+    labels: Tensor | None,
+    value: Tensor | None,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: Tensor,
+    loss: str,
+    ignore_index: int,
+    num_groups: int,
+    process_group: str,
+    capacity: int,
+    scale: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The launcher with exchanges between its kernels: opaque to a graph."""
+    name, more = loss + "_loss", {}
+    if loss in ("ap", "ap_plain"):
+        name, more = "ap_loss", {"interpolated": loss == "ap"}
+    settings = eager.settings(
+        name, "triton", x, labels if dense is None else dense,
+        value if loss == "rank_sort" else None, delta[0], ignore_index, num_groups, **more,
+    )  # fmt: skip
+    exchange = KernelExchange(Sharing(process_group, capacity, scale), settings)
+    return launch_forward(
+        x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups,
+        exchange=exchange,
+    )  # fmt: skip
+
+
+ranking_forward_shared = _op.opaque_op(_fake_shared, "ranking_forward_shared")(_launch_shared)
+
+
+def _shared_forward(x, *args):
+    first, second, coefficient, *scratch = _op.call(
+        ranking_forward_shared, _launch_shared, x, *args
+    )
+    return (first, second, coefficient), scratch
+
+
 def _forward(x, *args):
     first, second, coefficient, *scratch = _op.call(ranking_forward, launch_forward, x, *args)
     return (first, second, coefficient), scratch
 
 
-def _backward(upstream, saved, x, dense, labels, value, weight, group, delta, loss, *rest):
+def _backward(upstream, saved, x, dense, labels, value, weight, group, delta, loss, ignore_index,
+              num_groups, *sharing):  # fmt: skip
     return _op.call(
         ranking_backward, launch_backward, x, upstream[0],
-        upstream[1] if loss == "rank_sort" else None, dense, labels, weight, group, delta, *rest,
-        *saved,
+        upstream[1] if loss == "rank_sort" else None, dense, labels, weight, group, delta,
+        ignore_index, num_groups, *saved,
     )  # fmt: skip
 
 
 _kernels = _op.differentiable(_forward, _backward, None)
+_shared_kernels = _op.differentiable(_shared_forward, _backward, None)
 
 
 class _Inputs(NamedTuple):
@@ -264,9 +334,13 @@ class _Inputs(NamedTuple):
     delta: float | Tensor
     ignore_index: int
     num_groups: int
+    sharing: Sharing
 
 
-def _parse(logits, targets, delta, weight, ignore_index, group, num_groups) -> _Inputs:
+def _parse(
+    logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
+    gradients_averaged,
+) -> _Inputs:  # fmt: skip
     is_logits(logits)
     if _transforms_active():
         raise RuntimeError(
@@ -277,30 +351,39 @@ def _parse(logits, targets, delta, weight, ignore_index, group, num_groups) -> _
     weight = parse_weight(logits, weight)
     targets = parse_targets(logits, targets, ignore_index, weight, dense_low=-torch.inf)
     group = _parse_group(logits, group, num_groups)
-    return _Inputs(logits, targets, weight, group, delta, ignore_index, num_groups or 1)
+    sharing = parse_sharing(process_group, gradients_averaged, capacity)
+    return _Inputs(logits, targets, weight, group, delta, ignore_index, num_groups or 1, sharing)
 
 
 def _run(loss: str, inputs: _Inputs, value: Tensor | None):
     """The kernels' outputs, or None where the eager path is taken."""
-    logits, targets, weight, group, delta, ignore_index, num_groups = inputs
-    if not use_triton(logits) or logits.numel() == 0:
+    logits, targets, weight, group, delta, ignore_index, num_groups, sharing = inputs
+    if not use_triton(logits) or (logits.numel() == 0 and not sharing.group):
         return None
     wide_group = None if group is None else group.expand(logits.shape)
     if not walkable(logits, targets.dense, weight, wide_group):
         return None
-    return _kernels(
+    args = (
         logits, targets.dense, targets.labels, value, weight, wide_group,
         _op.scalars(logits, delta), loss, ignore_index, num_groups,
     )  # fmt: skip
+    if not sharing.group:
+        return _kernels(*args)
+    if not sharing.capacity and _op.traced(logits):
+        raise RuntimeError(
+            "capacity must be a number of positives to compile the kernels with process_group: a "
+            "graph cannot hold the sizes that the processes agree on at each call; got None"
+        )
+    return _shared_kernels(*args, *sharing)
 
 
 def _eager_args(inputs: _Inputs, *between):
-    logits, _, weight, group, delta, ignore_index, num_groups = inputs
+    logits, _, weight, group, delta, ignore_index, num_groups, sharing = inputs
     if _op.traced(logits) and not isinstance(delta, Tensor):
         # an op's float would recompile the graph at each new value
         delta = torch.full((), delta, dtype=torch.float64)
     need_grad = logits.requires_grad and torch.is_grad_enabled()
-    return weight, group, delta, *between, ignore_index, num_groups, need_grad
+    return weight, group, delta, *between, ignore_index, num_groups, *sharing, need_grad
 
 
 def _parse_group(logits: Tensor, group: Tensor | None, num_groups: int | None) -> Tensor | None:
@@ -337,6 +420,9 @@ def rank_sort_loss(
     ignore_index: int = -1,
     group: Tensor | None = None,
     num_groups: int | None = None,
+    process_group: ProcessGroup | None = None,
+    capacity: int | None = None,
+    gradients_averaged: bool = False,
 ) -> RankSort:
     r"""Rank & Sort loss: rank positives above negatives, and sort positives by quality.
 
@@ -366,15 +452,35 @@ def rank_sort_loss(
         group: integers that broadcast to the logits, the list of each logit: ``(B, 1, 1)`` per
             image, ``(C,)`` per class.
         num_groups: number of lists; ids are 0..num_groups-1.
+        process_group: processes that share one batch, each with its own anchors (none is fine): the
+            loss is that of the whole batch, the same bits in all of them, and the gradient is the
+            logits' own part of the whole batch's. All must call. None: this process alone.
+        capacity: room for the positives of one process, the same in all. Without it they agree on
+            the size at each call, for which the host reads a few numbers; with it a GPU is not
+            waited for, and more positives make the loss NaN in all processes and raise at the next
+            call. Compiling the kernels together with ``process_group`` needs it.
+        gradients_averaged: True where the trainer averages gradients over the processes, as
+            DistributedDataParallel does: the gradient, not the value, is multiplied by their
+            number. False where it sums them.
 
-    On a GPU the eager path reads the number of positives on the host; the Triton path does not.
+    On a GPU the eager path reads the number of positives on the host; the Triton path does not,
+    but for the sizes above.
 
     Returns:
         ``RankSort(rank, sort)``, float32 (float64 for float64 logits).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or range.
-        RuntimeError: under torch.func transforms, or differentiated twice.
+        TypeError, ValueError: an argument of the wrong type, shape, device or range, or one that
+            differs between processes (named in all of them).
+        RuntimeError: under torch.func transforms, or differentiated twice; or a process left,
+            raised, or did not call within the group's timeout.
+
+    Several processes:
+        A logit is w x, w = 1. Process 0 has a positive with x = 1, process 1 a negative with x = 4:
+        both get rank = 2/3 at delta 0.5, with the gradient -2/3 in the logit of process 0 and +2/3
+        in that of process 1. One process with both has dL/dw = -2/3 + 4 * 2/3 = 2, the sum of what
+        the two find. DistributedDataParallel takes the mean, 1; with ``gradients_averaged=True``
+        the gradients are -4/3 and 4/3, and the mean of -4/3 and 16/3 is 2.
 
     Example:
         >>> import torch, tritonloss
@@ -389,13 +495,16 @@ def rank_sort_loss(
     Reference:
         Oksuz et al., Rank & Sort Loss for Object Detection and Instance Segmentation, ICCV 2021.
     """
-    inputs = _parse(logits, targets, delta, weight, ignore_index, group, num_groups)
+    inputs = _parse(
+        logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
+        gradients_averaged,
+    )  # fmt: skip
     labels, quality, dense = inputs.targets
     outputs = _run("rank_sort", inputs, quality)
     if outputs is None:
         targets = labels if dense is None else dense
         outputs = _rank_sort(logits, targets, quality, *_eager_args(inputs))
-    return RankSort(outputs[0], outputs[1])
+    return RankSort(*(scaled_gradient(loss, inputs.sharing) for loss in outputs[:2]))
 
 
 def ap_loss(
@@ -408,6 +517,9 @@ def ap_loss(
     ignore_index: int = -1,
     group: Tensor | None = None,
     num_groups: int | None = None,
+    process_group: ProcessGroup | None = None,
+    capacity: int | None = None,
+    gradients_averaged: bool = False,
 ) -> Tensor:
     r"""Average Precision loss.
 
@@ -419,7 +531,7 @@ def ap_loss(
         delta: half-width of the step in logits, >= 0.
         interpolated: replace each precision by the highest at its score or below.
 
-    The other arguments, lists and errors are those of :func:`rank_sort_loss`.
+    The other arguments, lists, processes and errors are those of :func:`rank_sort_loss`.
 
     Returns:
         0-d, float32 (float64 for float64 logits).
@@ -434,13 +546,17 @@ def ap_loss(
         Chen et al., Towards Accurate One-Stage Object Detection with AP-Loss, CVPR 2019; AP-loss
         for Accurate One-Stage Object Detection, TPAMI 2021.
     """
-    inputs = _parse(logits, targets, delta, weight, ignore_index, group, num_groups)
+    inputs = _parse(
+        logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
+        gradients_averaged,
+    )  # fmt: skip
     labels, _, dense = inputs.targets
     outputs = _run("ap" if interpolated else "ap_plain", inputs, None)
-    if outputs is not None:
-        return outputs[0]
-    targets = labels if dense is None else dense
-    return _average_precision(logits, targets, *_eager_args(inputs, bool(interpolated)))
+    if outputs is None:
+        targets = labels if dense is None else dense
+        args = _eager_args(inputs, bool(interpolated))
+        outputs = (_average_precision(logits, targets, *args),)
+    return scaled_gradient(outputs[0], inputs.sharing)
 
 
 def alrp_loss(
@@ -453,6 +569,9 @@ def alrp_loss(
     ignore_index: int = -1,
     group: Tensor | None = None,
     num_groups: int | None = None,
+    process_group: ProcessGroup | None = None,
+    capacity: int | None = None,
+    gradients_averaged: bool = False,
 ) -> ALRP:
     r"""Average Localisation Recall Precision loss: ranking and localisation in one error.
 
@@ -470,7 +589,7 @@ def alrp_loss(
             by 2 or by 1 - tau.
         delta: half-width of the step in logits, >= 0.
 
-    The other arguments, lists and errors are those of :func:`rank_sort_loss`.
+    The other arguments, lists, processes and errors are those of :func:`rank_sort_loss`.
 
     Returns:
         ``ALRP(cls, loc)``, float32 (float64 for float64 logits).
@@ -487,7 +606,10 @@ def alrp_loss(
         Oksuz et al., A Ranking-based, Balanced Loss Function Unifying Classification and
         Localisation in Object Detection, NeurIPS 2020.
     """
-    inputs = _parse(logits, targets, delta, weight, ignore_index, group, num_groups)
+    inputs = _parse(
+        logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
+        gradients_averaged,
+    )  # fmt: skip
     error = localization_error
     check.is_floating("localization_error", error)
     check.has_shape(
@@ -496,16 +618,14 @@ def alrp_loss(
     check.on_device_of("localization_error", error, "logits", logits)
     labels, _, dense = inputs.targets
     outputs = _run("alrp", inputs, error.detach().contiguous())
-    through_kernels = outputs is not None
-    if not through_kernels:
+    if outputs is None:
         targets = labels if dense is None else dense
         outputs = _alrp(logits, targets, error.detach(), *_eager_args(inputs))
     cls, coefficient = outputs[0], outputs[-1].detach()
     loc = (coefficient * torch.where(coefficient != 0, error.to(coefficient.dtype), 0.0)).sum()
-    if through_kernels:
-        # their sum does not depend on the order of the anchors
-        loc = outputs[1].detach() + (loc - loc.detach())
-    return ALRP(cls, loc)
+    # the value of all processes, whose sum does not depend on the order of the anchors
+    loc = valued(outputs[1].detach(), loc)
+    return ALRP(*(scaled_gradient(loss, inputs.sharing) for loss in (cls, loc)))
 
 
 def self_balanced_weight(cls_loss: Tensor, box_loss: Tensor) -> Tensor:
