@@ -17,6 +17,7 @@ import tritonloss as tl
 from perf import scaling
 from perf.bench_distributed import COLLECTIVES
 from tritonloss._dispatch import INTERPRET
+from tritonloss.distributed import KernelExchange, Sharing
 
 BACKEND = "triton" if INTERPRET else "eager"
 N_POS, N_NEG = (40, 1500) if INTERPRET else (60, 4000)
@@ -278,6 +279,29 @@ def test_a_fixed_capacity_is_never_a_silent_cut(pool):
         assert cut == (pytest.approx(float("nan"), nan_ok=True), True)
         assert "capacity is 8 positives" in after and "40" in after
         assert again == enough
+
+
+def cut_step(group, rank):
+    """The kernels' exchange where process 1 found one positive more than it could write down."""
+    exchange = KernelExchange(Sharing(group.group_name), {"loss": "ap_loss"})
+    found = torch.tensor([4 + rank, 0])
+    exchange.agree(found[0], 10)
+    raw = torch.arange(8.0).view(2, 4) + 10 * rank
+    lists, items = torch.zeros(4, dtype=torch.int32), torch.arange(4)
+    return exchange.positives(raw, lists, items, found), exchange.positives(
+        raw, lists, items, torch.tensor([2, 0])
+    )
+
+
+def test_positives_of_the_kernels_are_closed_up_and_a_cut_is_seen(pool):
+    for rank, (cut, whole) in enumerate(pool.run(cut_step, 2)):
+        assert cut[3].tolist() == [9, 1]
+        raw, _, items, counter = whole
+        assert counter.tolist() == [4, 0]
+        assert raw[:, :4].tolist() == [[0, 1, 10, 11], [4, 5, 14, 15]]
+        mine = items[:4].view(2, 2)
+        assert mine[rank].tolist() == [0, 1] and (mine[1 - rank] < 0).all()
+        assert len(set(items.tolist())) == len(items)
 
 
 # ------------------------------------------------------------------------------------------ GHM

@@ -58,8 +58,8 @@ def parse_sharing(process_group, gradients_averaged, capacity: int | None = None
             raise ValueError(f"capacity must be >= 1 positives of one process; got {capacity}")
     if process_group is None:
         return ALONE
-    if not isinstance(process_group, ProcessGroup):
-        outside = process_group is dist.GroupMember.NON_GROUP_MEMBER
+    if ProcessGroup is None or not isinstance(process_group, ProcessGroup):
+        outside = ProcessGroup and process_group is dist.GroupMember.NON_GROUP_MEMBER
         raise TypeError(
             "process_group must be a torch.distributed.ProcessGroup that this process belongs to, "
             f"or None; got {'a group of others' if outside else type(process_group).__name__}"
@@ -193,9 +193,8 @@ _left: dict[str, _Found] = {}
 
 def reduced_header(values: Tensor, sizes: Tensor, names: str, sharing: Sharing) -> _Found:
     """Exchange headers. What the call before left is raised first, on all processes."""
-    left = _left.pop(sharing.group, None)
-    if left is not None:
-        left.check()
+    if not _capturing(values) and sharing.group in _left:
+        _left.pop(sharing.group).check()
     both = torch.cat([sizes.to(torch.float64), values])
     loss = WORDS[int(values[0])] if values.device.type == "cpu" else "the loss"
     found = all_reduce(
@@ -204,11 +203,16 @@ def reduced_header(values: Tensor, sizes: Tensor, names: str, sharing: Sharing) 
     return _Found(found, names, sharing.capacity, None)
 
 
+def _capturing(x: Tensor) -> bool:
+    """True while a CUDA graph is recorded, which cannot wait for a value."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def leave(found: _Found, group: str) -> None:
     """Let the next call with this group check: by then the values have arrived."""
+    if _capturing(found.values):
+        return
     if found.values.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return
         host = torch.empty(found.values.shape, dtype=torch.float64, pin_memory=True)
         host.copy_(found.values, non_blocking=True)
         ready = torch.cuda.Event()
@@ -313,7 +317,8 @@ class KernelExchange(Exchange):
         rows = raw.new_zeros(3, room, dtype=torch.int32)
         rows[:2, :own] = raw[:, :own].view(torch.int32)
         rows[2, :own] = lists[:own]
-        flag = (counter[1] > 0) | self.broken
+        # of dense targets there may be more than this process had room to write down
+        flag = (counter[1] > 0) | (counter[0] > items.numel()) | self.broken
         message = torch.cat([torch.stack([counter[0].clamp(max=room), flag]).int(), rows.view(-1)])
         everyone = all_gather(message, "the positives", self.group)
         counts = everyone[:, :1].long()
