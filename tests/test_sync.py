@@ -8,6 +8,7 @@ from cases import CASES, generator, points
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonloss as tl
+from perf import workloads
 from tritonloss import _checks, _targets
 from tritonloss._dispatch import HAS_TRITON, INTERPRET
 from tritonloss.eager import _blocks
@@ -102,3 +103,16 @@ def test_a_read_is_noticed():
     for read in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.nonzero()):
         with pytest.raises(AssertionError, match="read"), NoReads():
             read()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("loss", workloads.LOSSES)
+def test_new_tensors_lie_on_the_device_of_the_logits(loss, dtype):
+    """One that is made on the default device is here without values, on a GPU on the wrong side."""
+    call = workloads.call_of(loss, workloads.Point(2000, 40, 60), "cpu")  # more than a block
+    call = call._replace(x=call.x.detach().to(getattr(torch, dtype)).requires_grad_())
+    with tl.backend("eager"):
+        expected = workloads.value_and_gradient(call)
+        with torch.device("meta"):
+            found = workloads.value_and_gradient(call)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

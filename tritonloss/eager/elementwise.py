@@ -212,7 +212,9 @@ def pointwise_by_blocks(
             gradient.scatter_add_(-1, rows.index, slope.unsqueeze(-1))
         total = total + value
     divisor = torch.as_tensor(
-        mean_divisor(count, avg_factor) if reduction == "mean" else 1, dtype=total.dtype
+        mean_divisor(count, avg_factor) if reduction == "mean" else 1,
+        dtype=total.dtype,
+        device=total.device,
     )
     return total / divisor, gradient, 1 / divisor
 

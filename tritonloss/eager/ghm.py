@@ -254,7 +254,8 @@ def _forward(x, dense, labels, quality, weight, amount, updates, momentum, mu, k
         region_at = regions(at, mu, kind, bins, torch.int32)
         value_at, slope_at = value_of(at.x, at.y, mu), slope_of(at.x, at.y, mu)
 
-    stored, count, finite = [], torch.zeros(bins + 1, dtype=torch.int64), 0
+    stored, finite = [], 0
+    count = torch.zeros(bins + 1, dtype=torch.int64, device=x.device)
     for _, block, target, keep, (at, put) in _blocks(x, *targets, region_at):
         finite = finite + block.sum()
         g = norm(block.float(), None if target is None else target.float(), mu)

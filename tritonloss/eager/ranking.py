@@ -19,7 +19,7 @@ functions run inside an opaque op when they are compiled, and read P on the host
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,17 @@ PAIR_TILE = 1 << 16
 BELOW = -1e307
 # Below this FP_i aLRP's published gradient skips positive i.
 ALRP_EPS = 1e-5
+
+
+def on_device_of_logits(function: Callable) -> Callable:
+    """New tensors lie beside the logits, wherever the default device is."""
+
+    @wraps(function)
+    def there(logits: Tensor, *args):
+        with logits.device:
+            return function(logits, *args)
+
+    return there
 
 
 class Positives(NamedTuple):
@@ -527,6 +538,7 @@ def settings(
     }
 
 
+@on_device_of_logits
 def rank_sort(
     logits: Tensor,
     targets: Tensor,
@@ -563,6 +575,7 @@ def rank_sort(
     return values.to(sort_grad.dtype), grad, sort_grad.view(targets.shape)
 
 
+@on_device_of_logits
 def average_precision(
     logits: Tensor,
     targets: Tensor,
@@ -590,6 +603,7 @@ def average_precision(
     return values.to(result_dtype(logits)), grad
 
 
+@on_device_of_logits
 def alrp(
     logits: Tensor,
     targets: Tensor,
