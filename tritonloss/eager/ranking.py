@@ -42,6 +42,9 @@ def on_device_of_logits(function: Callable) -> Callable:
 
     @wraps(function)
     def there(logits: Tensor, *args):
+        # entered only where it changes something, for it slows every operation down
+        if logits.device == torch.get_default_device():
+            return function(logits, *args)
         with logits.device:
             return function(logits, *args)
 
