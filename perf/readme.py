@@ -1,4 +1,4 @@
-"""Write the figures of the committed CSVs into README.md, between its markers.
+"""Write the figures of the committed CSVs into README.md and docs/benchmarks.md, between markers.
 
 python -m perf.readme
 """
@@ -102,13 +102,62 @@ def ap(text: str) -> str:
     return f"{float(text):.2f}"
 
 
+def in_short() -> str:
+    """The span of the ranking and GHM tables, which stand in docs/benchmarks.md."""
+    rows = read("ranking_cpu")
+    spans = {
+        name: [float(r["times_ours"]) for r in rows if r["implementation"] == name]
+        for name in ("bucketed", "loop")
+    }
+    shortest, longest = ({n: f(s) for n, s in spans.items()} for f in (min, max))
+    grown = {r["logits"]: r for r in read("ranking_growth_cpu")}
+    ghm = [float(r["ratio"]) for r in read("ghm_cpu") if r["what"].startswith("ghm_c")]
+    return (
+        f"Ranking losses at 1e5 and 1e6 logits: {shortest['loop']:.0f} to {longest['loop']:.0f} "
+        f"times as fast as the published loop over positives, {shortest['bucketed']:.1f} to "
+        f"{longest['bucketed']:.1f} times as fast as the bucketed method, which is exact for no "
+        f"δ > 0. Rank & Sort with 300 positives among 1e7 logits takes "
+        f"{float(grown['10000000']['median_ms']):.0f} ms and {grown['10000000']['peak_memory']} "
+        f"times the memory of the logits. GHM-C takes {min(ghm):.1f} to {max(ghm):.1f} times BCE. "
+        "All of it: [docs/benchmarks.md](docs/benchmarks.md)."
+    )
+
+
+def budgets() -> str:
+    """Registers and spills per kernel, the largest over all that it was compiled for."""
+    rows = read("budget")
+    archs = dict.fromkeys(r["arch"] for r in rows)
+    found: dict[str, dict[str, int]] = {}
+    spills: dict[str, int] = {}
+    for r in rows:
+        kernel = found.setdefault(r["kernel"], dict.fromkeys(archs, 0))
+        kernel[r["arch"]] = max(kernel[r["arch"]], int(r["registers"]))
+        spills[r["kernel"]] = max(spills.get(r["kernel"], 0), int(r["spills"]))
+    return (
+        f"Registers a thread, the most of all dtypes, layouts and options ({len(rows)} binaries, "
+        f"Triton {rows[0]['triton']}), and spilled accesses; `python -m perf.budget --check` holds "
+        "new code against `perf/results/budget.csv`.\n\n"
+    ) + table(
+        ("kernel", *archs, "spilled"),
+        *((name, *registers.values(), spills[name]) for name, registers in found.items()),
+    )
+
+
+CPU = "On a CPU, float32, one thread:"
+FILES = {
+    "README.md": lambda: [CPU, pointwise(), in_short(), detectors()],
+    "docs/benchmarks.md": lambda: [CPU, ranking(), harmonising(), budgets()],
+}
+
+
 def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    figures = "\n\n".join(part() for part in (pointwise, ranking, harmonising, detectors))
-    path.write_text(f"{before}{BEGIN}\nOn a CPU, float32, one thread:\n\n{figures}\n{END}{after}")
+    for name, parts in FILES.items():
+        path = ROOT / name
+        text = path.read_text()
+        before, _, rest = text.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        figures = "\n\n".join(parts())
+        path.write_text(f"{before}{BEGIN}\n{figures}\n{END}{after}")
 
 
 if __name__ == "__main__":

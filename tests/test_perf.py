@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("pandas")
 pytest.importorskip("tqdm")
 
-from perf import compare, scaling, sweep, workloads
+from perf import compare, readme, scaling, sweep, workloads
 from perf.workloads import LOSSES, Point
 from tritonloss._dispatch import INTERPRET
 
@@ -127,3 +127,10 @@ def test_traffic_of_the_committed_table_is_that_of_the_model():
     assert {p.processes for p in found} == {1, 2, 3, 4}
     for p in found:
         assert (p.calls, p.bytes) == (p.calls_predicted, p.bytes_predicted)
+
+
+@pytest.mark.parametrize("name", readme.FILES)
+def test_published_figures_are_those_of_the_results(name):
+    text = (readme.ROOT / name).read_text()
+    for part in readme.FILES[name]():
+        assert part in text, "python -m perf.readme"
