@@ -226,11 +226,9 @@ def touch(device: str, out: Path) -> None:
 
 def sweep(device: str, out: Path) -> None:
     """The quick sweep, its plots, and the comparison with the committed figures of this GPU."""
-    if missing("pandas", "tqdm"):
-        raise Skip("pandas or tqdm is absent")
     figures = out / "sweep.csv"
     run("-m", "perf.sweep", "--quick", "--device", device, "--out", figures, device="")
-    if not missing("matplotlib"):
+    if not missing("matplotlib", "pandas"):
         run("-m", "perf.plot", figures, "--out", out, device="")
     before = ROOT / "perf" / "results" / f"sweep_{device_name(device)}.csv"
     if before.exists() and device != "cpu":
