@@ -85,21 +85,20 @@ def detectors() -> str:
     found: dict[str, dict[str, dict]] = {}
     for row in read("detector_ap"):
         found.setdefault(row["loss"], {})[row["data"]] = row
-    any_row = next(iter(found.values()))
-    steps = " and ".join(f"{r['steps']} steps on the {data}" for data, r in any_row.items())
+    every = next(iter(found.values()))  # the first loss was trained on everything
+    steps = " and ".join(f"{r['steps']} steps on the {data}" for data, r in every.items())
     cells = [
-        (name, *(ap(row[data][k]) for data in any_row for k in ("AP40", "AP50")))
+        (name, *(ap(row.get(data), k) for data in every for k in ("AP40", "AP50")))
         for name, row in found.items()
-        if row.keys() == any_row.keys()
     ]
     return (
         f"The example's small detector after {steps}, same seed and settings for every loss "
         "(`python examples/compare_losses.py`); short runs of one model, no ranking of losses:\n\n"
-    ) + table(("`--loss`", *(f"{d}, {k}" for d in any_row for k in ("AP40", "AP50"))), *cells)
+    ) + table(("`--loss`", *(f"{d}, {k}" for d in every for k in ("AP40", "AP50"))), *cells)
 
 
-def ap(text: str) -> str:
-    return f"{float(text):.2f}"
+def ap(row: dict[str, str] | None, name: str) -> str:
+    return f"{float(row[name]):.2f}" if row else ""
 
 
 def in_short() -> str:
