@@ -132,8 +132,13 @@ def test_order_and_translation_do_not_matter(loss, backend):
     pred, target = torch.rand(2, 40, 4, device=DEVICE).sort(-1).values
     value = loss(pred, target, reduction="none")
     order = torch.randperm(40)
+    # eager: the CPU's vector and scalar code differ in the last bit
+    tolerance = 0 if backend == "triton" else 1e-6
     torch.testing.assert_close(
-        loss(pred[order], target[order], reduction="none"), value[order], rtol=0, atol=0
+        loss(pred[order], target[order], reduction="none"),
+        value[order],
+        rtol=tolerance,
+        atol=tolerance,
     )
     moved = loss(pred + 1, target + 1, reduction="none")
     torch.testing.assert_close(moved, value, rtol=1e-4, atol=1e-4)
