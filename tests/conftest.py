@@ -30,6 +30,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU"))
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order():
+    """Which test a worker runs first does not change what the next one draws."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Run the test on every backend that this process offers."""
