@@ -36,7 +36,8 @@ def run(backend, loss, steps=20):
         steps=steps,
         batch=2,
         channels=16,
-        lr=1e-4,
+        # GHM jumps where rounding puts a logit into the next region: smaller still.
+        lr=1e-5 if loss == "ghm" else 1e-4,
     )
     return np.array([list(step.values()) for step in train_detector.train(config).losses])
 
