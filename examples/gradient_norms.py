@@ -54,6 +54,14 @@ def share_by_bin(position, amount, edges):
     return share.index_add(0, bins.flatten(), amount.flatten()) / amount.sum()
 
 
+def draw_shares(ax, losses, x, position, edges):
+    """Share of each loss' gradient that comes from each bin of the position."""
+    for name, loss in losses.items():
+        share = share_by_bin(position, gradient(loss, x), edges)
+        ax.stairs(share.numpy(), edges.numpy(), label=name)
+    ax.set_ylabel("share of the whole gradient")
+
+
 def draw_norms(ax, norm, positive, edges):
     for mask, name in ((~positive, "negatives"), (positive, "positives")):
         count = torch.histc(norm[mask].double(), BINS, 0, 1)
@@ -68,10 +76,8 @@ def draw_classification(ax, logits, labels, norm, edges):
         "focal": lambda x: tritonloss.sigmoid_focal_loss(x, labels),
         "GHM-C": lambda x: tritonloss.ghm_c_loss(x, labels, bins=BINS),
     }
-    for name, loss in losses.items():
-        share = share_by_bin(norm, gradient(loss, logits), edges)
-        ax.stairs(share.numpy(), edges.numpy(), label=name)
-    ax.set(xlabel="gradient norm g = |p - y|", ylabel="share of the whole gradient")
+    draw_shares(ax, losses, logits, norm, edges)
+    ax.set(xlabel="gradient norm g = |p - y|")
     ax.set_yscale("log")
     ax.set_title("Who the gradient comes from")
 
@@ -97,22 +103,16 @@ def draw_side_norms(ax, distance, edges):
 
 
 def draw_side_gradients(ax, distance, norm, edges):
-    for name, loss in regression_losses(distance).items():
-        share = share_by_bin(norm, gradient(loss, distance), edges)
-        ax.stairs(share.numpy(), edges.numpy(), label=name)
+    draw_shares(ax, regression_losses(distance), distance, norm, edges)
     ax.set(yscale="log", xlabel="gradient norm g = |d| / √(d² + μ²)")
-    ax.set_ylabel("share of the whole gradient")
     ax.set_title("GHM-R gives each region the same weight")
 
 
 def draw_distances(ax, distance):
     edges = torch.logspace(-3, 1, 25)
     position = distance.abs().clamp(1e-3, 9.99)
-    for name, loss in regression_losses(distance).items():
-        share = share_by_bin(position, gradient(loss, distance), edges)
-        ax.stairs(share.numpy(), edges.numpy(), label=name)
+    draw_shares(ax, regression_losses(distance), distance, position, edges)
     ax.set(xscale="log", xlabel="|d|, distance of a side from its target (strides)")
-    ax.set_ylabel("share of the whole gradient")
     ax.set_title("Which distances train the boxes")
 
 

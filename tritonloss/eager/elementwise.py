@@ -57,6 +57,11 @@ def bce(x: Tensor, y: Tensor) -> Tensor:
     return torch.lerp(softplus(x), softplus(-x), y)
 
 
+def bce_slope(x: Tensor, y: Tensor) -> Tensor:
+    """p - y as p (1 - y) - (1 - p) y: exact at y = 0 and y = 1."""
+    return torch.lerp(torch.sigmoid(x), -torch.sigmoid(-x), y)
+
+
 def balance(y: Tensor, a1, a0) -> Tensor | float:
     """y a1 + (1 - y) a0."""
     if isinstance(a1, (int, float)) and a1 == a0:
@@ -92,9 +97,7 @@ FOCAL_STAR = Pointwise(
 
 
 def _quality_dense(x, y, beta, *_):
-    # p - y = p (1-y) - (1-p) y: exact at y = 0 and y = 1
-    signed = torch.lerp(torch.sigmoid(x), -torch.sigmoid(-x), y)
-    return power(signed.abs(), beta) * bce(x, y)
+    return power(bce_slope(x, y).abs(), beta) * bce(x, y)
 
 
 QUALITY = Pointwise(
@@ -222,8 +225,7 @@ def pointwise_by_blocks(
 def _dense_by_blocks(x, y, weight, params, kind, want_grad):
     """Sum and gradient; where few targets are above 0, the rest costs what a negative does."""
     loss = KINDS[kind]
-    places = y.nonzero(as_tuple=True)
-    if kind == "asl1" or len(places[0]) > FEW * y.numel():
+    if kind == "asl1" or int(y.count_nonzero()) > FEW * y.numel():
 
         def values(block, index):
             block = torch.add(block, block.detach(), alpha=0)
@@ -244,6 +246,7 @@ def _dense_by_blocks(x, y, weight, params, kind, want_grad):
         return value if weight is None else value * weight[index]
 
     total, gradient = summed(x, negatives_alone, negative_values, want_grad)
+    places = y.nonzero(as_tuple=True)
     there_weight = None if weight is None else weight[places[:-1]]
 
     def positive_values(x_there):
@@ -394,7 +397,7 @@ def generalized_focal(x_left, x_right, y, y_left, y_right, beta, reduction, avg_
         width = y_right - y_left
         share = (y - y_left) / width  # of the right value
         # y - (y_l p_l + y_r p_r) = (y_r - y_l) (share - p_r), exact at either end
-        signed = torch.lerp(torch.sigmoid(x), -torch.sigmoid(-x), share) * width
+        signed = bce_slope(x, share) * width
         value = power(signed.abs(), beta) * width * bce(x, share)
         return reduced(value, x.numel(), reduction, avg_factor)
 

@@ -18,7 +18,16 @@ from tritonloss._targets import Targets
 from tritonloss.distributed import ProcessGroup, all_reduce, summed_regions, valued
 
 from . import _blocks as blocks
-from .elementwise import asl1, asl1_radius, bce, label_rows, softplus, split_weight, upcast
+from .elementwise import (
+    asl1,
+    asl1_radius,
+    bce,
+    bce_slope,
+    label_rows,
+    softplus,
+    split_weight,
+    upcast,
+)
 
 
 class Harmonised(NamedTuple):
@@ -36,9 +45,7 @@ def _bce_norm(x, y, _):
 
 
 def _bce_slope(x, y, _):
-    # p (1 - y) - (1 - p) y: exact at y = 0 and y = 1
-    p = torch.sigmoid(x)
-    return p if y is None else torch.lerp(p, -torch.sigmoid(-x), y)
+    return torch.sigmoid(x) if y is None else bce_slope(x, y)
 
 
 def _bce_fast(x, y, _):
@@ -92,12 +99,17 @@ def elements_of(x, y, index, keep) -> Elements:
     return Elements(x, y.to(x.dtype), index, keep)
 
 
+def region_of(g: Tensor, bins: int, dtype) -> Tensor:
+    """Unit region of a gradient norm in float32."""
+    # min and not a last edge a little above 1, which 16-bit types round away
+    return (g * bins).to(dtype).clamp_(0, bins - 1)
+
+
 def regions(elements: Elements, mu, kind: str, bins: int, dtype) -> Tensor:
     """Unit region of each element's gradient norm, taken from float32; ``bins`` where dropped."""
     x, y, index, keep = elements
     g = _each(KINDS[kind].norm, Elements(x.detach().float(), y.float(), index, keep), mu)
-    # min and not a last edge a little above 1, which 16-bit types round away
-    region = (g * bins).to(dtype).clamp(0, bins - 1)
+    region = region_of(g, bins, dtype)
     return region if keep is None else torch.where(keep, region, bins)
 
 
@@ -259,7 +271,7 @@ def _forward(x, dense, labels, quality, weight, amount, updates, momentum, mu, k
     for _, block, target, keep, (at, put) in _blocks(x, *targets, region_at):
         finite = finite + block.sum()
         g = norm(block.float(), None if target is None else target.float(), mu)
-        region = (g * bins).to(torch.int32).clamp_(0, bins - 1)
+        region = region_of(g, bins, torch.int32)
         _put(region, at, put)
         if keep is not None:
             region = torch.where(keep, region, bins)
