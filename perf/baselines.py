@@ -1,10 +1,12 @@
 """What users run today, written from the papers: the other side of every benchmark.
 
 Ranking losses take flat logits and flat dense targets, as published: > 0 positive (its quality),
-0 background, < 0 ignored.
+0 background, < 0 ignored. Losses of labels build the one-hot targets that their formula needs.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -93,26 +95,28 @@ def loop_ap(logits: Tensor, targets: Tensor, delta: float = 1.0) -> Tensor:
     return _ErrorDriven.apply(logits, 1 - precision.mean(), grad)
 
 
-def loop_alrp(logits: Tensor, targets: Tensor, error: Tensor, delta: float = 1.0) -> Tensor:
-    """aLRP's classification part by a Python loop; ``error`` has one value per positive."""
+def loop_alrp(logits: Tensor, targets: Tensor, error: Tensor, delta: float = 1.0):
+    """aLRP by a Python loop, ``(cls, loc)``; ``error`` has one value per positive."""
     x = logits.detach()
     grad = torch.zeros_like(x)
     positive, background = _relevant(x, targets, delta)
     s, t = x[positive], x[background]
     s_grad, t_grad = torch.zeros_like(s), torch.zeros_like(t)
-    precision = torch.zeros_like(s)
+    precision, ranks = torch.zeros_like(s), torch.zeros_like(s)
     for i in s.argsort():
         above, false = _step(s - s[i], delta), _step(t - s[i], delta)
         above[i] = 0
         rank_plus, false_sum = above.sum() + 1, false.sum()
-        rank = rank_plus + false_sum
+        rank = ranks[i] = rank_plus + false_sum
         precision[i] = rank_plus / rank
         if false_sum > 1e-5:
             pull = ((above * error).sum() + false_sum) / rank
             s_grad[i] = -pull
             t_grad += false * (pull / false_sum)
     grad[positive], grad[background] = s_grad / len(s), t_grad / len(s)
-    return _ErrorDriven.apply(logits, 1 - precision.mean(), grad)
+    best_first = s.argsort(descending=True)
+    loc = (error[best_first].cumsum(0) / ranks[best_first]).mean()
+    return _ErrorDriven.apply(logits, 1 - precision.mean(), grad), loc
 
 
 def _buckets(s: Tensor, t: Tensor):
@@ -174,24 +178,121 @@ def bucketed_ap(logits: Tensor, targets: Tensor, delta: float = 1.0) -> Tensor:
     return _ErrorDriven.apply(logits, error.mean(), grad)
 
 
+# --------------------------------------------------------------------- pointwise, in plain torch
+
+
+def one_hot(labels: Tensor, like: Tensor) -> Tensor:
+    """Labels, C for background, as dense targets beside the logits."""
+    return F.one_hot(labels, like.shape[-1] + 1)[..., :-1].to(like.dtype)
+
+
+def focal(x: Tensor, y: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    p = torch.sigmoid(x)
+    p_t = p * y + (1 - p) * (1 - y)
+    balance = alpha * y + (1 - alpha) * (1 - y)
+    return balance * (1 - p_t) ** gamma * _bce(x, y)
+
+
+def focal_star(x: Tensor, y: Tensor, gamma: float = 2.0, beta: float = 1.0) -> Tensor:
+    return -F.logsigmoid(gamma * x * (2 * y - 1) + beta) / gamma
+
+
+def quality_focal(x: Tensor, labels: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
+    p = torch.sigmoid(x)
+    loss = _bce(x, torch.zeros_like(x)) * p**beta
+    rows = (labels < x.shape[-1]).nonzero().squeeze(1)
+    at = rows, labels[rows]
+    y = quality[rows].to(x.dtype)
+    loss[at] = _bce(x[at], y) * (y - p[at]).abs() ** beta
+    return loss
+
+
+def varifocal(x: Tensor, y: Tensor, alpha: float = 0.75, gamma: float = 2.0) -> Tensor:
+    p = torch.sigmoid(x)
+    factor = y * (y > 0) + alpha * (p - y).abs() ** gamma * (y <= 0)
+    return _bce(x, y) * factor
+
+
+def softmax_focal(x: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
+    log_p = F.log_softmax(x, -1).gather(-1, labels[:, None]).squeeze(-1)
+    return -((1 - log_p.exp()) ** gamma) * log_p
+
+
+def _bce(x: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(x, y, reduction="none")
+
+
+# -------------------------------------------------------------------------- boxes, in plain torch
+
+
+def distribution_focal(x: Tensor, target: Tensor) -> Tensor:
+    left = target.long().clamp(max=x.shape[-1] - 2)
+    to_left, to_right = left + 1 - target, target - left
+    by_label = (F.cross_entropy(x, label, reduction="none") for label in (left, left + 1))
+    return sum(w * loss for w, loss in zip((to_left, to_right), by_label, strict=True))
+
+
+def expectation(x: Tensor) -> Tensor:
+    return F.softmax(x, -1) @ torch.arange(x.shape[-1], dtype=x.dtype, device=x.device)
+
+
+def authentic_smooth_l1(pred: Tensor, target: Tensor, mu: float = 0.02) -> Tensor:
+    return torch.sqrt((pred - target) ** 2 + mu**2) - mu
+
+
+def box(pred: Tensor, target: Tensor, kind: str, eps: float = 1e-7) -> Tensor:
+    """1 - IoU, GIoU, DIoU or CIoU of boxes (..., 4)."""
+    (wp, hp), (wt, ht) = ((b[..., 2:] - b[..., :2]).unbind(-1) for b in (pred, target))
+    low, high = torch.minimum(pred, target), torch.maximum(pred, target)
+    wi, hi = (low[..., 2:] - high[..., :2]).clamp(min=0).unbind(-1)
+    wc, hc = (high[..., 2:] - low[..., :2]).unbind(-1)
+    union = wp * hp + wt * ht - wi * hi + eps
+    iou = wi * hi / union
+    if kind == "iou":
+        return 1 - iou
+    if kind == "giou":
+        hull = wc * hc + eps
+        return 1 - iou + (hull - union) / hull
+    apart = (pred[..., :2] + pred[..., 2:] - target[..., :2] - target[..., 2:]) / 2
+    loss = 1 - iou + (apart**2).sum(-1) / (wc**2 + hc**2 + eps)
+    if kind == "diou":
+        return loss
+    v = 4 / math.pi**2 * (torch.atan(wt / (ht + eps)) - torch.atan(wp / (hp + eps))) ** 2
+    with torch.no_grad():
+        alpha = (iou > 0.5) * v / (1 - iou + v + eps)
+    return loss + alpha * v
+
+
 # ----------------------------------------------------------------------------- GHM, prime samples
 
 
 def ghm_c_loop(logits: Tensor, targets: Tensor, bins: int = 10) -> Tensor:
     """GHM-C with one pass per region and a weight per logit; ``targets`` dense."""
+    norm = (torch.sigmoid(logits.detach()) - targets).abs()
+    weights = _harmonising_weights(norm, bins)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="sum")
+    return loss / logits.numel()
+
+
+def ghm_r_loop(pred: Tensor, target: Tensor, mu: float = 0.02, bins: int = 10) -> Tensor:
+    """GHM-R in the same way."""
+    d = (pred - target).detach()
+    weights = _harmonising_weights((d / torch.sqrt(d**2 + mu**2)).abs(), bins)
+    return (authentic_smooth_l1(pred, target, mu) * weights).sum() / pred.numel()
+
+
+def _harmonising_weights(norm: Tensor, bins: int) -> Tensor:
     edges = torch.arange(bins + 1, dtype=torch.float32) / bins
     edges[-1] += 1e-6
-    norm = (torch.sigmoid(logits.detach()) - targets).abs()
-    weights = torch.zeros_like(logits)
-    total, n = logits.numel(), 0
+    weights = torch.zeros_like(norm)
+    total, n = norm.numel(), 0
     for k in range(bins):
         inside = (norm >= edges[k]) & (norm < edges[k + 1])
         count = inside.sum().item()
         if count > 0:
             weights[inside] = total / count
             n += 1
-    weights = weights / max(n, 1)
-    return F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="sum") / total
+    return weights / max(n, 1)
 
 
 def isr_p_loop(cls_loss: Tensor, iou: Tensor, gt_index: Tensor, labels: Tensor, k=2.0) -> Tensor:

@@ -56,7 +56,7 @@ def competitors(loss: str, targets):
     error = targets[targets > 0]
     return {
         "ours": lambda x: ranking.alrp_loss(x[:, None], dense, targets).cls,
-        "loop": lambda x: baselines.loop_alrp(x, targets, error),
+        "loop": lambda x: baselines.loop_alrp(x, targets, error)[0],
     }
 
 

@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
     loss: Callable[[Tensor], Tensor]
     x: Tensor
-    published: Callable[[Tensor], Tensor] | None
+    published: Callable[[Tensor], Tensor]  # the same loss as users run it today
 
 
 def draw(point: Point, device: str, seed: int = 0):
@@ -71,86 +71,134 @@ def _recorded() -> Tensor:
     return torch.from_numpy(np.load(RECORDED)["cls_logits"]).float().reshape(-1)
 
 
-def _one_hot(labels, quality, classes: int) -> Tensor:
-    dense = torch.zeros(len(labels), classes + 1, device=labels.device)
-    return dense.scatter_(1, labels[:, None], quality[:, None])[:, :classes]
+def _by_quality(labels, quality, x) -> Tensor:
+    """Dense targets: the quality at the labelled class."""
+    return baselines.one_hot(labels, x.detach()) * quality.to(x.dtype).unsqueeze(-1)
 
 
-def _pointwise(loss, with_quality=False):
+AVG_FACTOR = 100.0
+
+
+def _summed(published) -> Callable[[Tensor], Tensor]:
+    return lambda x: published(x).sum() / AVG_FACTOR
+
+
+def _pointwise(loss, published):
+    """Labels alone; the published code builds the one-hot targets within the step."""
+
     def make(point, x, labels, quality):
-        targets = (labels, quality) if with_quality else labels
-        return Call(lambda x: loss(x, targets, avg_factor=100.0), x, None)
+        return Call(
+            lambda x: loss(x, labels, avg_factor=AVG_FACTOR),
+            x,
+            _summed(lambda x: published(x, baselines.one_hot(labels, x))),
+        )
 
     return make
 
 
-def _dense(loss):
-    def make(point, x, labels, quality):
-        targets = _one_hot(labels, quality, point.classes).to(x.dtype)
-        return Call(lambda x: loss(x, targets, avg_factor=100.0), x, None)
+def _focal_dense(point, x, labels, quality):
+    targets = _by_quality(labels, quality, x)
+    return Call(
+        lambda x: tl.sigmoid_focal_loss(x, targets, avg_factor=AVG_FACTOR),
+        x,
+        _summed(lambda x: baselines.focal(x, targets)),
+    )
 
-    return make
+
+def _quality_focal(point, x, labels, quality):
+    return Call(
+        lambda x: tl.quality_focal_loss(x, (labels, quality), avg_factor=AVG_FACTOR),
+        x,
+        _summed(lambda x: baselines.quality_focal(x, labels, quality)),
+    )
+
+
+def _varifocal(point, x, labels, quality):
+    return Call(
+        lambda x: tl.varifocal_loss(x, (labels, quality), avg_factor=AVG_FACTOR),
+        x,
+        _summed(lambda x: baselines.varifocal(x, _by_quality(labels, quality, x))),
+    )
 
 
 def _ghm_c(point, x, labels, quality):
-    published = None
-    if x.device.type == "cpu":
-        targets = _one_hot(labels, torch.ones_like(quality), point.classes)
-
-        def published(x):
-            return baselines.ghm_c_loop(x, targets, 30)
-
-    return Call(lambda x: tl.ghm_c_loss(x, labels, bins=30), x, published)
+    return Call(
+        lambda x: tl.ghm_c_loss(x, labels, bins=30),
+        x,
+        lambda x: baselines.ghm_c_loop(x, baselines.one_hot(labels, x), 30),
+    )
 
 
 def _rank_sort(point, x, labels, quality):
-    targets = _one_hot(labels, quality, point.classes).reshape(-1)
     return Call(
         lambda x: sum(tl.rank_sort_loss(x, (labels, quality))),
         x,
-        lambda x: baselines.loop_rank_sort(x.reshape(-1), targets),
+        lambda x: baselines.loop_rank_sort(
+            x.reshape(-1), _by_quality(labels, quality, x).reshape(-1)
+        ),
     )
 
 
 def _ap(point, x, labels, quality):
-    targets = _one_hot(labels, torch.ones_like(quality), point.classes).reshape(-1)
     return Call(
-        lambda x: tl.ap_loss(x, labels), x, lambda x: baselines.loop_ap(x.reshape(-1), targets)
+        lambda x: tl.ap_loss(x, labels),
+        x,
+        lambda x: baselines.loop_ap(x.reshape(-1), baselines.one_hot(labels, x).reshape(-1)),
     )
 
 
 def _alrp(point, x, labels, quality):
-    return Call(lambda x: sum(tl.alrp_loss(x, labels, quality)), x, None)
+    def published(x):
+        targets = baselines.one_hot(labels, x).reshape(-1)
+        return sum(baselines.loop_alrp(x.reshape(-1), targets, quality[labels < point.classes]))
+
+    return Call(lambda x: sum(tl.alrp_loss(x, labels, quality)), x, published)
 
 
 def _softmax(point, x, labels, quality):
     labels = labels.clamp(max=point.classes - 1)
-    return Call(lambda x: tl.softmax_focal_loss(x, labels), x, None)
+    return Call(
+        lambda x: tl.softmax_focal_loss(x, labels),
+        x,
+        lambda x: baselines.softmax_focal(x, labels).mean(),
+    )
 
 
 def _distribution(point, x, labels, quality):
     target = quality * (point.classes - 1)
-    return Call(lambda x: tl.distribution_focal_loss(x, target), x, None)
+    return Call(
+        lambda x: tl.distribution_focal_loss(x, target),
+        x,
+        lambda x: baselines.distribution_focal(x, target).mean(),
+    )
 
 
 def _expectation(point, x, labels, quality):
-    return Call(lambda x: tl.distribution_expectation(x).sum(), x, None)
+    return Call(
+        lambda x: tl.distribution_expectation(x).sum(),
+        x,
+        lambda x: baselines.expectation(x).sum(),
+    )
 
 
-def _boxes(loss):
+def _box(kind):
+    loss = getattr(tl, f"{kind}_loss")
+
     def make(point, x, labels, quality):
         centre = torch.rand(point.rows, 2, device=x.device) * 512
         target = torch.cat([centre, centre + 32 + 64 * quality[:, None]], 1)
         pred = (target + x.detach().float() * 4).to(x.dtype).requires_grad_()
-        return Call(lambda x: loss(x, target), pred, None)
+        return Call(
+            lambda x: loss(x, target), pred, lambda x: baselines.box(x, target, kind).mean()
+        )
 
     return make
 
 
-def _smooth_l1(loss):
+def _regression(loss, published):
     def make(point, x, labels, quality):
         target = x.detach().float() + quality[:, None] - 0.5
-        return Call(lambda x: loss(x, target), x, None)
+        return Call(lambda x: loss(x, target), x, lambda x: published(x, target))
 
     return make
 
@@ -161,11 +209,11 @@ class Workload(NamedTuple):
 
 
 LOSSES: dict[str, Workload] = {
-    "focal": Workload(_pointwise(tl.sigmoid_focal_loss)),
-    "focal_dense": Workload(_dense(tl.sigmoid_focal_loss)),
-    "focal_star": Workload(_pointwise(tl.focal_star_loss)),
-    "quality_focal": Workload(_pointwise(tl.quality_focal_loss, True)),
-    "varifocal": Workload(_pointwise(tl.varifocal_loss, True)),
+    "focal": Workload(_pointwise(tl.sigmoid_focal_loss, baselines.focal)),
+    "focal_dense": Workload(_focal_dense),
+    "focal_star": Workload(_pointwise(tl.focal_star_loss, baselines.focal_star)),
+    "quality_focal": Workload(_quality_focal),
+    "varifocal": Workload(_varifocal),
     "softmax_focal": Workload(_softmax),
     "ghm_c": Workload(_ghm_c),
     "rank_sort": Workload(_rank_sort),
@@ -173,12 +221,14 @@ LOSSES: dict[str, Workload] = {
     "alrp": Workload(_alrp),
     "distribution_focal": Workload(_distribution, 17),
     "expectation": Workload(_expectation, 17),
-    "ghm_r": Workload(_smooth_l1(tl.ghm_r_loss), 4),
-    "authentic_smooth_l1": Workload(_smooth_l1(tl.authentic_smooth_l1_loss), 4),
-    "iou": Workload(_boxes(tl.iou_loss), 4),
-    "giou": Workload(_boxes(tl.giou_loss), 4),
-    "diou": Workload(_boxes(tl.diou_loss), 4),
-    "ciou": Workload(_boxes(tl.ciou_loss), 4),
+    "ghm_r": Workload(_regression(tl.ghm_r_loss, baselines.ghm_r_loop), 4),
+    "authentic_smooth_l1": Workload(
+        _regression(
+            tl.authentic_smooth_l1_loss, lambda *args: baselines.authentic_smooth_l1(*args).mean()
+        ),
+        4,
+    ),
+    **{kind: Workload(_box(kind), 4) for kind in ("iou", "giou", "diou", "ciou")},
 }
 
 

@@ -25,7 +25,7 @@ def test_gate_lets_the_eager_loss_pass(loss):
     assert sweep.is_right(*sweep.provide("eager", call), call)
 
 
-@pytest.mark.parametrize("loss", ["ghm_c", "rank_sort", "ap"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_gate_lets_the_published_methods_pass(loss):
     call = workloads.call_of(loss, POINT, "cpu")
     assert sweep.is_right(*sweep.provide("published", call), call)
