@@ -39,6 +39,13 @@ HISTOGRAM = Config(block=512, num_warps=1)
 # up their tables costs nothing.
 HISTOGRAM_PROGRAMS = 4096
 
+# Eight logits a thread: their atomics are in flight together, and nothing waits for them.
+COUNTING = Config(block=2048, num_warps=8)
+# Copies of a table that all programs add to: hot cells are spread over the memory's banks, and
+# zeroing and summing the copies costs a byte for every logit.
+COUNTING_COPIES = 128
+LOGITS_PER_COPY = 1 << 14
+
 
 def scalar_args(values: Tensor | tuple[float, ...] | None, count: int):
     """``(pointer, numbers)`` for a kernel that takes hyper-parameters from either."""

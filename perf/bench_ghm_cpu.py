@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 import tritonloss as tl
+from tritonloss.diagnose import recorded
 
 from .baselines import ghm_c_loop, isr_p_loop
-from .workloads import RECORDED
 
 
 def logits_like(kind: str, anchors: int, classes: int):
@@ -29,7 +29,7 @@ def logits_like(kind: str, anchors: int, classes: int):
         x = torch.randn(anchors, classes) * 2 - 2
         labels = torch.randint(classes, (anchors,))
         return x, torch.where(torch.rand(anchors) < 0.95, classes, labels)
-    data = np.load(RECORDED)
+    data = np.load(recorded())
     x = torch.from_numpy(data["cls_logits"]).float().flatten(0, 1)
     labels = torch.from_numpy(data["labels"]).long().flatten()
     rows = torch.arange(anchors) % len(x)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor
 
 import tritonloss as tl
+from tritonloss.diagnose import recorded
 
 from . import baselines
-
-RECORDED = Path(__file__).parent.parent / "tests" / "data" / "recorded" / "nanodet_g_416.npz"
 
 
 class Point(NamedTuple):
@@ -68,7 +66,7 @@ def draw(point: Point, device: str, seed: int = 0):
 
 @cache
 def _recorded() -> Tensor:
-    return torch.from_numpy(np.load(RECORDED)["cls_logits"]).float().reshape(-1)
+    return torch.from_numpy(np.load(recorded())["cls_logits"]).float().reshape(-1)
 
 
 def _by_quality(labels, quality, x) -> Tensor:

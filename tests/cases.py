@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from axes import all_pairs
 from torch import Tensor
 
 import tritonloss as tl
+from tritonloss.diagnose import recorded as recorded_file
 
 BLOCK = 2048  # logits per program of the pointwise kernel
 
@@ -84,8 +84,7 @@ class Case:
 @cache
 def recorded() -> dict[str, Tensor]:
     """Head outputs of a trained dense detector: almost all easy negatives."""
-    path = Path(__file__).parent / "data" / "recorded" / "nanodet_g_416.npz"
-    return {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(path).items()}
+    return {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(recorded_file()).items()}
 
 
 def generator(seed: int) -> torch.Generator:
@@ -417,6 +416,11 @@ CASES = [
         BOX_AXES,
     ),
 ]
+
+
+def plain_point(**axes) -> Axes:
+    """The first value of every axis, but for these."""
+    return Axes(**{name: values[0] for name, values in AXES.items()})._replace(**axes)
 
 
 def case(name: str) -> Case:

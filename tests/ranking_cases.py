@@ -1,6 +1,5 @@
 """Inputs of the ranking tests, and the comparison with the written-out reference."""
 
-import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +8,7 @@ import torch
 from conftest import DEVICE
 
 import tritonloss.losses.ranking as ranking
-
-RECORDED = pathlib.Path(__file__).parent / "data/recorded/nanodet_g_416.npz"
+from tritonloss.diagnose import recorded
 
 INPUTS = (
     "random",
@@ -68,7 +66,7 @@ def make(kind: str, n_pos: int, n_neg: int, dtype=torch.float32, seed=0) -> Prob
         labels[where[n_pos : n_pos + rows // 20]] = -1
     x = 2 * torch.randn(rows, n_classes, generator=g)
     if kind == "recorded":
-        data = torch.from_numpy(np.load(RECORDED)["cls_logits"]).flatten().float()
+        data = torch.from_numpy(np.load(recorded())["cls_logits"]).flatten().float()
         x = data[torch.randint(len(data), x.shape, generator=g)]
         # labelled logits of a trained detector are high, but no higher than the best negatives
         x[where[:n_pos]] = (x[where[:n_pos]] / 4).clamp(max=0.7)

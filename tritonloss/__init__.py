@@ -9,6 +9,7 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 from . import functional
 from ._dispatch import backend, show_config
 from ._version import __version__
+from .diagnose import Diagnosis
 from .distributed import reduce_avg_factor
 from .functional import *  # noqa: F403  (the names of functional.__all__)
 from .modules import (
@@ -37,6 +38,7 @@ __all__ = [
     "CARLLoss",
     "CIoULoss",
     "DIoULoss",
+    "Diagnosis",
     "DistributionFocalLoss",
     "FocalLoss",
     "FocalStarLoss",

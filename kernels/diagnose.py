@@ -1,0 +1,221 @@
+"""Counting logits on a grid: one read of the logits, integers throughout.
+
+Nearly all are negatives, and many of them share a few cells: each program adds to one of several
+copies of their row, which a second kernel sums. Positives are rare and go to the table itself.
+Integer additions give the same counts in any order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._index import coordinates
+from ._launch import COUNTING, COUNTING_COPIES, LOGITS_PER_COPY
+from .elementwise import load_logits, walk_over
+
+
+@triton.jit
+def _nearest(v):
+    """Nearest integer, the even one between two, for abs(v) < 2^22: beside 1.5 * 2^23 there is no
+    room for a fraction."""
+    return ((v + 12582912.0) - 12582912.0).to(tl.int32)
+
+
+@triton.jit
+def _count_tile(
+    start,
+    offs,
+    n,
+    pointers,
+    copy_ptr,
+    count_ptr,
+    n_classes,
+    ignore_index,
+    sizes,
+    strides,
+    LIMIT: tl.constexpr,
+    STEPS: tl.constexpr,
+    QUALITY_STEPS: tl.constexpr,
+    N_DIMS: tl.constexpr,
+    CLASS_DIM: tl.constexpr,
+    LINEAR: tl.constexpr,
+    ROW_WEIGHT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    coords = coordinates(start, offs, sizes, N_DIMS)
+    x, y, positive, keep, _ = load_logits(
+        start,
+        offs,
+        n,
+        pointers,
+        n_classes,
+        ignore_index,
+        coords,
+        strides,
+        N_DIMS,
+        CLASS_DIM,
+        LINEAR,
+        ROW_WEIGHT,
+        MASKED,
+    )
+    keep = keep & (y >= 0)  # a dense target below 0 is ignored
+    half = LIMIT * STEPS
+    finite = x == x  # load_logits makes NaN of what is infinite
+    place = tl.minimum(tl.maximum(tl.where(finite, x, 0.0) * STEPS, -half), half)
+    column = tl.where(finite, _nearest(place) + half, 2 * half + 1)
+    tl.atomic_add(copy_ptr + column, 1, mask=keep & (positive == 0), sem="relaxed")
+    quality = tl.where(positive & keep, y, 0.0)
+    row = _nearest(tl.minimum(quality * QUALITY_STEPS, QUALITY_STEPS)) + 1
+    cell = row * (2 * half + 2) + column
+    one = tl.full(offs.shape, 1, tl.int64)
+    tl.atomic_add(count_ptr + cell, one, mask=keep & positive, sem="relaxed")
+
+
+@triton.jit
+def count_kernel(
+    # pointers
+    x_ptr,  # logits
+    dense_ptr,  # dense targets, or None
+    label_ptr,  # [rows] integers, or None
+    quality_ptr,  # [rows], or None
+    weight_ptr,  # [rows] or per logit, or None: a mask
+    copy_ptr,  # [copies, columns] int32, zeros: negatives
+    count_ptr,  # [quality steps + 2, columns] int64, zeros: positives from the second row on
+    # shapes
+    n,
+    n_classes,
+    copies,
+    size_1,
+    size_2,
+    size_3,
+    # strides
+    x_s0,
+    x_s1,
+    x_s2,
+    x_s3,
+    row_s0,
+    row_s1,
+    row_s2,
+    row_s3,
+    dense_s0,
+    dense_s1,
+    dense_s2,
+    dense_s3,
+    weight_s0,
+    weight_s1,
+    weight_s2,
+    weight_s3,
+    # scalars
+    ignore_index,
+    # constants
+    LIMIT: tl.constexpr,
+    STEPS: tl.constexpr,
+    QUALITY_STEPS: tl.constexpr,
+    N_DIMS: tl.constexpr,
+    CLASS_DIM: tl.constexpr,
+    LINEAR: tl.constexpr,
+    ROW_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """1-D grid; program i takes logits [i BLOCK, (i+1) BLOCK) in memory order."""
+    pid = tl.program_id(0).to(tl.int64)
+    start = pid * BLOCK
+    offs = tl.arange(0, BLOCK)
+    pointers = (x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, None)
+    sizes = (1, size_1, size_2, size_3)
+    strides = (
+        (x_s0, x_s1, x_s2, x_s3),
+        (row_s0, row_s1, row_s2, row_s3),
+        (dense_s0, dense_s1, dense_s2, dense_s3),
+        (weight_s0, weight_s1, weight_s2, weight_s3),
+    )
+    mine = copy_ptr + pid % copies * (2 * LIMIT * STEPS + 2)
+    if start + BLOCK <= n:
+        _count_tile(
+            start, offs, n, pointers, mine, count_ptr, n_classes, ignore_index, sizes, strides,
+            LIMIT, STEPS, QUALITY_STEPS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
+        )  # fmt: skip
+    else:
+        _count_tile(
+            start, offs, n, pointers, mine, count_ptr, n_classes, ignore_index, sizes, strides,
+            LIMIT, STEPS, QUALITY_STEPS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def sum_copies_kernel(
+    copy_ptr,  # [copies, columns] int32
+    count_ptr,  # [columns] int64
+    copies,
+    columns,
+    BLOCK: tl.constexpr,
+):
+    """1-D grid; program i sums columns [i BLOCK, (i+1) BLOCK) of all copies."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < columns
+    total = tl.zeros([BLOCK], tl.int64)
+    copy = tl.cast(0, tl.int64)
+    while copy < copies:
+        total += tl.load(copy_ptr + copy * columns + offs, mask=mask, other=0).to(tl.int64)
+        copy += 1
+    tl.store(count_ptr + offs, total, mask=mask)
+
+
+def launch_count(
+    x, dense, labels, quality, weight, ignore_index, limit, steps, quality_steps,
+    kernels=(count_kernel, sum_copies_kernel),
+):  # fmt: skip
+    """How often each cell of the grid occurs, int64 (quality steps + 2, 2 limit steps + 2).
+
+    Args:
+        x: logits (..., C), any strides.
+        dense: targets (..., C), any strides, or None.
+        labels, quality: contiguous (...), or None.
+        weight: contiguous (...), or (..., C) with any strides, or None: a mask.
+        limit, steps, quality_steps: the grid, see ``tritonloss/_grid.py``.
+        kernels: the wrapped kernels in an op body.
+    """
+    count, sum_copies = kernels
+    n, columns = x.numel(), 2 * limit * steps + 2
+    table = torch.zeros((quality_steps + 2, columns), dtype=torch.int64, device=x.device)
+    if n == 0:
+        return table
+    copies = min(max(n // LOGITS_PER_COPY, 1), COUNTING_COPIES)
+    negatives = torch.zeros((copies, columns), dtype=torch.int32, device=x.device)
+    logit_weight = weight if weight is not None and weight.dim() == x.dim() else None
+    walk = walk_over(x, labels, weight, None, [dense, logit_weight])
+    x_s, row_s, _, dense_s, weight_s = walk.layout.strides
+    count[(triton.cdiv(n, COUNTING.block),)](
+        x,
+        dense,
+        labels,
+        quality,
+        weight,
+        negatives,
+        table,
+        n,
+        x.shape[-1],
+        copies,
+        *walk.layout.sizes[1:],
+        *x_s,
+        *row_s,
+        *dense_s,
+        *weight_s,
+        ignore_index,
+        LIMIT=limit,
+        STEPS=steps,
+        QUALITY_STEPS=quality_steps,
+        N_DIMS=walk.layout.n_dims,
+        CLASS_DIM=walk.class_dim,
+        LINEAR=walk.linear,
+        ROW_WEIGHT=walk.row_weight,
+        BLOCK=COUNTING.block,
+        num_warps=COUNTING.num_warps,
+    )
+    # one column a thread: neighbours read neighbours
+    sum_copies[(triton.cdiv(columns, 128),)](
+        negatives, table, copies, columns, BLOCK=128, num_warps=4
+    )
+    return table
