@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ._index import coordinates
 from ._launch import COUNTING, COUNTING_COPIES, LOGITS_PER_COPY
-from .elementwise import load_logits, walk_over
+from .elementwise import judged, places, walk_over
 
 
 @triton.jit
@@ -44,31 +44,47 @@ def _count_tile(
     ROW_WEIGHT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
+    x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr = pointers
     coords = coordinates(start, offs, sizes, N_DIMS)
-    x, y, positive, keep, _ = load_logits(
-        start,
-        offs,
-        n,
-        pointers,
+    x_at, row, dense_at, weight_at, cls = places(
+        start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
+    )
+    inside = offs < n - start
+    # Loaded here, not in a function: see ``judged``.
+    if MASKED:
+        x = tl.load(x_ptr + x_at, inside, 0)
+        dense = tl.load(dense_ptr + dense_at, inside, 0) if dense_ptr is not None else offs
+        label = tl.load(label_ptr + row, inside, 0) if label_ptr is not None else offs
+        weight = tl.load(weight_ptr + weight_at, inside, 0) if weight_ptr is not None else offs
+    else:
+        x = tl.load(x_ptr + x_at)
+        dense = tl.load(dense_ptr + dense_at) if dense_ptr is not None else offs
+        label = tl.load(label_ptr + row) if label_ptr is not None else offs
+        weight = tl.load(weight_ptr + weight_at) if weight_ptr is not None else offs
+    x, y, positive, keep, _ = judged(
+        x,
+        dense,
+        label,
+        weight,
+        inside,
+        cls,
         n_classes,
         ignore_index,
-        coords,
-        strides,
-        N_DIMS,
-        CLASS_DIM,
-        LINEAR,
-        ROW_WEIGHT,
-        MASKED,
+        label_ptr is not None,
+        weight_ptr is not None,
     )
     keep = keep & (y >= 0)  # a dense target below 0 is ignored
     half = LIMIT * STEPS
-    finite = x == x  # load_logits makes NaN of what is infinite
+    finite = x == x  # judged makes NaN of what is infinite
     place = tl.minimum(tl.maximum(tl.where(finite, x, 0.0) * STEPS, -half), half)
     column = tl.where(finite, _nearest(place) + half, 2 * half + 1)
     tl.atomic_add(copy_ptr + column, 1, mask=keep & (positive == 0), sem="relaxed")
     quality = tl.where(positive & keep, y, 0.0)
-    row = _nearest(tl.minimum(quality * QUALITY_STEPS, QUALITY_STEPS)) + 1
-    cell = row * (2 * half + 2) + column
+    if quality_ptr is not None:
+        quality = tl.load(quality_ptr + row, mask=positive, other=0.0).to(tl.float32)
+    quality = tl.where(quality > 0, tl.minimum(quality, 1.0), 0.0)  # never out of bounds
+    quality_row = _nearest(quality * QUALITY_STEPS) + 1
+    cell = quality_row * (2 * half + 2) + column
     one = tl.full(offs.shape, 1, tl.int64)
     tl.atomic_add(count_ptr + cell, one, mask=keep & positive, sem="relaxed")
 
@@ -123,7 +139,7 @@ def count_kernel(
     pid = tl.program_id(0).to(tl.int64)
     start = pid * BLOCK
     offs = tl.arange(0, BLOCK)
-    pointers = (x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, None)
+    pointers = (x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr)
     sizes = (1, size_1, size_2, size_3)
     strides = (
         (x_s0, x_s1, x_s2, x_s3),

@@ -31,6 +31,77 @@ POWER = {"focal": 2, "quality": 0, "varifocal": 1}
 
 
 @triton.jit
+def places(
+    start,
+    offs,
+    coords,
+    strides,  # of x, rows, dense target, weight
+    N_DIMS: tl.constexpr,
+    CLASS_DIM: tl.constexpr,
+    LINEAR: tl.constexpr,
+    ROW_WEIGHT: tl.constexpr,
+):
+    """Where a tile of logits lies: offsets of x, rows, dense targets and weights; its classes."""
+    x_strides, row_strides, dense_strides, weight_strides = strides
+    row = offset_of(coords, row_strides, N_DIMS)
+    if CLASS_DIM < 0:
+        cls = tl.zeros(offs.shape, tl.int64)
+    else:
+        cls = coords[CLASS_DIM]
+    if LINEAR:
+        x = start + offs
+        dense = x
+        weight = x
+    else:
+        x = offset_of(coords, x_strides, N_DIMS)
+        dense = offset_of(coords, dense_strides, N_DIMS)
+        weight = offset_of(coords, weight_strides, N_DIMS)
+    if ROW_WEIGHT:
+        weight = row
+    return x, row, dense, weight, cls
+
+
+@triton.jit
+def judged(
+    x,
+    dense,
+    label,
+    weight,
+    inside,
+    cls,
+    n_classes,
+    ignore_index,
+    HAS_LABEL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):
+    """What the loaded values mean: ``(x, y, positive, keep, scale)``, y without box qualities.
+
+    ``keep`` is False beyond the end, for ignored rows and for weights of 0; there x, y and scale
+    are 0, and nothing that was stored there, NaN included, reaches the result.
+
+    A function without pointers, like ``places``: where a value that came out of a function decides
+    what a kernel writes to, torch.compile takes all pointers that went in for written, and copies
+    what they point to. Such a kernel loads in its own body.
+    """
+    keep = inside
+    scale = tl.full(inside.shape, 1.0, tl.float32)
+    if HAS_WEIGHT:
+        scale = weight.to(tl.float32)
+        keep = keep & (scale > 0)
+    if HAS_LABEL:
+        label = label.to(tl.int64)
+        keep = keep & (label >= 0) & (label <= n_classes) & (label != ignore_index)
+        positive = keep & (label == cls)
+        y = tl.where(positive, 1.0, 0.0)
+    else:
+        y = tl.where(keep, dense.to(tl.float32), 0.0)
+        positive = y > 0
+    x = tl.where(keep, x.to(tl.float32), 0.0)
+    x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
+    return x, y, positive, keep, tl.where(keep, scale, 0.0)
+
+
+@triton.jit
 def load_logits(
     start,
     offs,
@@ -46,59 +117,40 @@ def load_logits(
     ROW_WEIGHT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """A tile of logits with their targets: ``(x, y, positive, keep, scale)``.
-
-    ``keep`` is False beyond the end, for ignored rows and for weights of 0; there x, y and scale
-    are 0, and nothing that was stored there, NaN included, reaches the result.
-    """
+    """A tile of logits with their targets: ``(x, y, positive, keep, scale)``, see ``judged``."""
     x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, class_weight_ptr = pointers
-    x_strides, row_strides, dense_strides, weight_strides = strides
     inside = offs < n - start
-    linear = start + offs
-    row = offset_of(coords, row_strides, N_DIMS)
-    if CLASS_DIM < 0:
-        cls = tl.zeros(offs.shape, tl.int64)
-    else:
-        cls = coords[CLASS_DIM]
-
-    if LINEAR:
-        x = load_or_zero(x_ptr + linear, MASKED, inside)
-    else:
-        x = load_or_zero(x_ptr + offset_of(coords, x_strides, N_DIMS), MASKED, inside)
-    x = x.to(tl.float32)
-
-    keep = inside
-    scale = tl.full(offs.shape, 1.0, tl.float32)
+    x_at, row, dense_at, weight_at, cls = places(
+        start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
+    )
+    x = load_or_zero(x_ptr + x_at, MASKED, inside)
+    dense = offs
+    label = offs
+    weight = offs
     if weight_ptr is not None:
-        if ROW_WEIGHT:
-            weight = load_or_zero(weight_ptr + row, MASKED, inside)
-        elif LINEAR:
-            weight = load_or_zero(weight_ptr + linear, MASKED, inside)
-        else:
-            weight_offs = offset_of(coords, weight_strides, N_DIMS)
-            weight = load_or_zero(weight_ptr + weight_offs, MASKED, inside)
-        scale = weight.to(tl.float32)
-        keep = keep & (scale > 0)
+        weight = load_or_zero(weight_ptr + weight_at, MASKED, inside)
     if label_ptr is not None:
-        label = load_or_zero(label_ptr + row, MASKED, inside).to(tl.int64)
-        keep = keep & (label >= 0) & (label <= n_classes) & (label != ignore_index)
-        positive = keep & (label == cls)
-        if quality_ptr is not None:
-            y = tl.load(quality_ptr + row, mask=positive, other=0.0).to(tl.float32)
-        else:
-            y = tl.where(positive, 1.0, 0.0)
+        label = load_or_zero(label_ptr + row, MASKED, inside)
     else:
-        if LINEAR:
-            y = load_or_zero(dense_ptr + linear, MASKED, inside)
-        else:
-            y = load_or_zero(dense_ptr + offset_of(coords, dense_strides, N_DIMS), MASKED, inside)
-        y = tl.where(keep, y.to(tl.float32), 0.0)
-        positive = y > 0
+        dense = load_or_zero(dense_ptr + dense_at, MASKED, inside)
+    x, y, positive, keep, scale = judged(
+        x,
+        dense,
+        label,
+        weight,
+        inside,
+        cls,
+        n_classes,
+        ignore_index,
+        label_ptr is not None,
+        weight_ptr is not None,
+    )
+    if quality_ptr is not None:
+        y = tl.load(quality_ptr + row, mask=positive, other=0.0).to(tl.float32)
     if class_weight_ptr is not None:
         scale *= load_or_zero(class_weight_ptr + cls, MASKED, inside).to(tl.float32)
-    x = tl.where(keep, x, 0.0)
-    x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
-    return x, y, positive, keep, tl.where(keep, scale, 0.0)
+        scale = tl.where(keep, scale, 0.0)
+    return x, y, positive, keep, scale
 
 
 @triton.jit

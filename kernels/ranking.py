@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ._launch import PAIRS, RANKING, scalar_args
 from ._layout import contiguous_strides, merged_dims, same_memory_order
-from .elementwise import coordinates, load_logits, load_or_zero, offset_of
+from .elementwise import coordinates, judged, offset_of, places
 
 MAX_COPIES = tl.constexpr(64)
 # Programs of a grid that loops: about eight to a multiprocessor of a large GPU.
@@ -342,29 +342,6 @@ def segment_of(x, active, group, knot_ptr, list_ptr, num_groups, n_pos, HAS_GROU
 
 
 @triton.jit
-def negative_tile(
-    start, offs, n, pointers, group_ptr, n_classes, num_groups, ignore_index, coords, strides,
-    group_strides,
-    N_DIMS: tl.constexpr, CLASS_DIM: tl.constexpr, LINEAR: tl.constexpr, ROW_WEIGHT: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """``(x, group, negative)`` of a tile."""
-    x, y, positive, keep, _ = load_logits(
-        start, offs, n, pointers, n_classes, ignore_index, coords, strides,
-        N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, MASKED,
-    )  # fmt: skip
-    negative = keep & (y == 0.0) & ~positive
-    group = tl.zeros(offs.shape, tl.int32)
-    if group_ptr is not None:
-        group = load_or_zero(
-            group_ptr + offset_of(coords, group_strides, N_DIMS), MASKED, offs < n - start
-        ).to(tl.int64)
-        negative = negative & (group >= 0) & (group < num_groups)
-        group = tl.where(negative, group, 0).to(tl.int32)
-    return x, group, negative
-
-
-@triton.jit
 def negatives_kernel(
     # pointers
     x_ptr,  # logits
@@ -433,7 +410,6 @@ def negatives_kernel(
     _, per_unit = load_delta(delta_ptr, delta)
     n_pos = count_positives(counter_ptr, capacity)
     offs = tl.arange(0, BLOCK)
-    pointers = (x_ptr, dense_ptr, label_ptr, None, weight_ptr, None)
     sizes = (1, size_1, size_2, size_3)
     strides = (
         (x_s0, x_s1, x_s2, x_s3),
@@ -451,16 +427,40 @@ def negatives_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     while start < n:
         coords = coordinates(start, offs, sizes, N_DIMS)
+        x_at, row, dense_at, weight_at, cls = places(
+            start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
+        )
+        group_at = offset_of(coords, group_strides, N_DIMS)
+        inside = offs < n - start
+        # Loaded here, not in a function: see ``judged``. Unmasked loads are 16 bytes wide.
         if start + BLOCK <= n:
-            x, group, negative = negative_tile(
-                start, offs, n, pointers, group_ptr, n_classes, num_groups, ignore_index, coords,
-                strides, group_strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
-            )  # fmt: skip
+            x = tl.load(x_ptr + x_at)
+            dense = tl.load(dense_ptr + dense_at) if dense_ptr is not None else offs
+            label = tl.load(label_ptr + row) if label_ptr is not None else offs
+            weight = tl.load(weight_ptr + weight_at) if weight_ptr is not None else offs
+            group = tl.load(group_ptr + group_at) if group_ptr is not None else offs
         else:
-            x, group, negative = negative_tile(
-                start, offs, n, pointers, group_ptr, n_classes, num_groups, ignore_index, coords,
-                strides, group_strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
-            )  # fmt: skip
+            x = tl.load(x_ptr + x_at, inside, 0)
+            dense = tl.load(dense_ptr + dense_at, inside, 0) if dense_ptr is not None else offs
+            label = tl.load(label_ptr + row, inside, 0) if label_ptr is not None else offs
+            weight = tl.load(weight_ptr + weight_at, inside, 0) if weight_ptr is not None else offs
+            group = tl.load(group_ptr + group_at, inside, 0) if group_ptr is not None else offs
+        x, y, positive, keep, _scale = judged(
+            x,
+            dense,
+            label,
+            weight,
+            inside,
+            cls,
+            n_classes,
+            ignore_index,
+            label_ptr is not None,
+            weight_ptr is not None,
+        )
+        negative = keep & (y == 0.0) & ~positive
+        if group_ptr is not None:
+            negative = negative & (group >= 0) & (group < num_groups)
+            group = tl.where(negative, group, 0).to(tl.int32)
         knot, found = segment_of(
             x, negative, group, knot_ptr, list_ptr, num_groups, n_pos, group_ptr is not None
         )

@@ -42,7 +42,7 @@ def pointwise(
     classes: int = CLASSES,
     **kwargs,
 ) -> Callable:
-    """A call of a pointwise loss; its result is differentiated."""
+    """A call of a pointwise loss; its result is differentiated, if it can be."""
 
     def call():
         x = logits(ROWS, classes, dtype, layout)
@@ -91,6 +91,12 @@ def ranking(loss: Callable, form: str = "labels", dtype: str = "float32", layout
         return loss(x, labels, **kwargs)
 
     return call
+
+
+def diagnosed(x, targets, **options) -> torch.Tensor:
+    diagnosis = tl.Diagnosis()
+    diagnosis.update(x, targets, **options)
+    return diagnosis.counts
 
 
 def regression(loss: Callable) -> Callable:
@@ -156,6 +162,10 @@ EXAMPLES: dict[str, Callable] = {
     "ap": ranking(tl.ap_loss),
     "ap dense": ranking(tl.ap_loss, "dense"),
     "alrp": ranking(tl.alrp_loss),
+    "diagnose": pointwise(diagnosed, "quality"),
+    "diagnose dense bf16": pointwise(diagnosed, "dense", "bfloat16"),
+    "diagnose nchw": pointwise(diagnosed, layout="nchw"),
+    "diagnose row weight": pointwise(diagnosed, weight="row"),
 }
 
 # Compiled in a quick check: every kernel once, the pointwise one at its widest.
@@ -169,6 +179,7 @@ QUICK = [
     "ciou",
     "ghm_c",
     "rank_sort",
+    "diagnose",
 ]
 
 
@@ -199,6 +210,7 @@ STREAMS: dict[str, Callable] = {
     "pointwise_kernel": _pointwise_streams,
     "negatives_kernel": _negatives_streams,
     "region_sums_kernel": _region_streams,
+    "count_kernel": _region_streams,
     "box_forward_kernel": _box_streams,
     "box_backward_kernel": _box_streams,
 }
@@ -223,5 +235,6 @@ def wide_accesses(launch: Launch, warp_size: int) -> tuple[int, int]:
 def launches_of(example: str) -> list[Launch]:
     with recorded_launches() as launches:
         loss = EXAMPLES[example]()
-        loss.backward(torch.empty_like(loss))
+        if loss.requires_grad:
+            loss.backward(torch.empty_like(loss))
     return launches

@@ -15,6 +15,7 @@ from cases import CASES, case, generator, points
 
 import tritonloss as tl
 from tritonloss import _dispatch, _op
+from tritonloss import _grid as grid
 from tritonloss._dispatch import HAS_TRITON, INTERPRET
 
 if not HAS_TRITON or INTERPRET:
@@ -205,6 +206,48 @@ def test_scheduled_tensors_compile_once(call, cuda_compile):
     assert count_graphs(call, cuda_compile, values) == 1
 
 
+def diagnosed(x, labels, diagnosis=tl.Diagnosis()):  # noqa: B008 (one that outlives the call)
+    """A diagnosis beside the loss that it watches."""
+    if diagnosis.counts is None:
+        diagnosis.counts = torch.zeros(grid.ROWS, grid.COLUMNS, dtype=torch.int64)
+    diagnosis.update(x, labels)
+    return tl.sigmoid_focal_loss(x, labels)
+
+
+RANKING = [
+    "compact_kernel", "order_kernel", "pairs_kernel", "negatives_kernel", "collect_kernel",
+    "settle_kernel", "spread_kernel", "tabulate_kernel", "finish_kernel",
+]  # fmt: skip
+# Loss of (x, labels, quality) -> kernels of its forward
+WHOLE_BATCH = {
+    "rank_sort": (lambda x, l, q: sum(tl.rank_sort_loss(x, (l, q))), RANKING),
+    "ap": (lambda x, l, q: tl.ap_loss(x, l), RANKING),
+    "alrp": (lambda x, l, q: sum(tl.alrp_loss(x, l, q)), [*RANKING, "scatter_kernel"]),
+    "ghm_c": (
+        lambda x, l, q: tl.ghm_c_loss(x, l),
+        ["region_sums_kernel", "region_totals_kernel", "harmonise_kernel"],
+    ),
+    "diagnosis": (
+        lambda x, l, q: diagnosed(x, l),
+        ["count_kernel", "sum_copies_kernel", "pointwise_kernel", "finish_kernel"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_BATCH)
+def test_losses_of_the_whole_batch_copy_nothing(name, cuda_compile):
+    """A kernel that torch.compile believes to write to its inputs gets a copy of them."""
+    loss, kernels = WHOLE_BATCH[name]
+    rows = 640
+    x = torch.randn(rows, 80, requires_grad=True)
+    labels, quality = torch.full((rows,), 80), torch.rand(rows)
+    compiled(lambda x: loss(x, labels, quality), cuda_compile)(x).backward()
+    forward, _ = cuda_compile
+    assert kernels_of(forward) == kernels
+    for graph in cuda_compile:
+        assert not large_copies(graph, rows), graph.code
+
+
 def registered_ops() -> list[str]:
     schemas = torch._C._jit_get_all_schemas()
     prefix = f"{_op.NAMESPACE}::"
@@ -220,7 +263,8 @@ def test_compile_cache_sees_the_kernels(name):
     assert kernels, f"{name}: write wrap_triton(kernel) with the kernel's own name in the op's body"
     names = {k.fn.__name__ for k in kernels}
     backward = name.endswith("_backward") or "expectation" in name
-    assert backward or names & {"finish_kernel", "harmonise_kernel"}, "the last kernel is missing"
+    last = {"finish_kernel", "harmonise_kernel", "sum_copies_kernel"}
+    assert backward or names & last, "the last kernel is missing"
 
 
 @pytest.mark.parametrize("loss", CASES, ids=lambda c: c.name)

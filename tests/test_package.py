@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -136,3 +136,7 @@ def test_wheel_in_a_clean_environment(tmp_path):
         "tritonloss.FocalLoss()(x, torch.tensor([0, 3, 1, 3])).backward()"
     )
     subprocess.run([python, "-c", code], cwd=tmp_path, check=True)
+    if importlib.util.find_spec("matplotlib") and importlib.util.find_spec("jinja2"):
+        command = [python, "-m", "tritonloss.diagnose", "--out", "page"]
+        subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+        assert (tmp_path / "page" / "index.html").exists()

@@ -81,6 +81,19 @@ def test_eager_ghm_reads_nothing(target_form, unchecked):
         )
 
 
+@pytest.mark.skipif(INTERPRET, reason="interpreted kernels read values")
+@pytest.mark.parametrize("weight", [None, "row", "logit"])
+@pytest.mark.parametrize("target_form", ["labels", "quality", "dense"])
+def test_eager_diagnosis_reads_nothing(target_form, weight, unchecked):
+    labels, x = torch.randint(0, 6, (64,)), torch.randn(64, 5)
+    targets = {"labels": labels, "quality": (labels, torch.rand(64)), "dense": torch.rand(64, 5)}
+    weights = {None: None, "row": torch.rand(64), "logit": torch.rand(64, 5)}
+    diagnosis = tl.Diagnosis()
+    with tl.backend("eager"), NoReads():
+        for _ in range(2):
+            diagnosis.update(x, targets[target_form], weight=weights[weight])
+
+
 def _examples():
     if not HAS_TRITON or INTERPRET:
         return []
@@ -116,3 +129,14 @@ def test_new_tensors_lie_on_the_device_of_the_logits(loss, dtype):
         with torch.device("meta"):
             found = workloads.value_and_gradient(call)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [50, 5000])
+def test_counts_lie_on_the_device_of_the_logits(rows):
+    x, labels = torch.randn(rows, 40), torch.randint(0, 60, (rows,)).clamp(max=40)
+    expected, found = tl.Diagnosis(), tl.Diagnosis()
+    with tl.backend("eager"):
+        expected.update(x, labels)
+        with torch.device("meta"):
+            found.update(x, labels)
+    assert torch.equal(found.counts, expected.counts)

@@ -27,8 +27,9 @@ def column_of(x: Tensor, finite: bool = False) -> Tensor:
 
 
 def row_of(y: Tensor) -> Tensor:
-    """Row of a positive of this quality."""
-    return y.float().mul(QUALITY_STEPS).clamp_(0, QUALITY_STEPS).round_().add_(1).int()
+    """Row of a positive of this quality; never out of bounds, whatever it is."""
+    y = torch.where(y > 0, y, 0).float()
+    return y.mul(QUALITY_STEPS).clamp_(0, QUALITY_STEPS).round_().add_(1).int()
 
 
 def counts(x: Tensor, targets: Targets, weight: Tensor | None, ignore_index: int) -> Tensor:
