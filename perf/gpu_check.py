@@ -171,6 +171,40 @@ def determinism(device: str, out: Path) -> None:
             )
 
 
+def diagnosis(device: str, out: Path) -> None:
+    """Counting waits for nothing, is captured in a CUDA graph, and costs a part of a loss."""
+    import torch
+
+    import tritonloss as tl
+
+    from . import bench_diagnose, workloads
+
+    rows = 60 if device == "cpu" else 100_000
+    for dtype, form in (("float32", "labels"), ("bfloat16", "dense")):
+        with workloads.kernels_or_eager(device):
+            x, targets = bench_diagnose.inputs(rows, dtype, form, device)
+            bench_diagnose.check(x, targets)
+            print("equal:", dtype, form)
+            if device == "cpu":
+                continue
+            found = tl.Diagnosis()
+            found.update(x, targets)
+            once = found.counts.clone()
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                found.update(x, targets)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found.update(x, targets)
+            graph.replay()
+            expect_same(f"replayed, {dtype} {form}", (3 * once, once), (found.counts, once))
+    if device != "cpu":
+        bench_diagnose.main(["--device", device, "--out", str(out / "diagnose.csv")])
+
+
 def large(device: str, out: Path) -> None:
     """More than 2^31 logits: offsets do not overflow."""
     need_gpu(device)
@@ -284,6 +318,7 @@ STEPS: dict[str, tuple[Callable, int]] = {
     "cuda_graphs": (cuda_graphs, 60),
     "compiled": (compiled, 180),
     "determinism": (determinism, 60),
+    "diagnosis": (diagnosis, 60),
     "large": (large, 60),
     "sanitizer": (sanitizer, 120),
     "sweep": (sweep, 120),
