@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python examples/train_detector.py --data trees --loss gfl --out runs/demo
+	$(BIN)/python examples/train_detector.py --data trees --loss gfl --diagnose --out runs/demo
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

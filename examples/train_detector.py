@@ -32,10 +32,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import tritonloss
+from tritonloss.diagnose import Report
 
 STEPS = {"trees": 600, "digits": 500, "coco": 1000}
 # A resumed run may change these; everything else must be as it was.
-FREE = {"steps", "stop_after", "out", "device", "backend", "compile", "threads", "resume"}
+FREE = {
+    "steps", "stop_after", "out", "device", "backend", "compile", "threads", "resume", "diagnose",
+}  # fmt: skip
+DIAGNOSED = 100  # last steps that --diagnose counts
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Config:
     loss: str = "gfl"
     box_loss: str | None = None
     pisa: bool = False
+    diagnose: bool = False
     device: str = "cpu"
     backend: str = "auto"
     compile: bool = False
@@ -72,6 +77,7 @@ class Result:
     parameters: int = 0
     train_seconds: float = 0.0
     model: torch.nn.Module | None = None
+    report: Report | None = None
 
 
 def load_data(config: Config) -> data.Dataset:
@@ -180,8 +186,10 @@ def train(config: Config) -> Result:
             share = (x.tensor_split(processes)[rank] for x in dataset.batch(rng, config.batch))
             images, gt_boxes, gt_labels = (x.to(device) for x in share)
             targets = assign(points, strides, gt_boxes, gt_labels, len(dataset.classes), every)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = learning_rate(step, config)
+            if config.diagnose and step == max(first, last - DIAGNOSED):
+                criterion.diagnosis = tritonloss.Diagnosis()
             logits, outputs = predict(images.contiguous(memory_format=torch.channels_last))
             total, losses = compute(logits, outputs, points, strides, targets)
             optimizer.zero_grad(set_to_none=True)
@@ -205,6 +213,8 @@ def train(config: Config) -> Result:
                 if config.out is not None and ((step + 1) % 100 == 0 or step + 1 == last):
                     save_checkpoint(config, model, criterion, optimizer, result)
     result.train_seconds = time.perf_counter() - began
+    if config.diagnose and last > first:
+        result.report = criterion.diagnosis.read(process_group=group)
     result.model = model
     if last == config.steps and rank == 0:
         found = evaluate.run(model, dataset.test, device)
@@ -277,6 +287,9 @@ def write_results(config: Config, dataset: data.Dataset, found, result: Result) 
     title = f"{dataset.name}, loss {config.loss}: " + ", ".join(
         f"{name} {result.ap[name]:.2f}" for name in ("AP40", "AP50")
     )
+    if result.report:
+        seen = f"{title}, the last {min(DIAGNOSED, len(result.losses))} training steps"
+        result.report.write(out / "diagnosis", seen)
     pictures.draw_training(out / "training.png", result.losses, title)
     pictures.draw_detections(
         out / "detections.png", dataset.test, found, dataset.classes, result.ap["score"], title
@@ -311,6 +324,11 @@ def parse_arguments(arguments: list[str] | None) -> Config:
     add("--loss", choices=LOSSES, help="see below; default: gfl")
     add("--box-loss", choices=BOX_LOSSES, help="default: the one that belongs to --loss")
     add("--pisa", action="store_true", help="prime sample attention: best boxes count most")
+    add(
+        "--diagnose",
+        action="store_true",
+        help=f"a page on the logits of the last {DIAGNOSED} steps",
+    )
     add("--device", help="cpu (default), cuda, cuda:1, ...")
     add("--backend", choices=("auto", "triton", "eager"), help="of the losses; default: auto")
     add("--compile", action="store_true", help="torch.compile the losses into one graph")
@@ -367,6 +385,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     print(f"{speed}\nAP40 {result.ap['AP40']:.3f}  AP50 {result.ap['AP50']:.3f}")
     print(f"pictures, metrics and checkpoint: {config.out}")
+    if result.report:
+        print(f"{result.report}\nas a page: {config.out}/diagnosis/index.html")
     return 0
 
 

@@ -9,11 +9,12 @@ import csv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "perf" / "results"
 BEGIN, END = "<!-- figures: python -m perf.readme -->", "<!-- end of figures -->"
 
 
 def read(name: str) -> list[dict[str, str]]:
-    with (ROOT / "perf/results" / f"{name}.csv").open(newline="") as file:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -142,11 +143,74 @@ def budgets() -> str:
     )
 
 
+def diagnosing() -> str:
+    """An update of a diagnosis over a focal loss, whatever was measured."""
+    found = [r for path in sorted(RESULTS.glob("diagnose_*.csv")) for r in read(path.stem)]
+    updates = [r for r in found if r["what"].startswith("diagnosis")]
+    parts = [
+        f"{r['times_focal']} ({r['targets']}, {r['dtype']}, {r['device'].split(',')[0]})"
+        for r in updates
+    ]
+    return (
+        "One update of a diagnosis takes this part of one focal loss, forward and backward: "
+        f"{', '.join(parts)} (`python -m perf.bench_diagnose`)."
+    )
+
+
+def swept(name: str) -> str:
+    """Time of every loss and provider in a sweep, and its multiple of the copy."""
+    cells: dict[str, dict[tuple, dict[str, dict]]] = {}
+    usual = {"status": "ok", "mode": "both", "dtype": "float32", "inputs": "random",
+             "layout": "contiguous"}  # fmt: skip
+    for r in read(name):
+        if all(r[k] == v for k, v in usual.items()) and r["classes"] in ("80", "17", "4"):
+            point = (int(r["rows"]), int(r["classes"]), int(r["positives"]))
+            cells.setdefault(r["loss"], {}).setdefault(point, {})[r["provider"]] = r
+    providers = [
+        p
+        for p in ("triton", "eager", "compiled", "published")
+        if any(p in found for points in cells.values() for found in points.values())
+    ]
+    rows = []
+    for loss, points in cells.items():
+        # the largest point that most providers have
+        point = max(points, key=lambda p: (len(points[p]), p))
+        found = points[point]
+        first = next(iter(found.values()))
+        times = (
+            f"{float(found[p]['ms']):.3g} ({float(found[p]['x_floor']):.3g})" if p in found else ""
+            for p in providers
+        )
+        rows.append((loss, f"{point[0]:.0e} x {point[1]}", point[2], *times))
+    return (
+        f"Forward + backward in ms, in brackets as a multiple of the time of reading the logits "
+        f"twice and writing them once at copy speed ({float(first['copy_gbps']):.0f} GB/s); "
+        f"float32, random logits. {first['device']}, torch {first['torch']}, commit "
+        f"{first['commit']} (`python -m perf.sweep`). *Published* is the formula in plain torch, "
+        "or the loop over bins or positives.\n\n"
+    ) + table(("loss", "anchors x columns", "positives", *providers), *rows)
+
+
+def on_gpus() -> str:
+    """The sweeps of GPUs, or that there is none yet."""
+    names = [p.stem for p in sorted(RESULTS.glob("sweep_*.csv")) if p.stem != "sweep_cpu"]
+    if names:
+        return "\n\n".join(swept(name) for name in names)
+    return (
+        "Not yet measured: anything on a GPU. The kernels are checked in Triton's interpreter "
+        "against the float64 formulas, and compiled for sm_80, sm_90, sm_100 and gfx942 without a "
+        "device (`python -m perf.budget`: at most four spilled accesses, no float64 arithmetic per "
+        "logit, 16-byte loads). That proves what they compute, not how fast."
+    )
+
+
 CPU = "On a CPU, float32, one thread:"
 FILES = {
-    "README.md": lambda: [CPU, pointwise(), in_short(), detectors()],
-    "docs/benchmarks.md": lambda: [CPU, ranking(), harmonising(), budgets()],
-}
+    "README.md": lambda: [CPU, pointwise(), in_short(), diagnosing(), on_gpus(), detectors()],
+    "docs/benchmarks.md": lambda: [
+        CPU, ranking(), harmonising(), diagnosing(), swept("sweep_cpu"), on_gpus(), budgets()
+    ],
+}  # fmt: skip
 
 
 def main() -> None:

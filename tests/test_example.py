@@ -80,12 +80,27 @@ def test_coco_run_writes_what_it_promises(coco, tmp_path):
     path, _ = coco
     out = tmp_path / "out"
     arguments = ["--coco", path, "--images", path.parent, "--out", out, "--steps", 3, "--batch", 2]
-    assert train_detector.main([str(a) for a in [*arguments, "--channels", 16]]) == 0
+    arguments += ["--channels", 16, "--diagnose"]
+    assert train_detector.main([str(a) for a in arguments]) == 0
+    # cells of boxes that a crop cuts off are ignored
+    assert 0.95 < diagnosed_logits(out) / (3 * 2 * logits_of_a_crop(path)) <= 1
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["losses"]) == 3
     assert {"AP40", "AP50"} <= set(metrics["AP"])
     for picture in ("detections.png", "training.png"):
         assert min(Image.open(out / picture).size) > 200
+
+
+def logits_of_a_crop(path) -> int:
+    """Of the two categories of the images above."""
+    dataset = data.coco(str(path), str(path.parent), None, 0)
+    return 2 * len(model.cells(dataset.crop, dataset.crop)[0])
+
+
+def diagnosed_logits(out) -> int:
+    assert (out / "diagnosis" / "index.html").exists()
+    summary = json.loads((out / "diagnosis" / "report.json").read_text())["summary"]
+    return summary["positives"] + summary["negatives"]
 
 
 def test_crowd_regions_teach_nothing(coco, tmp_path):
@@ -343,7 +358,7 @@ def test_two_processes_train_and_report_once(coco, tmp_path, loss):
     path, _ = coco
     out = tmp_path / "run"
     arguments = ["--coco", path, "--images", path.parent, "--out", out, "--steps", 4, "--batch", 3,
-                 "--channels", 16, "--loss", loss, "--threads", 1]  # fmt: skip
+                 "--channels", 16, "--loss", loss, "--threads", 1, "--diagnose"]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
                ROOT / "examples" / "train_detector.py", *arguments]  # fmt: skip
     done = subprocess.run(
@@ -358,6 +373,7 @@ def test_two_processes_train_and_report_once(coco, tmp_path, loss):
     assert done.stdout.count("AP50") == 1
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["losses"]) == 4 and {"AP40", "AP50"} <= set(metrics["AP"])
+    assert 0.95 < diagnosed_logits(out) / (4 * 3 * logits_of_a_crop(path)) <= 1  # of both
     assert (out / "checkpoint.pt").exists()
     assert train_detector.main(["--resume", str(out / "checkpoint.pt"), "--steps", "6"]) == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,52 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert len({tuple(r[k] for k in sweep.KEY) for r in rows}) == len(rows) == 18
     assert [r["status"] for r in rows].count("crashed") == 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_quick_sweep_is_a_part_of_the_whole(loss, device):
+    def measured(quick):
+        return {
+            (point, provider)
+            for point in sweep.points(loss, quick, device)
+            for provider in sweep.providers_of(point, quick, device)
+        }
+
+    quick, whole = measured(True), measured(False)
+    assert quick < whole
+    assert {p for _, p in quick} == {p for _, p in whole}
+
+
+def test_a_worker_that_dies_is_started_again(tmp_path, monkeypatch):
+    path = tmp_path / "sweep.csv"
+    started = []
+
+    def run(command):
+        started.append(command)
+        if len(started) > 1:
+            return SimpleNamespace(returncode=0)
+        point = ["focal", "eager", *map(str, POINT)]
+        path.with_suffix(".running").write_text(json.dumps(point))
+        return SimpleNamespace(returncode=-9)
+
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run))
+    assert sweep.main(["--out", str(path), "--device", "cpu", "--loss", "focal"]) == 0
+    assert len(started) == 2 and "--worker" in started[0]
+    with path.open() as file:
+        assert [(r["mode"], r["status"]) for r in csv.DictReader(file)] == [
+            (mode, "crashed") for mode in sweep.MODES
+        ]
+
+
+@pytest.mark.parametrize(("provider", "code"), [("triton", 1), ("published", 0)])
+def test_our_own_wrong_figures_fail_a_sweep(provider, code, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "sweep.csv"
+    sweep.Sweep(path, "cpu").write(("focal", provider, "both", *map(str, POINT)), "WRONG")
+    done = SimpleNamespace(run=lambda command: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(sweep, "subprocess", done)
+    assert sweep.main(["--out", str(path), "--device", "cpu"]) == code
+    assert f"WRONG: focal, {provider}, both" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("provider", ["eager", "compiled"])

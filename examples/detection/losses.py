@@ -194,6 +194,7 @@ class Criterion(nn.Module):
         if self.box_name == "ghm_r":
             self.sides = tritonloss.GHMRLoss(momentum=0.7, bias_correction=True, **shared)
         self.balance = recipe.balance
+        self.diagnosis: tritonloss.Diagnosis | None = None  # counts the logits of each step
         self.pisa = pisa
         self.bins = bins if recipe.dfl else 0
 
@@ -214,6 +215,8 @@ class Criterion(nn.Module):
             overlap = (overlap * weight).clamp(0, 1)
         predicted = Predicted(*(self._spread(x, targets) for x in (overlap, error)))
 
+        if self.diagnosis is not None:
+            self.diagnosis.update(logits, (targets.labels, predicted.quality))
         weighted = {}
         if self.pisa:
             prime = self._prime_weight(logits, targets, predicted)
