@@ -26,66 +26,59 @@ def grid(losses, title: str):
     columns = min(len(losses), 4)
     rows = -(-len(losses) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.6 * columns, 3 * rows + 0.6), squeeze=False, sharex=True
-    )
+        rows, columns, figsize=(3.6 * columns, 3 * rows + 0.8), squeeze=False, sharex=True,
+        layout="constrained",
+    )  # fmt: skip
     figure.suptitle(title, fontsize=10)
     for axis in axes.flat[len(losses) :]:
         axis.set_visible(False)
     return figure, dict(zip(losses, axes.flat, strict=False))
 
 
-def curves(frame: pd.DataFrame, x: str, label: str, title: str, floor: bool):
-    """Time against one axis, log-log, one panel per loss."""
+def curves(frame: pd.DataFrame, x: str, label: str, title: str, floor=False, y="ms"):
+    """Time, or another column, against one axis, log-log, one panel per loss."""
     figure, panels = grid(list(frame["loss"].unique()), title)
     for loss, axis in panels.items():
         part = frame[frame["loss"] == loss]
         for provider, color in COLORS.items():
             line = part[part["provider"] == provider].sort_values(x)
             if len(line):
-                axis.plot(line[x], line["ms"], "o-", ms=3, color=color, label=provider)
-                axis.fill_between(line[x], line["ms_p20"], line["ms_p80"], color=color, alpha=0.2)
+                axis.plot(line[x], line[y], "o-", ms=3, color=color, label=provider)
+                if y == "ms":
+                    band = line["ms_p20"], line["ms_p80"]
+                    axis.fill_between(line[x], *band, color=color, alpha=0.2)
         if floor:
             line = part.drop_duplicates(x).sort_values(x)
             axis.plot(line[x], line["floor_ms"], "k--", lw=1, label="floor: 3 n b at copy speed")
-        axis.set(xscale="log", yscale="log", title=loss, xlabel=label, ylabel="ms")
+        axis.set(xscale="log", yscale="log", title=loss, xlabel=label)
+        axis.set_ylabel({"ms": "ms", "peak_mb": "peak MB"}[y])
         axis.xaxis.set_tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
     handles = {}
     for axis in panels.values():
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles))
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return figure
 
 
 def speedups(frame: pd.DataFrame, title: str):
-    """Time of each provider at the largest point, as a multiple of the floor."""
-    largest = frame.loc[frame.groupby(["loss", "provider"])["bytes"].idxmax()]
+    """Time of each provider at the largest point that all have, as a multiple of the floor."""
+    point = ["loss", "rows", "positives"]
+    measured = frame.groupby(point)["provider"].transform("nunique")
+    frame = frame[measured == measured.groupby(frame["loss"]).transform("max")]
+    largest = frame.loc[frame.groupby(["loss", "provider"], sort=False)["bytes"].idxmax()]
     table = largest.pivot(index="loss", columns="provider", values="x_floor")
+    table = table.loc[largest["loss"].unique()]  # in the sweep's order
     table = table[[p for p in COLORS if p in table]]
     axis = table.plot.barh(color=COLORS, figsize=(7, 0.5 * len(table) + 1.5), logx=True, width=0.8)
     axis.axvline(1, color="k", ls="--", lw=1)
-    axis.set(xlabel="time / floor (forward + backward, largest point; 1 = copy speed)", ylabel="")
+    axis.set(xlabel="time / floor (forward + backward; 1 = copy speed)", ylabel="")
     axis.set_title(title, fontsize=8)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
     axis.figure.tight_layout()
     return axis.figure
-
-
-def memory(frame: pd.DataFrame, title: str):
-    figure, panels = grid(list(frame["loss"].unique()), title)
-    for loss, axis in panels.items():
-        for provider, color in COLORS.items():
-            line = frame[(frame["loss"] == loss) & (frame["provider"] == provider)]
-            line = line.sort_values("rows")
-            axis.plot(line["rows"], line["peak_mb"], "o-", ms=3, color=color, label=provider)
-        axis.set(xscale="log", yscale="log", title=loss, xlabel="anchors", ylabel="peak MB")
-        axis.grid(alpha=0.3)
-    next(iter(panels.values())).legend(fontsize=7)
-    figure.tight_layout()
-    return figure
 
 
 def figures_of(frame: pd.DataFrame) -> dict:
@@ -97,15 +90,17 @@ def figures_of(frame: pd.DataFrame) -> dict:
     at_80 = both[both["classes"].isin([80, 17, 4])]
     by_anchors = at_80[at_80["positives"] == at_80.groupby("loss")["positives"].transform("min")]
     found = {
-        "anchors": curves(by_anchors, "rows", "anchors", f"forward + backward, {title}", True),
+        "anchors": curves(
+            by_anchors, "rows", "anchors", f"forward + backward, {title}", floor=True
+        ),
         "floor": speedups(at_80, title),
     }
-    largest = at_80[at_80["rows"] == at_80["rows"].max()]
-    if largest["positives"].nunique() > 1:
-        ranking = largest[largest.groupby("loss")["positives"].transform("nunique") > 1]
-        found["positives"] = curves(ranking, "positives", "positives", title, False)
+    largest = at_80[at_80["rows"] == at_80.groupby("loss")["rows"].transform("max")]
+    ranking = largest[largest.groupby("loss")["positives"].transform("nunique") > 1]
+    if len(ranking):
+        found["positives"] = curves(ranking, "positives", "positives", title)
     if at_80["peak_mb"].notna().any():
-        found["memory"] = memory(by_anchors, title)
+        found["memory"] = curves(by_anchors, "rows", "anchors", title, y="peak_mb")
     return found
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from conftest import DEVICE
 
 import tritonloss as tl
+from tritonloss._dispatch import INTERPRET
+from tritonloss.eager import _blocks
 
 
 def written_out(row, label, alpha=1.0, gamma=2.0):
@@ -104,6 +106,54 @@ def test_derivatives_of_any_order():
 
     assert torch.autograd.gradcheck(call, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, x)
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Small inputs take the path by blocks, several of them."""
+    if INTERPRET:
+        pytest.skip("says the same in the plain run")
+    monkeypatch.setattr(_blocks, "BLOCK", 64)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "nchw"])
+@pytest.mark.parametrize("scale", [1, 30, 1e4])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_blocks_give_what_the_formula_gives(gamma, scale, layout, in_blocks):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 11, 13, generator=g) * scale
+    x = x.transpose(1, 2) if layout == "nchw" else x
+    labels = torch.randint(-1, x.shape[-1], x.shape[:-1], generator=g)
+    kwargs = {"gamma": gamma, "alpha": torch.rand(x.shape[-1]), "weight": torch.rand(6, 1) - 0.3}
+    kwargs["weight"] = kwargs["weight"].expand(labels.shape)
+    x32 = x.requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    loss = tl.softmax_focal_loss(x32, labels, **kwargs)
+    formula = tl.softmax_focal_loss(x64, labels, reduction="none", **kwargs).sum()
+    count = ((labels >= 0) & (kwargs["weight"] > 0)).sum()
+    torch.testing.assert_close(loss.double(), formula / count, rtol=1e-5, atol=1e-12)
+    (got,) = torch.autograd.grad(loss, x32, create_graph=True)
+    (want,) = torch.autograd.grad(formula / count, x64, create_graph=True)
+    (written,) = torch.autograd.grad(tl.softmax_focal_loss(x32, labels, **kwargs), x32)
+    size = want.abs().max()
+    for gradient in (got, written):
+        torch.testing.assert_close(gradient.double() / size, want / size, rtol=1e-4, atol=1e-6)
+    assert written.stride() == x32.stride()
+    (got,) = torch.autograd.grad(got.square().sum(), x32)
+    (want,) = torch.autograd.grad(want.square().sum(), x64)
+    size = want.abs().max().clamp(min=1e-30)
+    torch.testing.assert_close(got.double() / size, want / size, rtol=1e-3, atol=1e-5)
+
+
+def test_blocks_know_what_counts(in_blocks):
+    x, labels = torch.randn(40, 5), torch.full((40,), -1)
+    x[3] = float("nan")
+    x.requires_grad_()
+    loss = tl.softmax_focal_loss(x, labels)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert loss == 0 and not gradient.any()
+    labels[3] = 2
+    assert tl.softmax_focal_loss(x, labels).isnan()
 
 
 def test_vmap_of_grad():

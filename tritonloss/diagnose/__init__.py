@@ -30,8 +30,10 @@ class Diagnosis:
     Logits are rounded to the nearest 1/64 and counted as +-32 from there on, qualities to the
     nearest 1/64; all figures are exact for these. (For the recorded detector that moves the
     ranking error by 1e-4 of it, and the sorting error by 4 %: boxes with nearly equal IoUs are in
-    no wrong order.) An update costs one read of the logits, keeps 2 MB whatever their number, and
-    on a GPU it waits for nothing and can be captured in a CUDA graph (call it once before).
+    no wrong order.) An update costs one read of the logits and keeps 2 MB, whatever their number.
+    On a GPU it waits for nothing, and can be captured in a CUDA graph if it was called once before.
+    It may stand in a compiled step; beside one that is compiled with ``mode="reduce-overhead"``,
+    call it on the logits that the step returns, for torch records no graph that changes a counter.
 
     Args:
         ignore_index: label whose rows do not count.

@@ -439,7 +439,15 @@ def _softmax_reference(x, labels, alpha, weight, avg_factor, params, ignore_inde
     )
 
 
+def _softmax_by_blocks(x, *args):
+    loss, gradient, scale = eager.softmax_focal_by_blocks(x, *args)
+    return (loss,), (gradient, scale)
+
+
 _softmax_kernels = _op.differentiable(_softmax_forward, _softmax_backward, _softmax_reference)
+_softmax_eager_by_blocks = _op.differentiable(
+    _softmax_by_blocks, _backward_by_blocks, lambda x, *args: eager.softmax_focal(x, *args[:-1])
+)
 
 
 def softmax_focal_loss(
@@ -505,9 +513,11 @@ def softmax_focal_loss(
             ignore_index,
             reduction,
         )
-    return eager.softmax_focal(
-        logits, labels, alpha, weight, avg_factor, (gamma,), ignore_index, reduction
-    )
+    args = (labels, alpha, weight, avg_factor, (gamma,), ignore_index, reduction)
+    if reduction != "none" and _blocks.usable(logits):
+        want_grad = logits.requires_grad and torch.is_grad_enabled()
+        return _softmax_eager_by_blocks(logits, *args, want_grad)
+    return eager.softmax_focal(logits, *args)
 
 
 def generalized_focal_loss(
