@@ -46,7 +46,7 @@ def load_target(target_ptr, coords, strides, bins, keep, n_bins, N_DIMS: tl.cons
     """Weight of each bin: a hat of width 1 around the target, clamped to 0..n; NaN stays NaN."""
     target_ptrs = target_ptr + offset_of(coords, strides, N_DIMS)
     y = tl.load(target_ptrs, mask=keep, other=0).to(tl.float32)
-    last = (n_bins - 1).to(tl.float32)
+    last = tl.cast(n_bins - 1, tl.float32)  # .to() fails where torch.compile makes it a constant
     y = tl.where(y < 0.0, 0.0, tl.where(y > last, last, y))
     hat = 1.0 - tl.abs(bins.to(tl.float32) - tl.expand_dims(y, BIN_AXIS))
     return tl.where((hat <= 0.0) | (bins >= n_bins), 0.0, hat)
