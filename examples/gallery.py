@@ -142,7 +142,7 @@ def softmax_focal():
 
 @picture
 def quality_focal():
-    """Quality focal loss around its target: 0 where the score is the IoU, whatever β."""
+    """Quality focal loss around its target: for β > 0 it is 0 where the score is the IoU."""
     figure, axes = panels(r"$QFL = |y - p|^\beta\,\mathrm{BCE}(x, y)$", rows=2)
     score = torch.linspace(0.002, 0.998, 500, dtype=torch.float64)
     logit = torch.logit(score)
@@ -242,8 +242,8 @@ def distribution_focal():
     axes[2].axvline(expected, color="tab:blue", ls="--", lw=1, label=f"expectation {expected:.1f}")
     axes[2].axvline(target, color="k", ls=":", lw=1.2, label=f"target {target:.1f}")
     axes[2].axhline(0, color="k", lw=0.8)
-    axes[2].set_xlabel("bin")
-    axes[2].legend(fontsize=8, frameon=False)
+    axes[2].set(xlabel="bin", ylabel="probability, derivative", ylim=(-0.6, 0.55))
+    axes[2].legend(fontsize=8, frameon=False, ncols=2, loc="upper center")
     return figure
 
 
@@ -276,10 +276,13 @@ def authentic_smooth_l1():
 def boxes():
     """Box losses as a box leaves its target, and as it grows around or inside it.
 
-    IoU alone is flat from afar; a box of the same centre differs in CIoU's small α v alone.
+    IoU alone is flat from afar. While sides and shape stay as they are, DIoU and CIoU are one; of
+    boxes around one centre, one inside the other, all agree but for CIoU's small α v.
     """
     figure, axes = panels(
-        "1 − IoU,  + (hull − union) / hull,  + distance² / diagonal²,  + α v", rows=2
+        "IoU: 1 − IoU      GIoU: 1 − IoU + (hull − union) / hull\n"
+        "DIoU: 1 − IoU + distance² / diagonal²      CIoU: DIoU + α v",
+        rows=2,
     )
     target = torch.tensor([-0.5, -0.5, 0.5, 0.5], dtype=torch.float64)
     shift = torch.linspace(0, 2.5, 400, dtype=torch.float64)
@@ -316,7 +319,11 @@ def boxes():
 
 @picture
 def step_function():
-    """The smoothed step H_δ, read off the AP loss of one positive and one negative."""
+    """The smoothed step H_δ, read off the AP loss of one positive and one negative.
+
+    Ranking losses are error-driven: the gradient of a negative is not the derivative of the loss
+    (mostly 0) but the error that it causes, here the loss itself.
+    """
     figure, axes = panels(
         r"$H_\delta(x) = \mathrm{clamp}(x / 2\delta + 1/2,\,0,\,1),"
         r"\quad AP\ loss = H / (1 + H)$ for one pair"
@@ -335,7 +342,7 @@ def step_function():
             axis.plot(distance, values, color=color, lw=1.6, label=f"δ = {delta:g}")
     axes[0].set(xlabel="logit of the negative − logit of the positive", ylabel=r"$H_\delta$")
     axes[1].set(xlabel="logit of the negative − logit of the positive",
-                ylabel="gradient at the negative")  # fmt: skip
+                ylabel="gradient at the negative = AP loss")  # fmt: skip
     axes[0].legend(frameon=False)
     return figure
 
@@ -346,7 +353,8 @@ def ranking():
 
     Rank & Sort has two parts. Ranking lifts positives that stand below negatives, and pushes those
     negatives; sorting lifts positives that stand below worse ones, and pushes those. AP and aLRP
-    know the ranking alone. Bars are negative gradients: up is where the logit goes.
+    know the ranking alone. Bars are negative gradients: up is where the logit goes. Below means
+    within δ = 0.5 above a negative, too; negatives far below all positives (dots) get no gradient.
     """
     figure, axes = panels(
         r"$rank_i = FP_i\,/\,(rank^+_i + FP_i),\quad sort_i = "
@@ -360,11 +368,11 @@ def ranking():
     def parts(x):
         x = x.unsqueeze(-1)
         rank, sort = tl.rank_sort_loss(x, (labels, iou), delta=0.5)
-        alrp = tl.alrp_loss(x, labels, 1 - iou)
+        alrp = tl.alrp_loss(x, labels, 1 - iou, delta=0.5)
         return {
             "Rank & Sort: rank": rank,
             "Rank & Sort: sort": sort,
-            "AP": tl.ap_loss(x, labels),
+            "AP": tl.ap_loss(x, labels, delta=0.5),
             "aLRP: classification": alrp.cls,
         }
 
@@ -373,6 +381,7 @@ def ranking():
     for axis, name in zip(axes, names, strict=True):
         value, slope = value_and_slope(lambda x, name=name: parts(x)[name], logits)
         axis.bar(logits, -slope, width=0.09, color=colors)
+        axis.scatter(logits, torch.zeros_like(logits), s=9, color=colors, zorder=3)
         axis.axhline(0, color="k", lw=0.8)
         axis.set_title(f"{name} = {value.item():.3f}", fontsize=10, loc="left")
         axis.set_ylabel("−gradient")
@@ -406,7 +415,11 @@ def share_by(position, amount, edges):
 
 @picture
 def ghm_c():
-    """GHM-C on a recorded detector: what a logit of each gradient norm is given in the end."""
+    """GHM-C on a recorded detector: what a logit of each gradient norm is given in the end.
+
+    R_k is the number of logits in region k of the gradient norm, n the number of regions that are
+    not empty. Beside it cross entropy and focal loss (α = 0.25, γ = 2).
+    """
     figure, axes = panels(
         r"$L = (1/n)\;\Sigma_k\;(1/R_k)\;\Sigma_{i \in k}\;\mathrm{BCE}_i$", columns=1
     )
@@ -456,6 +469,7 @@ def ghm_r():
     axes[0].set(yscale="log", xlabel="gradient norm g", ylabel="box sides")
     axes[1].set(yscale="log", xlabel="gradient norm g", ylabel="share of the gradient")
     axes[2].set(xscale="log", xlabel="|d| in strides", ylabel="share of the gradient")
+    axes[2].set_ylim(0, 0.26)  # room for the legend
     for axis in axes:
         axis.legend(frameon=False, fontsize=8)
     return figure
@@ -465,12 +479,13 @@ def ghm_r():
 def prime_samples():
     """Prime samples of a recorded detector: neither random nor hard, but those whose boxes fit.
 
-    Left: a sixth of the positives, chosen in three ways. Middle: the weight that ISR-P gives by
-    rank in IoU-HLR. Right: the weight that CARL gives a box by its score, read off as the gradient
-    of its box loss.
+    Left: a sixth of the positives, chosen in three ways. Middle: the weight that ISR-P gives, with
+    u = (N - rank) / N falling from 1 with the rank in IoU-HLR, N being the size of the largest
+    class, which alone is shown. Right: the weight that CARL gives a box by the score p at its
+    class, read off as the gradient of its box loss.
     """
     figure, axes = panels(
-        r"ISR-P: $w \propto ((1-\gamma)\,u + \gamma)^k$,"
+        r"ISR-P: $w \propto ((1-b)\,u + b)^k$ with $b = 0$,"
         r"   CARL: $c \propto ((1-b)\,p + b)^k$",
         columns=3,
     )  # fmt: skip
@@ -492,9 +507,10 @@ def prime_samples():
                         facecolors="none", edgecolors=color)  # fmt: skip
     axes[0].set(xlabel="IoU", ylabel="classification loss of the anchor")
     axes[0].set_ylim(0, float(loss.max()) * 1.5)
+    largest = labels == labels.mode().values
     for k, color in zip((1.0, 2.0, 3.0), shades("Reds", 3), strict=True):
-        weight = tl.isr_p_weight(loss, iou, gt, labels, k=k)
-        axes[1].scatter(rank, weight, s=6, color=color, label=f"ISR-P, k = {k:g}")
+        weight = tl.isr_p_weight(loss, iou, gt, labels, k=k)[largest]
+        axes[1].scatter(rank[largest], weight, s=6, color=color, label=f"ISR-P, k = {k:g}")
     axes[1].set(xlabel="rank in IoU-HLR, within the class", ylabel="weight")
     p = torch.sigmoid(logits.gather(-1, labels[:, None])).squeeze(-1)
     for (k, bias), color in zip(

@@ -25,11 +25,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from detection import UsageError, data, evaluate
-from detection.losses import BOX_LOSSES, LOSSES, Criterion, Pointwise, assign
-from detection.model import Detector, cells
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+
+try:
+    from detection import UsageError, data, evaluate
+    from detection.losses import BOX_LOSSES, LOSSES, Criterion, Pointwise, assign
+    from detection.model import Detector, cells
+    from tqdm import tqdm
+except ModuleNotFoundError as missing:
+    sys.exit(f"train_detector.py needs {missing.name}: pip install 'tritonloss[examples]'")
 
 import tritonloss
 from tritonloss.diagnose import Report

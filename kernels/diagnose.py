@@ -82,8 +82,9 @@ def _count_tile(
     quality = tl.where(positive & keep, y, 0.0)
     if quality_ptr is not None:
         quality = tl.load(quality_ptr + row, mask=positive, other=0.0).to(tl.float32)
-    quality = tl.where(quality > 0, tl.minimum(quality, 1.0), 0.0)  # never out of bounds
-    quality_row = _nearest(quality * QUALITY_STEPS) + 1
+    quality = tl.where(quality > 0, quality, 0.0)
+    # never out of bounds; and between product and sum, so that they are rounded one by one
+    quality_row = _nearest(tl.minimum(quality * QUALITY_STEPS, QUALITY_STEPS)) + 1
     cell = quality_row * (2 * half + 2) + column
     one = tl.full(offs.shape, 1, tl.int64)
     tl.atomic_add(count_ptr + cell, one, mask=keep & positive, sem="relaxed")

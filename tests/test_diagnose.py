@@ -187,7 +187,7 @@ def small(seed: int, labels_alone: bool = False):
     x = (torch.randn(40, 3, generator=g) * 24 - 40).round() / 16
     labels = torch.randint(0, 12, (40,), generator=g).clamp(max=3)
     x[labels < 3] += 1.5
-    quality = torch.randint(0, 17, (40,), generator=g) / 16
+    quality = (5 * torch.randint(0, 20, (40,), generator=g) + 3).double() / 100
     return x, labels, None if labels_alone else quality
 
 
@@ -391,6 +391,9 @@ def test_what_the_figures_leave_out_is_said():
     labels = torch.tensor([2, 0, 1, 2, 2])
     assert "nothing can be said about IoUs" in words(logits=x, targets=labels)
     assert "no positive" in words(logits=x, targets=torch.full((5,), 2))
+    nothing = words(logits=x, targets=torch.full((5,), -1))
+    assert "Nothing was counted" in nothing and "no positive" not in nothing
+    assert "Are they probabilities?" in words(logits=torch.rand(5, 2), targets=labels)
     x[0] = torch.tensor([40.0, -1e30])
     assert "2 logits lie at ±32 or beyond" in words(logits=x, targets=labels)
     x[1, 1] = float("nan")
@@ -414,12 +417,27 @@ def test_what_the_figures_leave_out_is_said():
         (
             lambda d: d.update(torch.zeros(3, 2), torch.full((3,), 7)),
             ValueError,
-            "targets must lie in 0..2",
+            r"targets must lie in 0..2 \(background\) or be ignore_index = -1; got 7",
         ),
         (
             lambda d: d.update(torch.zeros(1, 2), (torch.tensor([0]), torch.tensor([1.5]))),
             ValueError,
-            r"quality must lie in \[0, 1\]",
+            r"quality must lie in \[0, 1\] where the label is a class; got 1.5",
+        ),
+        (
+            lambda d: d.update(torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.long)),
+            ValueError,
+            "targets with a value per logit must be floating",
+        ),
+        (
+            lambda d: d.update(torch.zeros(3, 2), torch.full((3, 2), 3.0)),
+            ValueError,
+            "targets must be at most 1; got 3",
+        ),
+        (
+            lambda d: d.update(torch.zeros(3, 2), torch.zeros(3, 3)),
+            ValueError,
+            r"targets must have shape \(3, 2\) \(dense, as logits; background has no column\)",
         ),
         (lambda d: Diagnosis(ignore_index=0.5), TypeError, "ignore_index must be an int"),
     ],
@@ -485,7 +503,7 @@ def test_page_holds_all_it_shows(tmp_path, viz, capsys):
     assert str(out / "index.html") in capsys.readouterr().out
     page = Page((out / "index.html").read_text(encoding="utf-8"))
     assert page.tags.count("section") == page.tags.count("img") == 8
-    assert all(a.startswith("data:image/png;base64,") for a in page.addresses)
+    assert all(a.startswith(("data:image/png;base64,", "#")) for a in page.addresses)
     pictures = {p.stem for p in out.glob("*.png")}
     assert pictures == {
         "scores", "gradient_norms", "loss_shares", "gradient_shares", "outranked", "precision",
@@ -525,6 +543,8 @@ def test_odd_batches_are_drawn(kind, tmp_path, viz):
         found = diagnose(torch.zeros_like(x), (labels, quality))
     page = Page(found.write(tmp_path).read_text(encoding="utf-8"))
     assert ("calibration" in {p.stem for p in tmp_path.glob("*.png")}) == (kind == "all alike")
+    if kind == "nothing":
+        assert "img" not in page.tags
     for sentence in found.remarks():
         assert sentence in "".join(page.text)
 
@@ -558,20 +578,33 @@ GOOD = {
     ("change", "sentence"),
     [
         ({"logits": None}, r"logits: no array 'logits' or 'cls_logits'; .* holds labels, quality"),
-        ({"labels": None}, r"labels: expected either 'labels' or dense 'targets'"),
-        ({"targets": np.zeros((4, 3))}, r"labels: expected either 'labels' or dense 'targets'"),
+        ({"labels": None}, r"labels: neither 'labels' nor dense 'targets'; .* holds logits, qual"),
+        ({"targets": np.zeros((4, 3))}, r"labels: both 'labels' and dense 'targets'"),
+        ({"cls_logits": np.zeros((4, 3))}, r"logits: both 'logits' and 'cls_logits'"),
         ({"logits": np.zeros((4, 3), int)}, "logits: must be floating; got int64"),
         ({"labels": np.zeros(4)}, "labels: must be integers; got float64"),
         ({"labels": np.zeros((2, 4), int)}, r"labels must have shape \(4,\) .*; got \(2, 4\)"),
-        ({"labels": np.full(4, 9)}, r"labels must lie in 0..3 or be ignore_index = -1; got \[9\]"),
-        ({"logits": np.full((4, 3), np.nan, np.float32)}, "logits: 12 values are not finite"),
-        ({"logits": np.zeros((0, 3), np.float32)}, r"logits: holds no values; its shape is \(0, 3"),
+        ({"labels": np.full(4, 9)}, r"labels must lie in 0..3 \(background\) or be .* = -1; got 9"),
+        ({"logits": np.full((4, 3), np.nan, np.float32)}, "logits: 9 values that count are not"),
+        (
+            {"labels": np.full(4, -1)},
+            r"logits: nothing counts of shape \(4, 3\): .* all labels are",
+        ),
+        ({"weight": np.zeros(4)}, r"logits: nothing counts of shape \(4, 3\)"),
+        (
+            {
+                "logits": np.zeros((0, 3), np.float32),
+                "labels": np.zeros(0, int),
+                "quality": np.zeros(0),
+            },
+            r"logits: nothing counts of shape \(0, 3\): it is empty",
+        ),
         ({"quality": np.full(4, np.nan)}, r"quality must lie in \[0, 1\]"),
         ({"quality": np.zeros(3)}, r"quality must have shape \(4,\)"),
         ({"weight": np.ones((2, 2))}, r"weight must have shape \(4,\)"),
         ({"labels": None, "targets": np.zeros((4, 2)), "quality": None}, "targets must have shape"),
         ({"labels": None, "targets": np.zeros((4, 3))}, "quality: goes with 'labels'"),
-        ({"logits": np.array([None, {}])}, "cannot read .*allow_pickle"),
+        ({"logits": np.array([None, {}])}, "cannot read .*Python objects; expected numbers"),
     ],
 )
 def test_command_line_errors_are_one_sentence(change, sentence, tmp_path, capsys):
@@ -587,7 +620,12 @@ def test_command_line_errors_are_one_sentence(change, sentence, tmp_path, capsys
 @once
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(None, "no such file"), (b"no archive", "cannot read"), (b"", "cannot read")],
+    [
+        (None, "no such file"),
+        (b"no archive", "is no .npz archive of named arrays"),
+        (b"", "is no .npz archive"),
+        (b"PK\x05\x06" + b"\x00" * 18, "holds nothing"),
+    ],
 )
 def test_files_that_are_none(content, sentence, tmp_path, capsys):
     path = tmp_path / "logits.npz"
@@ -602,7 +640,23 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys, viz):
     np.savez(tmp_path / "a.npz", **GOOD)
     (tmp_path / "file").write_text("")
     assert __main__.main([str(tmp_path / "a.npz"), "--out", str(tmp_path / "file" / "x")]) == 2
-    assert "error: --out:" in capsys.readouterr().err
+    assert re.search("error: --out: cannot write into .*: Not a dir", capsys.readouterr().err)
+
+
+@once
+def test_a_single_array_is_no_archive(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", GOOD["logits"])
+    assert __main__.main([str(tmp_path / "a.npy")]) == 2
+    assert "is no .npz archive" in capsys.readouterr().err
+
+
+@once
+def test_what_is_ignored_may_hold_anything(tmp_path, capsys, viz):
+    logits = np.zeros((4, 3), np.float32)
+    logits[3] = np.nan
+    np.savez(tmp_path / "a.npz", **GOOD | {"logits": logits, "iou": np.zeros(4)})
+    assert __main__.main([str(tmp_path / "a.npz"), "--out", str(tmp_path / "out")]) == 0
+    assert "read: logits, labels, quality\n" in capsys.readouterr().out
 
 
 @once

@@ -313,7 +313,7 @@ ERRORS = {
     "logits dtype": (TypeError, "logits", (ONES.int(), LABELS), {}),
     "logits 0-d": (ValueError, "logits", (torch.tensor(1.0), torch.tensor(0)), {}),
     "label shape": (ValueError, "targets", (ONES, torch.tensor([0])), {}),
-    "label range": (ValueError, r"0\.\.3.*got \[4, 9\]", (ONES, torch.tensor([4, 9])), {}),
+    "label range": (ValueError, r"0\.\.3.*got 4, 9$", (ONES, torch.tensor([4, 9])), {}),
     "dense shape": (ValueError, "targets", (ONES, torch.ones(2)), {}),
     "dense range": (ValueError, "targets", (ONES, torch.full((2, 3), 1.5)), {}),
     "dense nan": (ValueError, "targets", (ONES, torch.full((2, 3), math.nan)), {}),

@@ -103,12 +103,13 @@ def values_checked(x: Tensor) -> bool:
     return x.is_cuda and os.environ.get("TRITONLOSS_CHECK", "0") == "1"
 
 
-def require(condition: Tensor, message) -> None:
-    """Raise unless all is true; on a GPU an asynchronous device assert.
+def require(valid: Tensor, sentence: str, values: Tensor) -> None:
+    """Raise unless all is valid, and show a few of the values that are not.
 
-    ``message`` is a sentence, or a function that makes it.
+    On a GPU it is an asynchronous device assert, which cannot tell them.
     """
-    if condition.is_cuda:
-        torch._assert_async(condition.all(), message if isinstance(message, str) else message())
-    elif not condition.all():
-        raise ValueError(message if isinstance(message, str) else message())
+    if valid.is_cuda:
+        torch._assert_async(valid.all(), sentence)
+    elif not valid.all():
+        wrong = values[~valid].unique()[:5].tolist()
+        raise ValueError(f"{sentence}; got {', '.join(f'{v:g}' for v in wrong)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 LIMIT = 32  # beyond it a sigmoid is 0 or 1 to 14 digits: counted as +-LIMIT
 STEPS = 64  # points per unit of the logit
-QUALITY_STEPS = 64
+QUALITY_STEPS = 100
 POINTS = 2 * LIMIT * STEPS + 1
 COLUMNS = POINTS + 1
 ROWS = QUALITY_STEPS + 2

@@ -39,7 +39,8 @@ def parse_targets(
         if not targets.dtype.is_floating_point:
             labels = parse_labels("targets", targets, logits, ignore_index, n_classes)
             return Targets(labels, None, None)
-        check.is_input("targets", targets, logits.shape, "dense, as logits", "logits", logits)
+        meaning = "dense, as logits; background has no column"
+        check.is_input("targets", targets, logits.shape, meaning, "logits", logits)
         if check.values_checked(logits):
             _check_dense(targets, weight, dense_low)
         return Targets(None, None, targets)
@@ -55,27 +56,27 @@ def parse_targets(
         read = (labels >= 0) & (labels < n_classes) & (labels != ignore_index)
         if weight is not None and weight.dim() == labels.dim():
             read &= weight > 0
-        check.require(
-            ~read | ((quality >= 0) & (quality <= 1)),
-            "quality must lie in [0, 1] where the label is a class",
-        )
+        valid = ~read | ((quality >= 0) & (quality <= 1))
+        check.require(valid, "quality must lie in [0, 1] where the label is a class", quality)
     return Targets(labels, quality.contiguous(), None)
 
 
 def parse_labels(name: str, labels: Tensor, logits: Tensor, ignore_index: int, last: int) -> Tensor:
     """Integer labels of the logits' rows, contiguous; accepted are 0..last and ignore_index."""
     check.is_integer(name, labels)
-    check.has_shape(name, labels, logits.shape[:-1], "logits without the classes")
+    meaning = "logits without the classes"
+    if labels.shape == logits.shape:
+        meaning += "; targets with a value per logit must be floating"
+    check.has_shape(name, labels, logits.shape[:-1], meaning)
     check.on_device_of(name, labels, "logits", logits)
     if check.values_checked(logits):
         wide = labels.long()
         known = ((wide >= 0) & (wide <= last)) | (wide == ignore_index)
         check.require(
             known,
-            lambda: (
-                f"{name} must lie in 0..{last} or be ignore_index = {ignore_index}; got "
-                f"{sorted(set(wide[~known].tolist()))[:5]}"
-            ),
+            f"{name} must lie in 0..{last}{' (background)' if last == logits.shape[-1] else ''} "
+            f"or be ignore_index = {ignore_index}",
+            wide,
         )
     return labels.contiguous()
 
@@ -91,7 +92,9 @@ def _check_dense(targets: Tensor, weight: Tensor | None, lowest: float) -> None:
     if weight is not None:
         rows = weight.unsqueeze(-1) if weight.dim() < targets.dim() else weight
         counted = counted | ~(rows > 0)
-    check.require(counted, f"targets must lie in [{lowest:g}, 1] wherever the weight is above 0")
+    where = "" if weight is None else " wherever the weight is above 0"
+    accepted = "at most 1" if lowest == -torch.inf else f"in [{lowest:g}, 1]"
+    check.require(counted, f"targets must be {accepted}{where}", targets)
 
 
 def parse_weight(logits: Tensor, weight: Tensor | None) -> Tensor | None:

@@ -102,7 +102,8 @@ def draw_training(path, losses: list[dict], title: str):
         axis.plot(steps[window - 1 :], mean, color=f"C{k}", linewidth=2)
         axis.set_title(name, fontsize=11)
         axis.set_xlabel("step")
-        top = np.quantile(values, 0.98) * 1.15
+        # of a long run the first steps may leave the frame
+        top = np.quantile(values, 0.98 if len(values) >= 200 else 1) * 1.15
         axis.set_ylim(min(0.0, values.min()), top if top > 0 else 1)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -27,10 +27,11 @@ __all__ = ["Diagnosis", "Report", "diagnose", "recorded"]
 class Diagnosis:
     """Counts what a detector predicts, over any number of batches, for a :class:`Report`.
 
-    Logits are rounded to the nearest 1/64 and counted as +-32 from there on, qualities to the
-    nearest 1/64; all figures are exact for these. (For the recorded detector that moves the
-    ranking error by 1e-4 of it, and the sorting error by 4 %: boxes with nearly equal IoUs are in
-    no wrong order.) An update costs one read of the logits and keeps 2 MB, whatever their number.
+    For heads whose scores are sigmoids. Logits are rounded to the nearest 1/64 and counted as +-32
+    from there on, qualities to the nearest 1/100; all figures are exact for these. (For the
+    recorded detector that moves the ranking error by 1e-4 of it, and the sorting error by 3 %:
+    boxes with nearly equal IoUs are in no wrong order.) An update costs one read of the logits and
+    keeps 3 MB, whatever their number.
     On a GPU it waits for nothing, and can be captured in a CUDA graph if it was called once before.
     It may stand in a compiled step; beside one that is compiled with ``mode="reduce-overhead"``,
     call it on the logits that the step returns, for torch records no graph that changes a counter.
@@ -39,8 +40,8 @@ class Diagnosis:
         ignore_index: label whose rows do not count.
 
     Attributes:
-        counts: int64 ``(66, 4098)`` on the logits' device, None before the first update. Row 0
-            holds the negatives, row 1 + k the positives of quality k/64; the columns are the
+        counts: int64 ``(102, 4098)`` on the logits' device, None before the first update. Row 0
+            holds the negatives, row 1 + k the positives of quality k/100; the columns are the
             logits, -32 to 32, and the last one what is not finite. Counts of several runs may be
             added.
 

@@ -20,6 +20,7 @@ arrays of LOGITS.npz:
   quality                 (...), IoU of the predicted boxes in [0, 1]; optional, read at positives
   targets                 (..., C), floating, instead of labels: > 0 positive, 0 negative, < 0 ignored
   weight                  (...) or (..., C); optional: what is not above 0 does not count
+Logits that count have to be finite; other arrays are not read.
 """  # noqa: E501
 
 
@@ -27,25 +28,36 @@ class UsageError(Exception):
     """Printed as one line."""
 
 
+READ = ("labels", "quality", "targets", "weight")
+
+
 def load(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the file that are read here."""
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}")
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"{path} is no .npz archive of named arrays, as numpy.savez writes it")
     try:
         with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UsageError(f"{path} holds a single array; expected an .npz of named arrays")
             names = set(file.files)
             logits = "logits" if "logits" in names else "cls_logits"
-            wanted = {"logits": logits} | {k: k for k in ("labels", "quality", "targets", "weight")}
+            wanted = {"logits": logits} | {name: name for name in READ}
             found = {name: file[key] for name, key in wanted.items() if key in names}
-    except FileNotFoundError:
-        raise UsageError(f"no such file: {path}") from None
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        if "pickle" in str(error):
+            error = "an array holds Python objects; expected numbers"
         raise UsageError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     held = f"{path} holds {', '.join(sorted(names)) or 'nothing'}"
     if "logits" not in found:
         raise UsageError(f"logits: no array 'logits' or 'cls_logits'; {held}")
-    if ("labels" in found) == ("targets" in found):
-        raise UsageError(f"labels: expected either 'labels' or dense 'targets'; {held}")
+    if {"logits", "cls_logits"} <= names:
+        raise UsageError(f"logits: both 'logits' and 'cls_logits', of which one is meant; {held}")
+    if "labels" in found and "targets" in found:
+        raise UsageError(
+            f"labels: both 'labels' and dense 'targets', of which one is meant; {held}"
+        )
+    if "labels" not in found and "targets" not in found:
+        raise UsageError(f"labels: neither 'labels' nor dense 'targets'; {held}")
     if "quality" in found and "targets" in found:
         raise UsageError("quality: goes with 'labels'; dense 'targets' hold it already")
     return found
@@ -62,10 +74,6 @@ def report_of(arrays: dict[str, np.ndarray], ignore_index: int, bins: int) -> Re
         for name, a in arrays.items()
     }
     logits = tensors["logits"]
-    if not logits.numel():
-        raise UsageError(f"logits: holds no values; its shape is {tuple(logits.shape)}")
-    if not logits.isfinite().all():
-        raise UsageError(f"logits: {int((~logits.isfinite()).sum()):,} values are not finite")
     targets = tensors.get("targets")
     if targets is None:
         quality = tensors.get("quality")
@@ -75,9 +83,18 @@ def report_of(arrays: dict[str, np.ndarray], ignore_index: int, bins: int) -> Re
     try:
         diagnosis = Diagnosis(ignore_index=ignore_index)
         diagnosis.update(logits, targets, weight=tensors.get("weight"))
-        return diagnosis.read(bins=bins)
+        report = diagnosis.read(bins=bins)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
+    found = report.figures["summary"]
+    if found["not_finite"]:
+        raise UsageError(f"logits: {found['not_finite']:,} values that count are not finite")
+    if not found["negatives"] + found["positives"]:
+        raise UsageError(
+            f"logits: nothing counts of shape {tuple(logits.shape)}: it is empty, all labels are "
+            f"ignored ({ignore_index}), or no weight is above 0"
+        )
+    return report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,15 +115,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bins", type=int, default=30, help="regions of the gradient norm; 30")
     args = parser.parse_args(argv)
     path = args.logits or recorded()
+    title = f"Diagnosis of {path.name}"
+    if args.logits is None:
+        title = "Diagnosis of a recorded detector: NanoDet-g on three photographs"
     try:
-        report = report_of(load(path), args.ignore_index, args.bins)
-        page = report.write(args.out, args.title or f"Diagnosis of {path.name}")
+        arrays = load(path)
+        report = report_of(arrays, args.ignore_index, args.bins)
+        page = report.write(args.out, args.title or title)
     except (UsageError, ImportError) as error:
         print(f"tritonloss.diagnose: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"tritonloss.diagnose: error: --out: {error}", file=sys.stderr)
+        words = f"--out: cannot write into {args.out}: {error.strerror}"
+        print(f"tritonloss.diagnose: error: {words}", file=sys.stderr)
         return 2
+    print(args.title or title)
+    print(f"read: {', '.join(arrays)}")
     print(report)
     print(f"page, pictures and report.json: {page}")
     return 0

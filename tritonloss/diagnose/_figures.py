@@ -96,6 +96,7 @@ def binned(amount: Tensor, index: Tensor, bins: int) -> Tensor:
 def summary(cells: Cells) -> dict:
     easy = cells.negative[cells.p < EASY].sum()
     hard = cells.negative[cells.p >= HARD].sum()
+    found = cells.x[cells.count.any(0)]
     return {
         "negatives": cells.n_negative,
         "positives": cells.n_positive,
@@ -105,6 +106,8 @@ def summary(cells: Cells) -> dict:
         "mean_p_of_negatives": ratio((cells.negative * cells.p).sum(), cells.n_negative),
         "mean_p_of_positives": ratio((cells.positive * cells.p).sum(), cells.n_positive),
         "has_quality": cells.has_quality,
+        "lowest_logit": float(found[0]) if len(found) else None,
+        "highest_logit": float(found[-1]) if len(found) else None,
         "not_finite": cells.not_finite,
         "at_limit": cells.at_limit,
         "limit": grid.LIMIT,
@@ -199,8 +202,10 @@ def gradients(cells: Cells, bins: int) -> dict[str, Tensor]:
     return found
 
 
-def gradient_shares(cells: Cells, bins: int) -> dict:
+def gradient_shares(cells: Cells, bins: int) -> dict | None:
     """Share of the whole gradient of each loss by unit region of g, and by kind of logit."""
+    if not cells.count.any():
+        return None
     region = region_of(cells.norm, bins, torch.int64)
     kinds = {
         "positives": (slice(1, None), slice(None)),
@@ -218,6 +223,12 @@ def gradient_shares(cells: Cells, bins: int) -> dict:
         "by_region": by_region,
         "by_kind": by_kind,
     }
+
+
+def bins_of_quality(number: int) -> Tensor:
+    """Bin of each quality of the grid, of which every bin has as many; the last is closed at 1."""
+    points = torch.arange(grid.QUALITY_STEPS + 1) // (grid.QUALITY_STEPS // number)
+    return points.clamp(max=number - 1)
 
 
 def above(count: Tensor) -> Tensor:
@@ -282,7 +293,7 @@ def sorting(cells: Cells) -> dict | None:
     excess = torch.where(count > 0, excess, 0)
     worse_above = torch.where(count > 0, every - better, 0)
     worse = cells.n_positive - at_least_as_good(count.sum(1, keepdim=True))
-    tenth = (cells.quality * 10).long().clamp(max=9)
+    tenth = bins_of_quality(10)
 
     def by_iou(amount):
         return binned(amount.sum(1), tenth, 10)
@@ -313,7 +324,7 @@ def calibration(cells: Cells) -> dict | None:
     iou = binned((count * cells.quality[:, None]).sum(0), tenth, 10) / known
     fine = 20
     columns = (cells.p * fine).long().clamp(max=fine - 1)
-    rows = (cells.quality * fine).long().clamp(max=fine - 1)
+    rows = bins_of_quality(fine)
     cell = rows[:, None] * fine + columns
     return {
         "score_edges": [k / 10 for k in range(11)],

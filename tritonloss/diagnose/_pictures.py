@@ -9,6 +9,7 @@ import itertools
 import math
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 NEGATIVE, POSITIVE, GREY = "#0072b2", "#d55e00", "#666666"
 LOSS_COLORS = {"cross entropy": "#000000", "focal": "#0072b2", "quality focal": "#009e73",
@@ -32,20 +33,18 @@ def _counts(axis, edges, figures, names=("negatives", "positives")):
     for name, color in zip(names, (NEGATIVE, POSITIVE), strict=True):
         total = sum(figures[name])
         axis.stairs(figures[name], edges, color=color, label=f"{name} ({total:,.0f})", lw=1.8)
-    axis.set_ylabel("logits")
-    if any(any(figures[name]) for name in names):
-        axis.set_yscale("log")
-        axis.set_ylim(bottom=0.5)
+    axis.set(yscale="log", ylabel="logits")
+    axis.set_ylim(bottom=0.5)
     axis.legend(frameon=False)
 
 
-def scores(figures: dict) -> Figure:
-    figure, axis = _figure()
+def scores(figures: dict) -> Figure | None:
     edges = figures["logit_edges"]
+    if len(edges) < 2:
+        return None
+    figure, axis = _figure()
     _counts(axis, edges, figures)
     axis.set_xlabel("logit x")
-    if not edges:
-        return figure
     top = axis.secondary_xaxis("top")
     marks = [p for p in (1e-6, 1e-4, 1e-2, 0.1, 0.5, 0.9, 0.99, 0.9999)
              if edges[0] <= math.log(p / (1 - p)) <= edges[-1]]  # fmt: skip
@@ -54,14 +53,18 @@ def scores(figures: dict) -> Figure:
     return figure
 
 
-def gradient_norms(figures: dict) -> Figure:
+def gradient_norms(figures: dict) -> Figure | None:
+    if not any(figures["negatives"]) and not any(figures["positives"]):
+        return None
     figure, axis = _figure()
     _counts(axis, figures["edges"], figures)
     axis.set_xlabel("gradient norm g = |p − y|")
     return figure
 
 
-def loss_shares(figures: dict) -> Figure:
+def loss_shares(figures: dict) -> Figure | None:
+    if figures["positives"] is None and figures["negatives"] is None:
+        return None
     figure, *axes = _figure(2, sharey=True)
     for axis, name in zip(axes, ("positives", "negatives"), strict=True):
         curves = figures[name]
@@ -78,18 +81,21 @@ def loss_shares(figures: dict) -> Figure:
         ):
             axis.plot(curves["hardest_fraction"], share, color=shade, label=f"γ = {gamma:g}")
         axis.set(xscale="log", ylim=(0, 1.02))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.legend(frameon=False)
     axes[0].set_ylabel("share of their focal loss")
     return figure
 
 
-def gradient_shares(figures: dict) -> Figure:
+def gradient_shares(figures: dict | None) -> Figure | None:
+    if figures is None:
+        return None
     figure, left, right = _figure(2, height=4.8)
     for name, share in figures["by_region"].items():
         left.stairs(share, figures["edges"], color=LOSS_COLORS[name], label=name)
     left.set(xlabel="gradient norm g = |p − y|", ylabel="share of the gradient")
-    if any(any(share) for share in figures["by_region"].values()):
-        left.set(yscale="log", ylim=(1e-5, 2))
+    smallest = min(s for share in figures["by_region"].values() for s in share if s)
+    left.set(yscale="log", ylim=(min(max(smallest / 2, 1e-9), 0.1), 2))
     left.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2))
     names = list(figures["by_kind"])
     start = [0.0] * len(names)
@@ -131,8 +137,8 @@ def precision(figures: dict) -> Figure | None:
         return None
     figure, axis = _figure()
     label = f"precision (mean at the positives: {figures['average_precision']:.3f})"
-    axis.plot(curve["rank"], curve["precision"], ".-", ms=4, color=POSITIVE, label=label)
-    axis.plot(curve["rank"], curve["recall"], "--", color=GREY, label="recall")
+    axis.plot(curve["rank"], curve["precision"], ".-", ms=5, color=POSITIVE, label=label)
+    axis.plot(curve["rank"], curve["recall"], ".--", ms=3, color=GREY, label="recall")
     axis.set(xscale="log", ylim=(0, 1.02), xlabel="rank among all logits", ylabel="share")
     axis.legend(frameon=False)
     return figure
@@ -142,22 +148,27 @@ def sorting(figures: dict | None) -> Figure | None:
     if figures is None:
         return None
     figure, axis = _figure()
-    left = figures["iou_edges"][:-1]
-    shown = [v if v is not None else 0 for v in figures["violations_by_iou"]]
-    bars = axis.bar(left, shown, width=0.09, align="edge", color=POSITIVE)
-    axis.bar_label(
-        bars, [f"n = {n:,.0f}" if n else "" for n in figures["positives"]], fontsize=8, padding=2
+    columns = zip(
+        figures["iou_edges"], figures["violations_by_iou"], figures["positives"], strict=False
     )
-    axis.axhline(
-        figures["violations"] or 0,
-        color=GREY,
-        ls="--",
-        lw=1,
-        label=f"all positives: {figures['violations'] or 0:.3f}",
-    )
+    for left, violations, number in columns:
+        if not number:
+            continue
+        words = f"n = {number:,.0f}"
+        if violations is None:
+            words += "\nnone\nis worse"
+        else:
+            axis.bar(left, violations, width=0.09, align="edge", color=POSITIVE)
+        axis.annotate(
+            words, (left + 0.045, violations or 0), (0, 3), textcoords="offset points",
+            ha="center", fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )  # fmt: skip
+    if figures["violations"] is not None:
+        label = f"all pairs: {figures['violations']:.3f}"
+        axis.axhline(figures["violations"], color=GREY, ls="--", lw=1, zorder=1, label=label)
+        axis.legend(frameon=False)
     axis.set(xlabel="IoU of the positive", xlim=(0, 1), ylim=(0, 1),
              ylabel="share of worse positives above it")  # fmt: skip
-    axis.legend(frameon=False)
     axis.grid(axis="x", visible=False)
     return figure
 
@@ -167,12 +178,12 @@ def calibration(figures: dict | None) -> Figure | None:
         return None
     figure, left, right = _figure(2, height=3.9)
     known = [k for k, n in enumerate(figures["positives"]) if n]
-    size = [10 + 90 * math.sqrt(figures["positives"][k] / max(figures["positives"])) for k in known]
+    size = [max(150 * figures["positives"][k] / max(figures["positives"]), 3) for k in known]
     left.plot([0, 1], [0, 1], "--", color=GREY, lw=1, label="score = IoU")
     left.scatter(
         [figures["mean_score"][k] for k in known],
         [figures["mean_iou"][k] for k in known],
-        s=size, color=POSITIVE, label="positives (area: number)",
+        s=size, color=POSITIVE, label="positives (area by number)",
     )  # fmt: skip
     left.set(xlim=(0, 1), ylim=(0, 1), xlabel="mean score", ylabel="mean IoU", aspect="equal")
     left.legend(frameon=False, fontsize=9, loc="lower right")

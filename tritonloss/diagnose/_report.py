@@ -48,8 +48,9 @@ SECTIONS = (
     Section(
         "outranked",
         "Who outranks the positives",
-        "Positives by the number of negatives with a higher score; a tie counts as half. Ranking "
-        "losses count these.",
+        "Positives by the number FP of negatives with a higher score; a tie counts as half. The "
+        "ranking error of Rank & Sort (δ → 0) is the mean over the positives of FP / (rank⁺ + FP), "
+        "rank⁺ being the number of positives from this one up, itself a half.",
     ),
     Section(
         "precision",
@@ -62,13 +63,16 @@ SECTIONS = (
         "sorting",
         "Are better boxes scored higher?",
         "Of the positives with a lower IoU, the share that stands above a positive, by its IoU; a "
-        "tie counts as half. 0 is perfect order, 0.5 chance.",
+        "tie counts as half. 0 is perfect order, 0.5 chance; the line is the share over all pairs "
+        "of positives. The sorting error of Rank & Sort (δ → 0) is the mean over the positives of "
+        "how much larger 1 − IoU is among all that stand above than among the better ones above.",
     ),
     Section(
         "calibration",
         "Does the score tell the IoU?",
         "Positives by score: mean IoU of their boxes in each tenth of the score, and all of them "
-        "by score and IoU. Quality focal loss and varifocal loss train towards the diagonal.",
+        "by score and IoU. The calibration error is the mean over the positives of |mean score − "
+        "mean IoU| of their tenth. Quality focal and varifocal loss train towards the diagonal.",
     ),
 )
 
@@ -94,35 +98,40 @@ class Report:
 
     def __str__(self) -> str:
         rows = self.overview()
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        width = max(len(name) for name, *_ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value, _ in rows]
         return "\n".join([*lines, *self.remarks()])
 
-    def overview(self) -> list[tuple[str, str]]:
-        """``(what, value)`` of the most telling figures."""
+    def overview(self) -> list[tuple[str, str, str]]:
+        """``(what, value, picture)`` of the most telling figures."""
         found, ranking = self.figures["summary"], self.figures["ranking"]
-        trained = self.figures["gradient_shares"]["by_kind"]
-        easy = {name: list(kinds.values())[-1] for name, kinds in trained.items()}
+        above = ranking["outranked"]
+        easy = dict.fromkeys(("cross entropy", "focal"))
+        if self.figures["gradient_shares"]:
+            trained = self.figures["gradient_shares"]["by_kind"]
+            easy = {name: list(kinds.values())[-1] for name, kinds in trained.items()}
         rows = [
-            ("positives", _number(found["positives"])),
-            ("negatives", _number(found["negatives"])),
-            ("negatives for each positive", _number(found["negatives_per_positive"])),
-            ("easy negatives (p < 0.1)", _percent(found["easy_negatives"])),
-            ("  share of cross entropy's gradient", _percent(easy["cross entropy"])),
-            ("  share of focal loss' gradient", _percent(easy["focal"])),
-            ("mean score of positives", _number(found["mean_p_of_positives"])),
-            ("mean score of negatives", _number(found["mean_p_of_negatives"])),
-            ("precision, mean at the positives", _number(ranking["average_precision"])),
-            ("ranking error (Rank & Sort)", _number(ranking["ranking_error"])),
-        ]
-        if ranking["outranked"]:
-            median = ranking["outranked"]["quantiles"]["50%"]
-            rows.append(("negatives above a positive, median", _number(median)))
-        if self.figures["sorting"]:
+            ("positives", _number(found["positives"]), "scores"),
+            ("negatives", _number(found["negatives"]), "scores"),
+            ("negatives for each positive", _number(found["negatives_per_positive"]), "scores"),
+            ("mean score of positives", _number(found["mean_p_of_positives"]), "scores"),
+            ("mean score of negatives", _number(found["mean_p_of_negatives"]), "scores"),
+            ("easy negatives (p < 0.1)", _percent(found["easy_negatives"]), "gradient_norms"),
+            ("  share of cross entropy's gradient", _percent(easy["cross entropy"]),
+             "gradient_shares"),
+            ("  share of focal loss' gradient", _percent(easy["focal"]), "gradient_shares"),
+            ("negatives above a positive, median",
+             _number(above["quantiles"]["50%"] if above else None), "outranked"),
+            ("ranking error (Rank & Sort)", _number(ranking["ranking_error"]), "outranked"),
+            ("precision, mean at the positives", _number(ranking["average_precision"]),
+             "precision"),
+        ]  # fmt: skip
+        sorting, calibration = self.figures["sorting"], self.figures["calibration"]
+        if sorting:
             rows += [
-                ("sorting error (Rank & Sort)", _number(self.figures["sorting"]["sorting_error"])),
-                ("worse positives ranked above", _percent(self.figures["sorting"]["violations"])),
-                ("mean |score − IoU| by score", _number(self.figures["calibration"]["error"])),
+                ("sorting error (Rank & Sort)", _number(sorting["sorting_error"]), "sorting"),
+                ("pairs of positives in wrong order", _percent(sorting["violations"]), "sorting"),
+                ("calibration error", _number(calibration["error"]), "calibration"),
             ]
         return rows
 
@@ -135,10 +144,18 @@ class Report:
                 f"{found['not_finite']:,} logits are not finite and stand in no figure: the loss "
                 "of their batches is NaN."
             )
+        if not found["positives"] + found["negatives"]:
+            remarks.append("Nothing was counted: all labels are ignored, or all weights are 0.")
+            return remarks
         if found["at_limit"]:
             remarks.append(
                 f"{found['at_limit']:,} logits lie at ±{found['limit']} or beyond, and count as "
                 f"±{found['limit']}."
+            )
+        if 0 <= found["lowest_logit"] < found["highest_logit"] <= 1:
+            remarks.append(
+                "All logits lie between 0 and 1. Are they probabilities? Logits are what the "
+                "sigmoid takes."
             )
         if not found["positives"]:
             remarks.append("There is no positive: nothing can be said about ranks.")
@@ -208,6 +225,10 @@ class Table(NamedTuple):
 
     head: tuple[str, ...]
     rows: list[tuple]
+    note: str = ""  # what it leaves out
+
+
+SOME = " (some of the rows; report.json has all)"
 
 
 def tables_of(figures: dict) -> dict[str, Table]:
@@ -226,28 +247,22 @@ def tables_of(figures: dict) -> dict[str, Table]:
         "loss_shares": Table(
             ("hardest fraction of the", "", *(f"γ = {g:g}" for g in losses["gammas"])),
             [
-                (
-                    kind,
-                    losses[kind]["hardest_fraction"][k],
-                    *(curve[k] for curve in losses[kind]["share_of_loss"]),
-                )
+                (kind, *row)
                 for kind in ("positives", "negatives")
                 if losses[kind]
-                for k in range(0, len(losses[kind]["hardest_fraction"]), 10)
+                for row in _every(
+                    10, losses[kind]["hardest_fraction"], *losses[kind]["share_of_loss"]
+                )
             ],
-        ),
-        "gradient_shares": Table(
-            ("", *shares["by_kind"]),
-            [
-                (kind, *(kinds[kind] for kinds in shares["by_kind"].values()))
-                for kind in next(iter(shares["by_kind"].values()))
-            ]
-            + [
-                (f"g from {a:.3g} to {b:.3g}", *values)
-                for a, b, *values in _by_edges(shares["edges"], *shares["by_region"].values())
-            ],
+            SOME,
         ),
     }
+    if shares:
+        kinds, regions = shares["by_kind"], shares["by_region"]
+        rows = [(kind, *(of[kind] for of in kinds.values())) for kind in next(iter(kinds.values()))]
+        for a, b, *values in _by_edges(shares["edges"], *regions.values()):
+            rows.append((f"g from {a:.3g} to {b:.3g}", *values))
+        found["gradient_shares"] = Table(("", *kinds), rows)
     if ranking["outranked"]:
         above, curve = ranking["outranked"], ranking["curve"]
         found["outranked"] = Table(
@@ -255,8 +270,9 @@ def tables_of(figures: dict) -> dict[str, Table]:
             _by_edges(above["edges"], above["positives"]),
         )
         columns = ("logit", "positives", "rank", "precision", "recall")
-        rows = list(zip(*(curve[c] for c in columns), strict=True))
-        found["precision"] = Table(columns, rows[:: max(len(rows) // 40, 1)])
+        step = len(curve["rank"]) // 40 + 1
+        rows = _every(step, *(curve[c] for c in columns))
+        found["precision"] = Table(columns, rows, SOME if step > 1 else "")
     if figures["sorting"]:
         sorting, calibration = figures["sorting"], figures["calibration"]
         found["sorting"] = Table(
@@ -278,6 +294,12 @@ def tables_of(figures: dict) -> dict[str, Table]:
             ),
         )
     return found
+
+
+def _every(step: int, *columns) -> list[tuple]:
+    """Every step-th row, and the last one."""
+    rows = list(zip(*columns, strict=True))
+    return [row for k, row in enumerate(rows) if k % step == 0 or k == len(rows) - 1]
 
 
 def _by_edges(edges, *columns) -> list[tuple]:

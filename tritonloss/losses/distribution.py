@@ -95,7 +95,8 @@ def _check_target(logits, target, weight) -> None:
     inside = (target >= 0) & (target <= last)
     if weight is not None:
         inside = inside | ~(weight > 0)
-    check.require(inside, f"target must lie in [0, {last}] wherever the weight is above 0")
+    where = "" if weight is None else " wherever the weight is above 0"
+    check.require(inside, f"target must lie in [0, {last}]{where}", target)
 
 
 def distribution_focal_loss(

@@ -582,8 +582,9 @@ def generalized_focal_loss(
             check.is_number(name, value)
     if check.values_checked(x_left):
         ordered = (y_left <= y) & (y <= y_right)
-        check.require(ordered, "y must lie between y_left and y_right")
-        check.require(torch.as_tensor(y_left < y_right), "y_left must be below y_right")
+        check.require(ordered, "y must lie between y_left and y_right", y)
+        left, right = torch.as_tensor(y_left), torch.as_tensor(y_right)
+        check.require(left < right, "y_left must be below y_right", left.expand_as(left < right))
     return eager.generalized_focal(x_left, x_right, y, y_left, y_right, beta, reduction, avg_factor)
 
 
@@ -632,5 +633,6 @@ def class_balanced_weight(
     if isinstance(beta, Tensor):
         raise TypeError("beta must be a number; got a tensor")
     if check.values_checked(samples_per_class):
-        check.require(samples_per_class >= 0, "samples_per_class must be >= 0")
+        valid = samples_per_class >= 0
+        check.require(valid, "samples_per_class must be >= 0", samples_per_class)
     return eager.class_balanced_weight(samples_per_class, beta, normalize)

@@ -407,6 +407,7 @@ def _parse_group(logits: Tensor, group: Tensor | None, num_groups: int | None) -
         check.require(
             (group >= 0) & (group < num_groups),
             f"group must lie in 0..{num_groups - 1} (num_groups - 1)",
+            group,
         )
     return group
 
