@@ -285,6 +285,20 @@ def sweep(device: str, out: Path) -> None:
         print(f"nothing to compare with: no {before.name} is committed")
 
 
+def profile(device: str, out: Path) -> None:
+    """What the slowest kernels of the sweep wait for, as Nsight Compute counts it."""
+    need_gpu(device)
+    from . import profile as profiler
+
+    figures = out / "sweep.csv"
+    if not figures.exists():
+        raise Skip("there is no sweep in the folder")
+    try:
+        profiler.profiled(figures, out, points=3)
+    except profiler.NoCounters as reason:
+        raise Skip(str(reason)) from None
+
+
 # ------------------------------------------------------------------------------------- helpers
 
 
@@ -336,6 +350,7 @@ STEPS: dict[str, tuple[Callable, int]] = {
     "large": (large, 60),
     "sanitizer": (sanitizer, 120),
     "sweep": (sweep, 180),
+    "profile": (profile, 120),
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import stat
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 pytest.importorskip("pandas")
 pytest.importorskip("tqdm")
 
-from perf import compare, readme, scaling, sweep, workloads
+from perf import compare, profile, readme, scaling, sweep, workloads
 from perf.workloads import LOSSES, Point
 from tritonloss._dispatch import INTERPRET
 
@@ -167,6 +169,78 @@ def test_compare_sees_what_is_slower_beyond_noise(after, code, tmp_path, capsys)
 def test_compare_sees_a_point_that_became_wrong(tmp_path):
     a = write(tmp_path / "a.csv", 1.0, 0.9, 1.1)
     assert compare.main([a, write(tmp_path / "b.csv", "", "", "", "WRONG")]) == 1
+
+
+def sweep_row(loss, rows, x_floor, **other):
+    row = dict.fromkeys(sweep.COLUMNS, "") | Point(rows, 80, 500)._asdict()
+    row |= {"loss": loss, "provider": "triton", "mode": "both", "status": "ok"}
+    return row | {"x_floor": x_floor} | other
+
+
+def test_the_profile_takes_the_slowest_kernels_one_a_loss():
+    rows = [
+        sweep_row("focal", 10**6, "1.5"),
+        sweep_row("focal", 10**7, "1.25"),
+        sweep_row("ap", 10**6, "9.5"),
+        sweep_row("ghm_c", 10**6, "2.5"),
+        sweep_row("varifocal", 10**3, "99"),  # launches take the time
+        sweep_row("alrp", 10**6, "88", provider="eager"),
+        sweep_row("alrp", 10**6, "88", mode="forward"),
+        sweep_row("alrp", 10**6, "", status="WRONG"),
+    ]
+    found = profile.slowest(rows, 2)
+    assert found == [("ap", Point(10**6, 80, 500), 9.5), ("ghm_c", Point(10**6, 80, 500), 2.5)]
+    assert [f[0] for f in profile.slowest(rows, 9)] == ["ap", "ghm_c", "focal"]
+
+
+RAW_PAGE = """\
+==PROF== Connected to process 7
+"ID","Kernel Name","dram__bytes.sum.per_second","gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum","launch__registers_per_thread","sm__throughput.avg.pct_of_peak_sustained_elapsed","sm__warps_active.avg.pct_of_peak_sustained_active","smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio","smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio"
+"","","byte/second","%","nsecond","register/thread","%","%","inst","inst"
+"0","pointwise_kernel","2,500,000,000,000","80.25","200,000","40","31.5","70.75","0.5","7.25"
+"1","finish_kernel","n/a","1.5","4,000","32","1","12.5","3.5","0.25"
+"""  # noqa: E501
+
+
+def stand_in(tmp_path, page, code=0):
+    """A program that is called like ncu, and writes this page."""
+    path = tmp_path / "ncu"
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\nargs = sys.argv[1:]\n"
+        f"open(args[args.index('--log-file') + 1], 'w').write({page!r})\n"
+        f"sys.exit({code} if '--run' in args else 99)\n"
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def profiled_by(monkeypatch, tmp_path, page, code=0):
+    csv_path = tmp_path / "sweep.csv"
+    with csv_path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, sweep.COLUMNS)
+        writer.writeheader()
+        writer.writerow(sweep_row("focal", 10**6, "1.5"))
+    monkeypatch.setattr(profile, "find_ncu", lambda: stand_in(tmp_path, page, code))
+    return profile.main([str(csv_path), "--out", str(tmp_path / "out")])
+
+
+def test_the_profile_tabulates_what_ncu_read(tmp_path, monkeypatch):
+    assert profiled_by(monkeypatch, tmp_path, RAW_PAGE) == 0
+    title, head, *lines = (tmp_path / "out" / "profile.txt").read_text().splitlines()
+    assert title == "focal at 1000000 80 500 float32 random contiguous: 1.50 x floor"
+    assert " ".join(head.split()) == "kernel us MB dram % sm % occupancy % registers waits for"
+    assert [" ".join(line.split()) for line in lines[:2]] == [
+        "pointwise_kernel 200.0 500.0 80.2 31.5 70.8 40.0 long_scoreboard",
+        "finish_kernel 4.0 - 1.5 1.0 12.5 32.0 barrier",
+    ]
+
+
+def test_a_profiler_without_counters_is_said(tmp_path, monkeypatch, capsys):
+    page = "==ERROR== ERR_NVGPUCTRPERM - no permission to access the counters\n"
+    assert profiled_by(monkeypatch, tmp_path, page, 1) == 2
+    assert "no profile: ERR_NVGPUCTRPERM" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="focal: ncu, or what it ran, ended with 3"):
+        profiled_by(monkeypatch, tmp_path, RAW_PAGE, 3)
 
 
 def test_traffic_of_the_committed_table_is_that_of_the_model():
