@@ -5,8 +5,24 @@ import triton.language as tl
 
 
 @triton.jit
-def coordinates(start, offs, sizes, N_DIMS: tl.constexpr):
-    """Coordinates of elements start + offs: 64-bit division once a program, 32-bit per element."""
+def tile_of(BLOCK: tl.constexpr, RUN: tl.constexpr):
+    """Offsets of the runs of a tile, [runs, 1], and within one, [1, RUN]; or [BLOCK], 0."""
+    if RUN == 1:
+        run = tl.arange(0, BLOCK)
+        within = 0
+    else:
+        run = (tl.arange(0, BLOCK // RUN) * RUN)[:, None]
+        within = tl.arange(0, RUN)[None, :]
+    return run, within
+
+
+@triton.jit
+def coordinates(start, offs, sizes, N_DIMS: tl.constexpr, within=0):
+    """Coordinates of elements start + offs: 64-bit division once a program, 32-bit per element.
+
+    ``within``, offsets that do not leave the innermost dim, costs no division: ``offs`` of shape
+    [runs, 1] and ``within`` of [1, elements] divide once a run.
+    """
     c0 = tl.zeros(offs.shape, tl.int64)
     c1 = c0
     c2 = c0
@@ -32,7 +48,7 @@ def coordinates(start, offs, sizes, N_DIMS: tl.constexpr):
                 carry = inner // sizes[1]
                 c1 = inner - carry * sizes[1]
                 c0 = outest + carry
-    return c0, c1, c2, c3
+    return c0, c1, c2, c3 + within
 
 
 @triton.jit

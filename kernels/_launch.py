@@ -16,6 +16,10 @@ class Config:
 # 8 elements a thread: one 16-byte load of 16-bit logits, two of float32. With 16 the backward
 # spills registers.
 POINTWISE = Config(block=2048, num_warps=8)
+# Tiles a program takes, where enough programs are left to fill the largest GPU: the sum over its
+# threads, and what it loads first, take as many instructions as half a tile.
+POINTWISE_TILES = 4
+POINTWISE_PROGRAMS = 2048
 # Elements of a tile of rows x classes; a row of 80 classes is one tile wide, so 16 rows a program.
 SOFTMAX_BY_CLASS = Config(block=2048, num_warps=8)
 # Rows lie next to each other (a permuted NCHW head): 128 rows, one a thread, 16 classes at a time.

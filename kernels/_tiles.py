@@ -9,12 +9,10 @@ import triton.language as tl
 
 @triton.jit
 def log1p_unit(u):
-    """log(1 + u) for u in [0, 1], accurate for tiny u: 2 atanh(s), s = u / (2 + u) <= 1/3."""
-    s = u / (2.0 + u)
-    z = s * s
-    series = 1.0 / 11.0 + z * (1.0 / 13.0 + z * (1.0 / 15.0))
-    series = 1.0 / 5.0 + z * (1.0 / 7.0 + z * (1.0 / 9.0 + z * series))
-    return 2.0 * s * (1.0 + z * (1.0 / 3.0 + z * series))
+    """log(1 + u) for u in [0, 1], relative error below 2e-7: a polynomial is half a division."""
+    series = 0.0792046338 + u * (-0.0300658513 + u * 0.00536483852)
+    series = -0.248571649 + u * (0.19153659 + u * (-0.137538105 + u * series))
+    return u * (1.0 + u * (-0.499996483 + u * (0.33321324 + u * series)))
 
 
 @triton.jit
@@ -80,11 +78,15 @@ def focal_value(x, y, a1, a0, gamma, SQUARE: tl.constexpr):
 @triton.jit
 def focal_derivative(x, y, a1, a0, gamma, SQUARE: tl.constexpr):
     p, not_p, bce, q, factor = _focal_parts(x, y, gamma, SQUARE)
-    # (dq/dx) / q = p (1-p) (1-2y) / q; for hard targets +-(1-q), which needs no division by 0
-    dq_over_q = p * not_p * (1.0 - 2.0 * y) / tl.maximum(q, 1e-37)
-    dq_over_q = tl.where(y == 0.0, not_p, tl.where(y == 1.0, -p, dq_over_q))
+    dq = p * not_p * (1.0 - 2.0 * y)
     dbce = p * (1.0 - y) - not_p * y
-    return (y * a1 + (1.0 - y) * a0) * factor * (gamma * dq_over_q * bce + dbce)
+    if SQUARE:
+        slope = q * (2.0 * dq * bce + q * dbce)
+    else:
+        # for hard targets dq / q is +-(1-q), which needs no division by 0
+        dq_over_q = tl.where(y == 0.0, not_p, tl.where(y == 1.0, -p, dq / tl.maximum(q, 1e-37)))
+        slope = factor * (gamma * dq_over_q * bce + dbce)
+    return (y * a1 + (1.0 - y) * a0) * slope
 
 
 # FL* (Lin et al. 2017, appendix): f(x_t) = -log sigmoid(gamma x_t + beta) / gamma, x_t = +-x.
@@ -131,10 +133,14 @@ def quality_value(x, y, beta, SQUARE: tl.constexpr):
 @triton.jit
 def quality_derivative(x, y, beta, SQUARE: tl.constexpr):
     dp, bce, signed, factor = _quality_parts(x, y, beta, SQUARE)
-    # d|p-y|^beta / dx = beta |p-y|^beta p(1-p) / (p-y), and 0 at p == y
-    safe = tl.where(tl.abs(signed) > 1e-37, signed, 1.0)
-    slope = tl.where(tl.abs(signed) > 1e-37, beta * dp / safe, 0.0)
-    return factor * (slope * bce + signed)
+    if SQUARE:
+        result = signed * (2.0 * dp * bce + factor)
+    else:
+        # d|p-y|^beta / dx = beta |p-y|^beta p(1-p) / (p-y), and 0 at p == y
+        safe = tl.where(tl.abs(signed) > 1e-37, signed, 1.0)
+        slope = tl.where(tl.abs(signed) > 1e-37, beta * dp / safe, 0.0)
+        result = factor * (slope * bce + signed)
+    return result
 
 
 # Varifocal loss (Zhang et al. 2021): positives y BCE(x, y), negatives alpha p^gamma BCE(x, 0).
@@ -199,10 +205,12 @@ def asl1_derivative(x, y, mu):
 
 
 @triton.jit
-def region_of(x, y, mu, bins, KIND: tl.constexpr):
+def region_of(x, y, positive, mu, bins, KIND: tl.constexpr, HARD: tl.constexpr):
     """Unit region of the gradient norm, 0..bins-1, the last one closed at 1."""
     if KIND == "asl1":
         norm = tl.abs(asl1_derivative(x, y, mu))
+    elif HARD:
+        norm, _, _, _ = _hard_parts(x, positive)
     else:
         tl.static_assert(KIND == "bce", "unknown harmonised loss")
         p, _, _ = sigmoid_parts(x)
@@ -211,16 +219,75 @@ def region_of(x, y, mu, bins, KIND: tl.constexpr):
     return tl.minimum(tl.maximum((norm * bins).to(tl.int32), 0), bins - 1)
 
 
+# Labels alone: a target of 0 or 1 at every logit. With z = -x at positives and x elsewhere,
+# s = sigmoid(z) and BCE = softplus(z), the losses above are a s^gamma softplus(z): half of
+# the instructions that a target in between takes.
+
+
+@triton.jit
+def _hard_parts(x, positive):
+    """``(s, 1 - s, softplus(z), log s)``."""
+    z = tl.where(positive, -x, x)
+    s, not_s, log1p_e = sigmoid_parts(z)
+    return s, not_s, tl.maximum(z, 0.0) + log1p_e, tl.minimum(z, 0.0) - log1p_e
+
+
+@triton.jit
+def hard_value(x, positive, p0, p1, p2, p3, KIND: tl.constexpr, SQUARE: tl.constexpr):
+    """Loss of each logit under labels; parameters as in ``pointwise_value``."""
+    if KIND == "focal_star":
+        _, _, value, _ = _hard_parts(tl.where(positive, p2 * x + p3, p2 * x - p3), positive)
+        value *= tl.where(positive, p0, p1) / p2
+    else:
+        s, _, value, log_s = _hard_parts(x, positive)
+        if KIND == "focal":
+            value *= tl.where(positive, p0, p1) * power(s, log_s, p2, SQUARE)
+        elif KIND == "quality":
+            value *= power(s, log_s, p0, SQUARE)
+        elif KIND == "varifocal":
+            value *= tl.where(positive, 1.0, p0 * power(s, log_s, p1, SQUARE))
+        else:
+            tl.static_assert(KIND == "bce", "no formula for targets of 0 and 1")
+    return value
+
+
+@triton.jit
+def hard_derivative(x, positive, p0, p1, p2, p3, KIND: tl.constexpr, SQUARE: tl.constexpr):
+    """Derivative of ``hard_value`` by the logit."""
+    if KIND == "focal_star":
+        slope, _, _, _ = _hard_parts(tl.where(positive, p2 * x + p3, p2 * x - p3), positive)
+        slope *= tl.where(positive, p0, p1)
+    else:
+        s, not_s, loss, log_s = _hard_parts(x, positive)
+        if KIND == "focal":
+            factor = tl.where(positive, p0, p1) * power(s, log_s, p2, SQUARE)
+            slope = factor * (p2 * not_s * loss + s)
+        elif KIND == "quality":
+            slope = power(s, log_s, p0, SQUARE) * (p0 * not_s * loss + s)
+        elif KIND == "varifocal":
+            through = p1 * not_s * (1.0 - p3) * loss + s
+            slope = tl.where(positive, s, p0 * power(s, log_s, p1, SQUARE) * through)
+        else:
+            tl.static_assert(KIND == "bce", "no formula for targets of 0 and 1")
+            slope = s
+    return tl.where(positive, -slope, slope)
+
+
 # The pickers: a string chooses the loss, so that every pointwise loss shares one kernel pair.
 
 
 @triton.jit
-def pointwise_value(x, y, positive, p0, p1, p2, p3, KIND: tl.constexpr, SQUARE: tl.constexpr):
+def pointwise_value(
+    x, y, positive, p0, p1, p2, p3, KIND: tl.constexpr, SQUARE: tl.constexpr, HARD: tl.constexpr
+):
     """Loss of each logit; parameters in the order that the public functions pack them.
 
-    SQUARE: the power of KIND's modulating factor is known to be 2.
+    SQUARE: the power of KIND's modulating factor is known to be 2. HARD: y is 1 at positives and 0
+    elsewhere.
     """
-    if KIND == "focal":
+    if HARD:
+        value = hard_value(x, positive, p0, p1, p2, p3, KIND, SQUARE)
+    elif KIND == "focal":
         value = focal_value(x, y, p0, p1, p2, SQUARE)
     elif KIND == "focal_star":
         value = focal_star_value(x, y, p0, p1, p2, p3)
@@ -237,9 +304,13 @@ def pointwise_value(x, y, positive, p0, p1, p2, p3, KIND: tl.constexpr, SQUARE: 
 
 
 @triton.jit
-def pointwise_derivative(x, y, positive, p0, p1, p2, p3, KIND: tl.constexpr, SQUARE: tl.constexpr):
+def pointwise_derivative(
+    x, y, positive, p0, p1, p2, p3, KIND: tl.constexpr, SQUARE: tl.constexpr, HARD: tl.constexpr
+):
     """Derivative of each logit's loss by the logit."""
-    if KIND == "focal":
+    if HARD:
+        slope = hard_derivative(x, positive, p0, p1, p2, p3, KIND, SQUARE)
+    elif KIND == "focal":
         slope = focal_derivative(x, y, p0, p1, p2, SQUARE)
     elif KIND == "focal_star":
         slope = focal_star_derivative(x, y, p0, p1, p2, p3)

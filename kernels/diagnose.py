@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._index import coordinates
+from ._index import coordinates, tile_of
 from ._launch import COUNTING, COUNTING_COPIES, LOGITS_PER_COPY
 from .elementwise import judged, places, walk_over
 
@@ -26,7 +26,8 @@ def _nearest(v):
 @triton.jit
 def _count_tile(
     start,
-    offs,
+    run,
+    within,
     n,
     pointers,
     copy_ptr,
@@ -45,22 +46,26 @@ def _count_tile(
     MASKED: tl.constexpr,
 ):
     x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr = pointers
-    coords = coordinates(start, offs, sizes, N_DIMS)
+    coords = coordinates(start, run, sizes, N_DIMS, within)
+    offs = run + within
     x_at, row, dense_at, weight_at, cls = places(
         start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
     )
-    inside = offs < n - start
     # Loaded here, not in a function: see ``judged``.
     if MASKED:
+        inside = offs < n - start
+        rows = run < n - start if CLASS_DIM == 3 else inside
+        masked = rows if ROW_WEIGHT else inside
         x = tl.load(x_ptr + x_at, inside, 0)
-        dense = tl.load(dense_ptr + dense_at, inside, 0) if dense_ptr is not None else offs
-        label = tl.load(label_ptr + row, inside, 0) if label_ptr is not None else offs
-        weight = tl.load(weight_ptr + weight_at, inside, 0) if weight_ptr is not None else offs
+        dense = tl.load(dense_ptr + dense_at, inside, 0) if dense_ptr is not None else run
+        label = tl.load(label_ptr + row, rows, 0) if label_ptr is not None else run
+        weight = tl.load(weight_ptr + weight_at, masked, 0) if weight_ptr is not None else run
     else:
+        inside = tl.full(run.shape, 1, tl.int1)
         x = tl.load(x_ptr + x_at)
-        dense = tl.load(dense_ptr + dense_at) if dense_ptr is not None else offs
-        label = tl.load(label_ptr + row) if label_ptr is not None else offs
-        weight = tl.load(weight_ptr + weight_at) if weight_ptr is not None else offs
+        dense = tl.load(dense_ptr + dense_at) if dense_ptr is not None else run
+        label = tl.load(label_ptr + row) if label_ptr is not None else run
+        weight = tl.load(weight_ptr + weight_at) if weight_ptr is not None else run
     x, y, positive, keep, _ = judged(
         x,
         dense,
@@ -68,6 +73,7 @@ def _count_tile(
         weight,
         inside,
         cls,
+        within if CLASS_DIM == 3 else 0,
         n_classes,
         ignore_index,
         label_ptr is not None,
@@ -86,7 +92,7 @@ def _count_tile(
     # never out of bounds; and between product and sum, so that they are rounded one by one
     quality_row = _nearest(tl.minimum(quality * QUALITY_STEPS, QUALITY_STEPS)) + 1
     cell = quality_row * (2 * half + 2) + column
-    one = tl.full(offs.shape, 1, tl.int64)
+    one = tl.full(cell.shape, 1, tl.int64)
     tl.atomic_add(count_ptr + cell, one, mask=keep & positive, sem="relaxed")
 
 
@@ -134,12 +140,13 @@ def count_kernel(
     CLASS_DIM: tl.constexpr,
     LINEAR: tl.constexpr,
     ROW_WEIGHT: tl.constexpr,
+    RUN: tl.constexpr,  # logits that share a row or a class
     BLOCK: tl.constexpr,
 ):
     """1-D grid; program i takes logits [i BLOCK, (i+1) BLOCK) in memory order."""
     pid = tl.program_id(0).to(tl.int64)
     start = pid * BLOCK
-    offs = tl.arange(0, BLOCK)
+    run, within = tile_of(BLOCK, RUN)
     pointers = (x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr)
     sizes = (1, size_1, size_2, size_3)
     strides = (
@@ -151,13 +158,13 @@ def count_kernel(
     mine = copy_ptr + pid % copies * (2 * LIMIT * STEPS + 2)
     if start + BLOCK <= n:
         _count_tile(
-            start, offs, n, pointers, mine, count_ptr, n_classes, ignore_index, sizes, strides,
-            LIMIT, STEPS, QUALITY_STEPS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
+            start, run, within, n, pointers, mine, count_ptr, n_classes, ignore_index, sizes,
+            strides, LIMIT, STEPS, QUALITY_STEPS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
         )  # fmt: skip
     else:
         _count_tile(
-            start, offs, n, pointers, mine, count_ptr, n_classes, ignore_index, sizes, strides,
-            LIMIT, STEPS, QUALITY_STEPS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
+            start, run, within, n, pointers, mine, count_ptr, n_classes, ignore_index, sizes,
+            strides, LIMIT, STEPS, QUALITY_STEPS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
         )  # fmt: skip
 
 
@@ -228,6 +235,7 @@ def launch_count(
         CLASS_DIM=walk.class_dim,
         LINEAR=walk.linear,
         ROW_WEIGHT=walk.row_weight,
+        RUN=walk.run,
         BLOCK=COUNTING.block,
         num_warps=COUNTING.num_warps,
     )

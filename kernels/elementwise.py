@@ -1,8 +1,9 @@
 """One kernel, compiled as forward and as backward, for every pointwise loss.
 
-Each program takes BLOCK consecutive logits in memory order. With label targets it finds their rows
-and classes by division; dense operands that lie in memory like the logits need no index at all.
-A loss is a pair of tile functions in ``_tiles.py``, chosen by the string KIND.
+Each program takes tiles of BLOCK consecutive logits in memory order. With label targets it finds
+rows and classes by division, once for the run of neighbours that a 16-byte load brings; dense
+operands that lie in memory like the logits need no index at all. A loss is a pair of
+tile functions in ``_tiles.py``, chosen by the string KIND.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._index import coordinates, load_or_zero, offset_of
-from ._launch import POINTWISE, scalar_args
+from ._index import coordinates, load_or_zero, offset_of, tile_of
+from ._launch import POINTWISE, POINTWISE_PROGRAMS, POINTWISE_TILES, scalar_args
 from ._layout import (
     MAX_DIMS,
     MAX_INNER_SIZE,
@@ -28,24 +29,38 @@ from ._tiles import pointwise_derivative, pointwise_value, region_of
 
 # Which parameter is the power of the modulating factor.
 POWER = {"focal": 2, "quality": 0, "varifocal": 1}
+# Losses with a shorter formula for targets of 0 and 1, in ``_tiles.hard_value``.
+HARD = frozenset({"focal", "focal_star", "quality", "varifocal", "bce"})
+
+
+def is_hard(kind: str, labels, quality) -> bool:
+    """True if the targets are 0 and 1, and the loss has a formula for them."""
+    return kind in HARD and labels is not None and quality is None
 
 
 @triton.jit
 def places(
     start,
     offs,
-    coords,
+    coords,  # of offs; the outer three may have fewer elements: [runs, 1]
     strides,  # of x, rows, dense target, weight
     N_DIMS: tl.constexpr,
     CLASS_DIM: tl.constexpr,
     LINEAR: tl.constexpr,
     ROW_WEIGHT: tl.constexpr,
 ):
-    """Where a tile of logits lies: offsets of x, rows, dense targets and weights; its classes."""
+    """Where a tile of logits lies: offsets of x, rows, dense targets and weights; its classes.
+
+    A tile is [logits], or [runs, logits of a run]: those of a run are neighbours in the
+    innermost dim, so that all that does not change along it is worked out once a run.
+    """
     x_strides, row_strides, dense_strides, weight_strides = strides
-    row = offset_of(coords, row_strides, N_DIMS)
+    if CLASS_DIM == 3:  # rows do not end inside a run
+        row = offset_of((coords[0], coords[1], coords[2], 0), row_strides, 4)
+    else:
+        row = offset_of(coords, row_strides, N_DIMS)
     if CLASS_DIM < 0:
-        cls = tl.zeros(offs.shape, tl.int64)
+        cls = tl.zeros(coords[2].shape, tl.int64)
     else:
         cls = coords[CLASS_DIM]
     if LINEAR:
@@ -69,6 +84,7 @@ def judged(
     weight,
     inside,
     cls,
+    within,
     n_classes,
     ignore_index,
     HAS_LABEL: tl.constexpr,
@@ -76,8 +92,8 @@ def judged(
 ):
     """What the loaded values mean: ``(x, y, positive, keep, scale)``, y without box qualities.
 
-    ``keep`` is False beyond the end, for ignored rows and for weights of 0; there x, y and scale
-    are 0, and nothing that was stored there, NaN included, reaches the result.
+    ``keep`` is False beyond the end, for ignored rows and for weights of 0: whatever was stored
+    there, NaN included, x and scale hold it, and the caller drops what it made of them.
 
     A function without pointers, like ``places``: where a value that came out of a function decides
     what a kernel writes to, torch.compile takes all pointers that went in for written, and copies
@@ -91,20 +107,22 @@ def judged(
     if HAS_LABEL:
         label = label.to(tl.int64)
         keep = keep & (label >= 0) & (label <= n_classes) & (label != ignore_index)
-        positive = keep & (label == cls)
+        # a difference and 32 bits: nothing but the comparison is left for each logit of a run
+        positive = keep & ((label - (cls - within)).to(tl.int32) == within)
         y = tl.where(positive, 1.0, 0.0)
     else:
         y = tl.where(keep, dense.to(tl.float32), 0.0)
         positive = y > 0
-    x = tl.where(keep, x.to(tl.float32), 0.0)
+    x = x.to(tl.float32)
     x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
-    return x, y, positive, keep, tl.where(keep, scale, 0.0)
+    return x, y, positive, keep, scale
 
 
 @triton.jit
 def load_logits(
     start,
-    offs,
+    run,  # [runs, 1]
+    within,  # [1, logits of a run]
     n,
     pointers,  # x, dense target, label, quality, weight, class weight
     n_classes,
@@ -119,18 +137,20 @@ def load_logits(
 ):
     """A tile of logits with their targets: ``(x, y, positive, keep, scale)``, see ``judged``."""
     x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, class_weight_ptr = pointers
-    inside = offs < n - start
+    offs = run + within
+    inside = offs < n - start if MASKED else tl.full(run.shape, 1, tl.int1)
+    rows = run < n - start if CLASS_DIM == 3 else inside
     x_at, row, dense_at, weight_at, cls = places(
         start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
     )
     x = load_or_zero(x_ptr + x_at, MASKED, inside)
-    dense = offs
-    label = offs
-    weight = offs
+    dense = run
+    label = run
+    weight = run
     if weight_ptr is not None:
-        weight = load_or_zero(weight_ptr + weight_at, MASKED, inside)
+        weight = load_or_zero(weight_ptr + weight_at, MASKED, rows if ROW_WEIGHT else inside)
     if label_ptr is not None:
-        label = load_or_zero(label_ptr + row, MASKED, inside)
+        label = load_or_zero(label_ptr + row, MASKED, rows)
     else:
         dense = load_or_zero(dense_ptr + dense_at, MASKED, inside)
     x, y, positive, keep, scale = judged(
@@ -140,16 +160,21 @@ def load_logits(
         weight,
         inside,
         cls,
+        within if CLASS_DIM == 3 else 0,
         n_classes,
         ignore_index,
         label_ptr is not None,
         weight_ptr is not None,
     )
     if quality_ptr is not None:
-        y = tl.load(quality_ptr + row, mask=positive, other=0.0).to(tl.float32)
+        if CLASS_DIM == 3:
+            read = rows & (label >= 0) & (label < n_classes)
+            quality = tl.load(quality_ptr + row, mask=read, other=0.0).to(tl.float32)
+            y = tl.where(positive, quality, 0.0)
+        else:
+            y = tl.load(quality_ptr + row, mask=positive, other=0.0).to(tl.float32)
     if class_weight_ptr is not None:
         scale *= load_or_zero(class_weight_ptr + cls, MASKED, inside).to(tl.float32)
-        scale = tl.where(keep, scale, 0.0)
     return x, y, positive, keep, scale
 
 
@@ -173,7 +198,8 @@ def load_params(params_ptr, numbers):
 @triton.jit
 def _pointwise_tile(
     start,
-    offs,
+    run,
+    within,
     n,
     pointers,
     region_ptr,
@@ -190,6 +216,7 @@ def _pointwise_tile(
     params,
     KIND: tl.constexpr,
     SQUARE: tl.constexpr,
+    HARD: tl.constexpr,
     BACKWARD: tl.constexpr,
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
@@ -200,10 +227,12 @@ def _pointwise_tile(
 ):
     """Loss or gradient of one tile, stored if there is a value per logit; ``(result, keep)``."""
     # Apart from the pointers, which torch.compile would else take for written (see _rows.locate).
-    coords = coordinates(start, offs, sizes, N_DIMS)
+    coords = coordinates(start, run, sizes, N_DIMS, within)
+    offs = run + within
     x, y, positive, keep, scale = load_logits(
         start,
-        offs,
+        run,
+        within,
         n,
         pointers,
         n_classes,
@@ -218,10 +247,10 @@ def _pointwise_tile(
     )
     p0, p1, p2, p3 = params
     if region_ptr is not None:
-        region = region_of(x, y, p0, bins, KIND)
+        region = region_of(x, y, positive, p0, bins, KIND, HARD)
         scale = tl.where(keep, tl.load(region_ptr + region), 0.0)
     if BACKWARD:
-        result = pointwise_derivative(x, y, positive, p0, p1, p2, p3, KIND, SQUARE)
+        result = pointwise_derivative(x, y, positive, p0, p1, p2, p3, KIND, SQUARE, HARD)
         if REDUCED:
             result *= grad_scale * scale
         else:
@@ -233,7 +262,7 @@ def _pointwise_tile(
                 )
             result *= grad.to(tl.float32) * scale
     else:
-        result = pointwise_value(x, y, positive, p0, p1, p2, p3, KIND, SQUARE) * scale
+        result = pointwise_value(x, y, positive, p0, p1, p2, p3, KIND, SQUARE, HARD) * scale
     result = tl.where(keep, result, 0.0)
     if BACKWARD or not REDUCED:
         if LINEAR:
@@ -244,7 +273,7 @@ def _pointwise_tile(
             tl.store(out_ptrs, result, mask=offs < n - start)
         else:
             tl.store(out_ptrs, result)
-    return result, keep
+    return result, tl.broadcast_to(keep, result.shape)
 
 
 @triton.jit
@@ -264,6 +293,7 @@ def pointwise_kernel(
     count_ptr,  # [programs] int32, or None
     # shapes
     n,
+    span,
     n_classes,
     bins,
     size_1,
@@ -303,18 +333,19 @@ def pointwise_kernel(
     # constants
     KIND: tl.constexpr,
     SQUARE: tl.constexpr,
+    HARD: tl.constexpr,
     BACKWARD: tl.constexpr,
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
     CLASS_DIM: tl.constexpr,
     LINEAR: tl.constexpr,
     ROW_WEIGHT: tl.constexpr,
+    RUN: tl.constexpr,  # logits that share a row or a class
     BLOCK: tl.constexpr,
 ):
-    """1-D grid; program i takes logits [i BLOCK, (i+1) BLOCK) in memory order."""
+    """1-D grid; program i takes logits [i span, (i+1) span) in memory order, BLOCK at a time."""
     pid = tl.program_id(0).to(tl.int64)
-    start = pid * BLOCK
-    offs = tl.arange(0, BLOCK)
+    run, within = tile_of(BLOCK, RUN)
     pointers = (x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, class_weight_ptr)
     sizes = (1, size_1, size_2, size_3)
     strides = (
@@ -331,22 +362,31 @@ def pointwise_kernel(
         grad_scale = tl.load(grad_ptr).to(tl.float32)
         if scale_ptr is not None:
             grad_scale *= tl.load(scale_ptr)
-    if start + BLOCK <= n:
+    total = tl.zeros((run + within).shape, tl.float32)
+    count = tl.zeros(total.shape, tl.int32)
+    start = pid * span
+    end = tl.minimum(start + span, n)
+    while start + BLOCK <= end:
         result, keep = _pointwise_tile(
-            start, offs, n, pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
+            start, run, within, n, pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
             n_classes, ignore_index, sizes, strides, out_strides, grad_strides, params,
-            KIND, SQUARE, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
+            KIND, SQUARE, HARD, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
         )  # fmt: skip
-    else:
+        total += result
+        count += keep.to(tl.int32)
+        start += BLOCK
+    if start < end:
         result, keep = _pointwise_tile(
-            start, offs, n, pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
+            start, run, within, n, pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
             n_classes, ignore_index, sizes, strides, out_strides, grad_strides, params,
-            KIND, SQUARE, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
+            KIND, SQUARE, HARD, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
         )  # fmt: skip
+        total += result
+        count += keep.to(tl.int32)
     if REDUCED and not BACKWARD:
-        tl.store(out_ptr + pid, tl.sum(result, 0))
+        tl.store(out_ptr + pid, tl.sum(total))
         if count_ptr is not None:
-            tl.store(count_ptr + pid, tl.sum(keep.to(tl.int32), 0))
+            tl.store(count_ptr + pid, tl.sum(count))
 
 
 def walkable(x, *others) -> bool:
@@ -366,10 +406,11 @@ class Walk(NamedTuple):
     linear: bool  # all of them lie in one block of memory in the same order
     row_weight: bool
     class_dim: int  # where the kernel finds the class, or -1
+    run: int  # neighbours that share all but the innermost coordinate: a 16-byte load of them
 
 
-def walk_over(x, labels, weight, class_weight, per_logit) -> Walk:
-    """``per_logit``: further tensors of x' shape, or None, beside the dense ones."""
+def walk_over(x, labels, weight, class_weight, per_logit, *strides) -> Walk:
+    """``per_logit``: tensors of x' shape, or None; ``strides``: of what else is read per logit."""
     shape = tuple(x.shape)
     zeros = (0,) * len(shape)
     row_weight = weight is not None and weight.dim() < x.dim()
@@ -377,7 +418,7 @@ def walk_over(x, labels, weight, class_weight, per_logit) -> Walk:
         shape, [x.stride(), *(t.stride() for t in per_logit if t is not None)]
     )
     rows = (*contiguous_strides(shape[:-1]), 0) if labels is not None or row_weight else zeros
-    by_class = labels is not None or class_weight is not None
+    by_class = labels is not None or class_weight is not None or row_weight
     layout = merged_dims(
         shape,
         [
@@ -385,10 +426,20 @@ def walk_over(x, labels, weight, class_weight, per_logit) -> Walk:
             rows,
             (*zeros[:-1], 1 if by_class else 0),
             *(zeros if t is None or linear else t.stride() for t in per_logit),
+            *strides,
         ],
     )
     class_s = layout.strides[2]
-    return Walk(layout, linear, row_weight, class_s.index(1) if 1 in class_s else -1)
+    run = 16 // x.element_size()
+    while layout.n_dims > 1 and layout.sizes[-1] % run:
+        run //= 2
+    return Walk(layout, linear, row_weight, class_s.index(1) if 1 in class_s else -1, run)
+
+
+def span_of(n: int) -> int:
+    """Logits a program takes: of few, one tile."""
+    tiles = n // (POINTWISE.block * POINTWISE_PROGRAMS)
+    return POINTWISE.block * min(max(tiles, 1), POINTWISE_TILES)
 
 
 def _launch(
@@ -405,7 +456,8 @@ def _launch(
     x_s, row_s, _, dense_s, weight_s, out_s, grad_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)
     n = x.numel()
-    kernel[(triton.cdiv(n, POINTWISE.block),)](
+    span = span_of(n)
+    kernel[(triton.cdiv(n, span),)](
         x,
         dense,
         labels,
@@ -419,6 +471,7 @@ def _launch(
         out,
         count,
         n,
+        span,
         x.shape[-1],
         0 if regions is None else regions.numel(),
         *walk.layout.sizes[1:],
@@ -432,12 +485,14 @@ def _launch(
         *numbers,
         KIND=kind,
         SQUARE=pointer is None and kind in POWER and numbers[POWER[kind]] == 2.0,
+        HARD=is_hard(kind, labels, quality),
         BACKWARD=backward,
         REDUCED=reduced,
         N_DIMS=walk.layout.n_dims,
         CLASS_DIM=walk.class_dim,
         LINEAR=walk.linear,
         ROW_WEIGHT=walk.row_weight,
+        RUN=walk.run,
         BLOCK=POINTWISE.block,
         num_warps=POINTWISE.num_warps,
     )
@@ -466,7 +521,7 @@ def launch_forward(
         loss = torch.empty_like(x, dtype=torch.float32)
         _launch(kernel, *args, loss, None, kind, ignore_index, False, False)
         return loss, torch.empty(0, dtype=torch.float32, device=x.device)
-    n_programs = triton.cdiv(x.numel(), POINTWISE.block)
+    n_programs = triton.cdiv(x.numel(), span_of(x.numel()))
     partials = torch.empty(n_programs, dtype=torch.float32, device=x.device)
     counts = None
     if reduction == "mean" and avg_factor is None:

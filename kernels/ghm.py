@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ._index import coordinates
+from ._index import coordinates, tile_of
 from ._launch import HISTOGRAM, HISTOGRAM_PROGRAMS, scalar_args
 from ._tiles import pointwise_value, region_of
+from .elementwise import is_hard, load_logits, load_params, pointwise_kernel, walk_over
 from .elementwise import launch_backward as pointwise_backward
-from .elementwise import load_logits, load_params, pointwise_kernel, walk_over
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _add_by_region(total, region, value, counts, REGIONS: tl.constexpr):
         bits = tl.sum(tl.where(filled, 1 << (regions % 32), 0), 0)
         while bits != 0:
             k = word * 32 + _lowest_bit(bits)
-            amount = tl.sum(tl.where(region == k, value, 0.0), 0)
+            amount = tl.sum(tl.where(region == k, value, 0.0))
             total = tl.where(regions == k, total + amount, total)
             bits = bits & (bits - 1)
         word += 1
@@ -48,7 +48,8 @@ def _add_tile(
     total,
     count,
     start,
-    offs,
+    run,
+    within,
     n,
     pointers,
     n_classes,
@@ -58,6 +59,7 @@ def _add_tile(
     strides,
     mu,
     KIND: tl.constexpr,
+    HARD: tl.constexpr,
     REGIONS: tl.constexpr,
     N_DIMS: tl.constexpr,
     CLASS_DIM: tl.constexpr,
@@ -65,10 +67,11 @@ def _add_tile(
     ROW_WEIGHT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    coords = coordinates(start, offs, sizes, N_DIMS)
+    coords = coordinates(start, run, sizes, N_DIMS, within)
     x, y, positive, keep, _ = load_logits(
         start,
-        offs,
+        run,
+        within,
         n,
         pointers,
         n_classes,
@@ -81,9 +84,12 @@ def _add_tile(
         ROW_WEIGHT,
         MASKED,
     )
-    value = pointwise_value(x, y, positive, mu, 0.0, 0.0, 0.0, KIND, False)
-    region = tl.where(keep, region_of(x, y, mu, bins, KIND), -1)
-    counts = tl.histogram(region, REGIONS, mask=keep)
+    value = pointwise_value(x, y, positive, mu, 0.0, 0.0, 0.0, KIND, False, HARD)
+    region = tl.where(keep, region_of(x, y, positive, mu, bins, KIND, HARD), -1)
+    keep = tl.broadcast_to(keep, region.shape)
+    counts = tl.histogram(
+        tl.reshape(region, [region.numel]), REGIONS, mask=tl.reshape(keep, [region.numel])
+    )
     return _add_by_region(total, region, value, counts, REGIONS), count + counts
 
 
@@ -130,17 +136,19 @@ def region_sums_kernel(
     p3,
     # constants
     KIND: tl.constexpr,
+    HARD: tl.constexpr,
     REGIONS: tl.constexpr,
     N_DIMS: tl.constexpr,
     CLASS_DIM: tl.constexpr,
     LINEAR: tl.constexpr,
     ROW_WEIGHT: tl.constexpr,
+    RUN: tl.constexpr,  # logits that share a row or a class
     BLOCK: tl.constexpr,
 ):
     """1-D grid; program i takes tiles i, i + programs, ... of BLOCK logits in memory order."""
     pid = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
-    offs = tl.arange(0, BLOCK)
+    run, within = tile_of(BLOCK, RUN)
     pointers = (x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, None)
     sizes = (1, size_1, size_2, size_3)
     strides = (
@@ -155,14 +163,14 @@ def region_sums_kernel(
     start = pid * BLOCK
     while start + BLOCK <= n:
         total, count = _add_tile(
-            total, count, start, offs, n, pointers, n_classes, bins, ignore_index, sizes, strides,
-            mu, KIND, REGIONS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
+            total, count, start, run, within, n, pointers, n_classes, bins, ignore_index, sizes,
+            strides, mu, KIND, HARD, REGIONS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
         )  # fmt: skip
         start += programs * BLOCK
     if start < n:
         total, count = _add_tile(
-            total, count, start, offs, n, pointers, n_classes, bins, ignore_index, sizes, strides,
-            mu, KIND, REGIONS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
+            total, count, start, run, within, n, pointers, n_classes, bins, ignore_index, sizes,
+            strides, mu, KIND, HARD, REGIONS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
         )  # fmt: skip
     cells = tl.arange(0, REGIONS) * programs + pid
     tl.store(loss_ptr + cells, total)
@@ -304,11 +312,13 @@ def launch_forward(
             ignore_index,
             *numbers,
             KIND=kind,
+            HARD=is_hard(kind, labels, quality),
             REGIONS=regions,
             N_DIMS=walk.layout.n_dims,
             CLASS_DIM=walk.class_dim,
             LINEAR=walk.linear,
             ROW_WEIGHT=walk.row_weight,
+            RUN=walk.run,
             BLOCK=HISTOGRAM.block,
             num_warps=HISTOGRAM.num_warps,
         )

@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._index import coordinates, offset_of, tile_of
 from ._launch import PAIRS, RANKING, scalar_args
-from ._layout import contiguous_strides, merged_dims, same_memory_order
-from .elementwise import coordinates, judged, offset_of, places
+from ._layout import contiguous_strides, merged_dims
+from .elementwise import judged, places, walk_over
 
 MAX_COPIES = tl.constexpr(64)
 # Programs of a grid that loops: about eight to a multiprocessor of a large GPU.
@@ -325,18 +326,21 @@ def segment_of(x, active, group, knot_ptr, list_ptr, num_groups, n_pos, HAS_GROU
     if HAS_GROUP:
         base = 2 * tl.load(list_ptr + group, mask=active, other=0)
         size = 2 * tl.load(list_ptr + num_groups + group, mask=active, other=0)
+        active = active & (size > 0)
     else:
         base = tl.zeros(x.shape, tl.int32)
-        size = base + 2 * n_pos
-    jump = tl.cast(1, tl.int32)
+        size = 2 * n_pos
+    jump = tl.minimum(n_pos, 1)  # without positives no key is read
     while jump < 2 * n_pos:
         jump *= 2
     below = tl.zeros(x.shape, tl.int32)
     while jump > 0:
-        candidate = below + jump
-        fits = active & (candidate <= size)
-        key = tl.load(knot_ptr + base + candidate - 1, mask=fits, other=float("inf"))
-        below = tl.where(fits & (key <= x), candidate, below)
+        candidate = tl.minimum(below + jump, size)
+        if HAS_GROUP:
+            key = tl.load(knot_ptr + base + candidate - 1, mask=active, other=float("inf"))
+        else:  # all may look, what comes of it is dropped
+            key = tl.load(knot_ptr + candidate - 1)
+        below = tl.where(key <= x, candidate, below)
         jump = jump // 2
     return base + below - 1, active & (below > 0)
 
@@ -401,6 +405,7 @@ def negatives_kernel(
     CLASS_DIM: tl.constexpr,
     LINEAR: tl.constexpr,
     ROW_WEIGHT: tl.constexpr,
+    RUN: tl.constexpr,  # logits that share a row or a class
     BLOCK: tl.constexpr,
 ):
     """Forward: histogram of the negatives over segments. Backward: gradient of all logits.
@@ -409,7 +414,8 @@ def negatives_kernel(
     """
     _, per_unit = load_delta(delta_ptr, delta)
     n_pos = count_positives(counter_ptr, capacity)
-    offs = tl.arange(0, BLOCK)
+    run, within = tile_of(BLOCK, RUN)
+    offs = run + within
     sizes = (1, size_1, size_2, size_3)
     strides = (
         (x_s0, x_s1, x_s2, x_s3),
@@ -426,7 +432,7 @@ def negatives_kernel(
         histogram_ptr += (tl.program_id(0) % copies).to(tl.int64) * n_pos * 4
     start = tl.program_id(0).to(tl.int64) * BLOCK
     while start < n:
-        coords = coordinates(start, offs, sizes, N_DIMS)
+        coords = coordinates(start, run, sizes, N_DIMS, within)
         x_at, row, dense_at, weight_at, cls = places(
             start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
         )
@@ -435,16 +441,18 @@ def negatives_kernel(
         # Loaded here, not in a function: see ``judged``. Unmasked loads are 16 bytes wide.
         if start + BLOCK <= n:
             x = tl.load(x_ptr + x_at)
-            dense = tl.load(dense_ptr + dense_at) if dense_ptr is not None else offs
-            label = tl.load(label_ptr + row) if label_ptr is not None else offs
-            weight = tl.load(weight_ptr + weight_at) if weight_ptr is not None else offs
-            group = tl.load(group_ptr + group_at) if group_ptr is not None else offs
+            dense = tl.load(dense_ptr + dense_at) if dense_ptr is not None else run
+            label = tl.load(label_ptr + row) if label_ptr is not None else run
+            weight = tl.load(weight_ptr + weight_at) if weight_ptr is not None else run
+            group = tl.load(group_ptr + group_at) if group_ptr is not None else run
         else:
+            rows = run < n - start if CLASS_DIM == 3 else inside
+            masked = rows if ROW_WEIGHT else inside
             x = tl.load(x_ptr + x_at, inside, 0)
-            dense = tl.load(dense_ptr + dense_at, inside, 0) if dense_ptr is not None else offs
-            label = tl.load(label_ptr + row, inside, 0) if label_ptr is not None else offs
-            weight = tl.load(weight_ptr + weight_at, inside, 0) if weight_ptr is not None else offs
-            group = tl.load(group_ptr + group_at, inside, 0) if group_ptr is not None else offs
+            dense = tl.load(dense_ptr + dense_at, inside, 0) if dense_ptr is not None else run
+            label = tl.load(label_ptr + row, rows, 0) if label_ptr is not None else run
+            weight = tl.load(weight_ptr + weight_at, masked, 0) if weight_ptr is not None else run
+            group = tl.load(group_ptr + group_at, inside, 0) if group_ptr is not None else run
         x, y, positive, keep, _scale = judged(
             x,
             dense,
@@ -452,6 +460,7 @@ def negatives_kernel(
             weight,
             inside,
             cls,
+            within if CLASS_DIM == 3 else 0,
             n_classes,
             ignore_index,
             label_ptr is not None,
@@ -484,16 +493,16 @@ def negatives_kernel(
                 tl.store(out, g, mask=offs < n - start)
         else:
             bad = negative & (x != x)
-            if tl.sum(bad.to(tl.int32), 0) > 0:
+            if tl.sum(bad.to(tl.int32)) > 0:
                 tl.store(counter_ptr + 1, 1)
             units: tl.constexpr = 2.0**FRACTION_BITS
             amount = tl.where(found, distance * units, 0.0).to(tl.int64)
-            lowest = tl.min(tl.where(found, knot, 2**31 - 1), 0)
-            highest = tl.max(tl.where(found, knot, -1), 0)
+            lowest = tl.min(tl.where(found, knot, 2**31 - 1))
+            highest = tl.max(tl.where(found, knot, -1))
             if lowest == highest:  # an untrained model: all in one segment
                 common = histogram_ptr + 2 * lowest.to(tl.int64)
-                tl.atomic_add(common, tl.sum(found.to(tl.int64), 0), sem="relaxed")
-                tl.atomic_add(common + 1, tl.sum(amount, 0), sem="relaxed")
+                tl.atomic_add(common, tl.sum(found.to(tl.int64)), sem="relaxed")
+                tl.atomic_add(common + 1, tl.sum(amount), sem="relaxed")
             else:
                 slot = histogram_ptr + 2 * knot.to(tl.int64)
                 one = tl.full(slot.shape, 1, tl.int64)
@@ -926,25 +935,10 @@ def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_i
                histogram=None, n_slots=0, bits=0, upstream=None, scale=None,
                out=None):  # fmt: skip
     """Launch the pass over all logits, forward or backward."""
-    shape = x.shape
-    zeros = (0,) * len(shape)
-    row_weight = weight is not None and weight.dim() < x.dim()
-    weight_strides = None if row_weight else weight
-    beside = [t for t in (dense, weight_strides, out) if t is not None]
-    linear = same_memory_order(shape, [x.stride(), *(t.stride() for t in beside)])
-    rows = (*contiguous_strides(shape[:-1]), 0) if labels is not None or row_weight else zeros
-    layout = merged_dims(
-        shape,
-        [
-            x.stride(),
-            rows,
-            (*zeros[:-1], 1 if labels is not None else 0),
-            *(zeros if t is None or linear else t.stride() for t in (dense, weight_strides)),
-            _broadcast_strides(group, shape),
-            zeros if out is None or linear else out.stride(),
-        ],
-    )
-    x_s, row_s, class_s, dense_s, weight_s, group_s, out_s = layout.strides
+    logit_weight = weight if weight is not None and weight.dim() == x.dim() else None
+    lists = _broadcast_strides(group, x.shape)
+    walk = walk_over(x, labels, weight, None, [dense, logit_weight, out], lists)
+    x_s, row_s, _, dense_s, weight_s, out_s, group_s = walk.layout.strides
     pointer, (number,) = scalar_args(delta, 1)
     n = x.numel()
     if n == 0:  # a process without anchors
@@ -964,11 +958,11 @@ def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_i
         scale,
         out,
         n,
-        shape[-1],
+        x.shape[-1],
         num_groups,
         scratch.items.numel(),
         n_slots,
-        *layout.sizes[1:],
+        *walk.layout.sizes[1:],
         *x_s,
         *row_s,
         *dense_s,
@@ -979,10 +973,11 @@ def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_i
         number,
         BACKWARD=out is not None,
         FRACTION_BITS=bits,
-        N_DIMS=layout.n_dims,
-        CLASS_DIM=class_s.index(1) if 1 in class_s else -1,
-        LINEAR=linear,
-        ROW_WEIGHT=row_weight,
+        N_DIMS=walk.layout.n_dims,
+        CLASS_DIM=walk.class_dim,
+        LINEAR=walk.linear,
+        ROW_WEIGHT=walk.row_weight,
+        RUN=walk.run,
         BLOCK=RANKING.block,
         num_warps=RANKING.num_warps,
     )

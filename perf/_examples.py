@@ -78,9 +78,9 @@ def distribution(dtype: str = "float32", layout: str = "contiguous", **kwargs) -
 
 
 def ranking(loss: Callable, form: str = "labels", dtype: str = "float32", layout="contiguous",
-            **kwargs) -> Callable:  # fmt: skip
+            classes: int = CLASSES, **kwargs) -> Callable:  # fmt: skip
     def call():
-        x = logits(ROWS, CLASSES, dtype, layout)
+        x = logits(ROWS, classes, dtype, layout)
         labels, value = empty(*x.shape[:-1], dtype="int64"), empty(*x.shape[:-1])
         if form == "dense":
             return loss(x, empty(*x.shape), **kwargs)
@@ -114,6 +114,8 @@ EXAMPLES: dict[str, Callable] = {
     "focal dense": pointwise(focal, "dense"),
     "focal gamma 1.5": pointwise(focal, gamma=1.5),
     "focal 80 classes": pointwise(focal, classes=80),
+    "focal 80 classes bf16": pointwise(focal, dtype="bfloat16", classes=80),
+    "focal 80 classes row weight": pointwise(focal, classes=80, weight="row"),
     "focal fp16": pointwise(focal, dtype="float16"),
     "focal bf16": pointwise(focal, dtype="bfloat16"),
     "focal dense bf16": pointwise(focal, "dense", dtype="bfloat16"),
@@ -129,6 +131,9 @@ EXAMPLES: dict[str, Callable] = {
     "focal_star": pointwise(tl.focal_star_loss),
     "focal_star dense": pointwise(tl.focal_star_loss, "dense"),
     "quality_focal": pointwise(tl.quality_focal_loss, "quality"),
+    "quality_focal 80 classes bf16": pointwise(
+        tl.quality_focal_loss, "quality", dtype="bfloat16", classes=80
+    ),
     "quality_focal dense": pointwise(tl.quality_focal_loss, "dense"),
     "varifocal": pointwise(tl.varifocal_loss, "quality"),
     "varifocal dense": pointwise(tl.varifocal_loss, "dense"),
@@ -152,6 +157,7 @@ EXAMPLES: dict[str, Callable] = {
     ),
     "asl1": regression(tl.authentic_smooth_l1_loss),
     "ghm_c": pointwise(tl.ghm_c_loss, bins=30),
+    "ghm_c 80 classes": pointwise(tl.ghm_c_loss, bins=30, classes=80),
     "ghm_c 256 bins": pointwise(tl.ghm_c_loss, bins=256),
     "ghm_c dense bf16": pointwise(tl.ghm_c_loss, "dense", "bfloat16", bins=30),
     "ghm_c nchw, targets nhwc": pointwise(tl.ghm_c_loss, "dense", layout="nchw", bins=30),
@@ -159,10 +165,12 @@ EXAMPLES: dict[str, Callable] = {
     "rank_sort": ranking(tl.rank_sort_loss),
     "rank_sort bf16 nchw": ranking(tl.rank_sort_loss, dtype="bfloat16", layout="nchw"),
     "rank_sort scheduled": ranking(tl.rank_sort_loss, delta=empty()),
+    "rank_sort 80 classes": ranking(tl.rank_sort_loss, classes=80),
     "ap": ranking(tl.ap_loss),
     "ap dense": ranking(tl.ap_loss, "dense"),
     "alrp": ranking(tl.alrp_loss),
     "diagnose": pointwise(diagnosed, "quality"),
+    "diagnose 80 classes": pointwise(diagnosed, "quality", classes=80),
     "diagnose dense bf16": pointwise(diagnosed, "dense", "bfloat16"),
     "diagnose nchw": pointwise(diagnosed, layout="nchw"),
     "diagnose row weight": pointwise(diagnosed, weight="row"),

@@ -206,6 +206,22 @@ def test_blocks_of_rows_agree_with_the_whole(function, hyper, monkeypatch):
 
 
 @every_loss
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_programs_of_several_tiles(backend, function, hyper, reduction, monkeypatch):
+    if backend == "triton":  # 5 tiles and a part of one: a program of four, and one of the rest
+        monkeypatch.setattr("tritonloss.kernels.elementwise.POINTWISE_PROGRAMS", 1)
+    x, labels = logits_and_labels(15, rows=1041, classes=10)
+    labels[::7] = -1
+    options = {"weight": torch.rand(1041, generator=generator(16)).to(DEVICE), **hyper}
+    results = []
+    for logits in (x.requires_grad_(), x.detach().double().requires_grad_()):
+        loss = function(logits, labels, reduction=reduction, **options)
+        results.append((loss, *torch.autograd.grad(loss.sum(), logits)))
+    for found, exact in zip(*results, strict=True):
+        torch.testing.assert_close(found, exact.to(found.dtype), rtol=1e-5, atol=1e-7)
+
+
+@every_loss
 def test_gradcheck(function, hyper):
     if hyper.get("beta", 1) == 0.5:
         pytest.skip("|y - p|^0.5 has no bounded second derivative")
