@@ -171,23 +171,26 @@ def swept(name: str) -> str:
         for p in ("triton", "eager", "compiled", "published")
         if any(p in found for points in cells.values() for found in points.values())
     ]
-    rows = []
+    rows, shown = [], []
     for loss, points in cells.items():
         # the largest point that most providers have
         point = max(points, key=lambda p: (len(points[p]), p))
         found = points[point]
-        first = next(iter(found.values()))
+        shown += found.values()
         times = (
             f"{float(found[p]['ms']):.3g} ({float(found[p]['x_floor']):.3g})" if p in found else ""
             for p in providers
         )
         rows.append((loss, f"{point[0]:.0e} x {point[1]}", point[2], *times))
+    first = shown[0]
+    speeds = sorted({round(float(row["copy_gbps"])) for row in shown})
+    speed = "–".join(str(v) for v in dict.fromkeys((speeds[0], speeds[-1])))
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in shown))
     return (
         f"Forward + backward in ms, in brackets as a multiple of the time of reading the logits "
-        f"twice and writing them once at copy speed ({float(first['copy_gbps']):.0f} GB/s); "
-        f"float32, random logits. {first['device']}, torch {first['torch']}, commit "
-        f"{first['commit']} (`python -m perf.sweep`). *Published* is the formula in plain torch, "
-        "or the loop over bins or positives.\n\n"
+        f"twice and writing them once at copy speed ({speed} GB/s); float32, random logits. "
+        f"{first['device']}, torch {first['torch']}, commit {commits} (`python -m perf.sweep`). "
+        "*Published* is the formula in plain torch, or the loop over bins or positives.\n\n"
     ) + table(("loss", "anchors x columns", "positives", *providers), *rows)
 
 
