@@ -26,6 +26,9 @@ SOFTMAX_BY_CLASS = Config(block=2048, num_warps=8)
 SOFTMAX_BY_ROW = Config(block=2048, num_warps=4)
 # Elements of a tile of rows x bins: 64 rows of 32 bins (of which 17 are read in the common case).
 DISTRIBUTION = Config(block=2048, num_warps=4)
+# Threads of a row: its sums are shuffles over three levels, and what is done once a row is done by
+# eight threads, not by 32.
+DISTRIBUTION_LANES = 8
 # Two boxes a thread: four 16-byte loads in flight, and the gradient still fits in registers.
 BOXES = Config(block=256, num_warps=4)
 # One program sums all partial results in a fixed order.

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._index import offset_of
-from ._launch import DISTRIBUTION
+from ._launch import DISTRIBUTION, DISTRIBUTION_LANES
 from ._reduce import finish_kernel
 from ._rows import (
     backward_rows,
@@ -27,28 +27,42 @@ MAX_BINS = 1024  # a row is one tile
 
 
 @triton.jit
-def load_bins(x_ptr, coords, bins, strides, x_sc, keep, n_bins, N_DIMS: tl.constexpr,
-              BIN_AXIS: tl.constexpr):  # fmt: skip
-    """A tile of logits and their softmax: ``(x, top, e, total)``; 0 in rows not kept."""
-    x_row = tl.expand_dims(offset_of(coords, strides, N_DIMS), BIN_AXIS)
-    x_ptrs = x_ptr + x_row + bins * tl.cast(x_sc, tl.int64)
-    mask = tl.expand_dims(keep, BIN_AXIS) & (bins < n_bins)
-    x = tl.load(x_ptrs, mask=mask, other=0).to(tl.float32)
-    x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
-    top = tl.expand_dims(tl.max(tl.where(bins < n_bins, x, -1e38), BIN_AXIS), BIN_AXIS)
-    e = tl.where(bins < n_bins, tl.exp(x - top), 0.0)
-    return x, top, e, tl.expand_dims(tl.sum(e, BIN_AXIS), BIN_AXIS)
+def bins_of(STEPS: tl.constexpr, LANES: tl.constexpr):
+    """Bins of a tile [STEPS, rows, LANES]."""
+    step = tl.arange(0, STEPS)[:, None, None] * LANES
+    return step + tl.arange(0, LANES)[None, None, :]
 
 
 @triton.jit
-def load_target(target_ptr, coords, strides, bins, keep, n_bins, N_DIMS: tl.constexpr,
-                BIN_AXIS: tl.constexpr):  # fmt: skip
+def by_row(v):
+    """[rows] beside a tile."""
+    return v[None, :, None]
+
+
+@triton.jit
+def over_bins(tile):
+    """Sum of each row: steps lie in one thread, lanes side by side."""
+    return tl.sum(tl.sum(tile, 0), 1)
+
+
+@triton.jit
+def load_bins(x_ptr, coords, bins, strides, x_sc, keep, n_bins, N_DIMS: tl.constexpr):
+    """A tile of logits, their largest, and ``exp(x - top)``; x is 0 in rows not kept."""
+    x_ptrs = x_ptr + by_row(offset_of(coords, strides, N_DIMS)) + bins * tl.cast(x_sc, tl.int64)
+    x = tl.load(x_ptrs, mask=by_row(keep) & (bins < n_bins), other=0).to(tl.float32)
+    x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
+    top = by_row(tl.max(tl.max(tl.where(bins < n_bins, x, -1e38), 0), 1))
+    return x, top, tl.where(bins < n_bins, tl.exp(x - top), 0.0)
+
+
+@triton.jit
+def load_target(target_ptr, coords, strides, bins, keep, n_bins, N_DIMS: tl.constexpr):
     """Weight of each bin: a hat of width 1 around the target, clamped to 0..n; NaN stays NaN."""
     target_ptrs = target_ptr + offset_of(coords, strides, N_DIMS)
     y = tl.load(target_ptrs, mask=keep, other=0).to(tl.float32)
     last = tl.cast(n_bins - 1, tl.float32)  # .to() fails where torch.compile makes it a constant
     y = tl.where(y < 0.0, 0.0, tl.where(y > last, last, y))
-    hat = 1.0 - tl.abs(bins.to(tl.float32) - tl.expand_dims(y, BIN_AXIS))
+    hat = 1.0 - tl.abs(bins.to(tl.float32) - by_row(y))
     return tl.where((hat <= 0.0) | (bins >= n_bins), 0.0, hat)
 
 
@@ -83,9 +97,9 @@ def distribution_focal_forward_kernel(
     # constants
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
-    BIN_AXIS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """1-D grid over blocks of rows."""
     pid = tl.program_id(0).to(tl.int64)
@@ -95,20 +109,18 @@ def distribution_focal_forward_kernel(
         start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
     )
     inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
-    bins = tl.expand_dims(tl.arange(0, BLOCK_B), 1 - BIN_AXIS)
-    x, top, e, _ = load_bins(
-        x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS, BIN_AXIS
-    )
+    bins = bins_of(STEPS, LANES)
+    x, top, e = load_bins(x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS)
     hat = load_target(
         target_ptr, coords, (target_s0, target_s1, target_s2, target_s3), bins, keep, n_bins,
-        N_DIMS, BIN_AXIS,
+        N_DIMS,
     )  # fmt: skip
     # total - 1 without cancellation: the bins at the maximum are exactly 1 each
     at_top = (x == top) & (bins < n_bins)
-    rest = tl.sum(tl.where(at_top, 0.0, e), BIN_AXIS)
-    rest += (tl.sum(at_top.to(tl.int32), BIN_AXIS) - 1).to(tl.float32)
+    rest = over_bins(tl.where(at_top, 0.0, e))
+    rest += (over_bins(at_top.to(tl.int32)) - 1).to(tl.float32)
     log_total = tl.where(rest < 1.0, log1p_unit(rest), tl.log(1.0 + rest))
-    value = tl.sum(tl.where(hat == 0.0, 0.0, hat * (top - x)), BIN_AXIS) + log_total
+    value = over_bins(tl.where(hat == 0.0, 0.0, hat * (top - x))) + log_total
     store_rows(value * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
 
 
@@ -153,9 +165,9 @@ def distribution_focal_backward_kernel(
     # constants
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
-    BIN_AXIS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """1-D grid over blocks of rows."""
     pid = tl.program_id(0).to(tl.int64)
@@ -165,22 +177,20 @@ def distribution_focal_backward_kernel(
         start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
     )
     inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
-    bins = tl.expand_dims(tl.arange(0, BLOCK_B), 1 - BIN_AXIS)
-    _, _, e, total = load_bins(
-        x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS, BIN_AXIS
-    )
+    bins = bins_of(STEPS, LANES)
+    _, _, e = load_bins(x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS)
     hat = load_target(
         target_ptr, coords, (target_s0, target_s1, target_s2, target_s3), bins, keep, n_bins,
-        N_DIMS, BIN_AXIS,
+        N_DIMS,
     )  # fmt: skip
     grad = upstream(
         grad_ptr, scale_ptr, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, REDUCED
     )
-    result = (e / total - hat) * tl.expand_dims(grad * scale, BIN_AXIS)
-    result = tl.where(tl.expand_dims(keep, BIN_AXIS), result, 0.0)
-    out_row = tl.expand_dims(offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS), BIN_AXIS)
-    out_ptrs = out_ptr + out_row + bins * tl.cast(out_sc, tl.int64)
-    tl.store(out_ptrs, result, mask=tl.expand_dims(inside, BIN_AXIS) & (bins < n_bins))
+    result = (e * by_row(1.0 / over_bins(e)) - hat) * by_row(grad * scale)
+    result = tl.where(by_row(keep), result, 0.0)
+    out_row = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
+    out_ptrs = out_ptr + by_row(out_row) + bins * tl.cast(out_sc, tl.int64)
+    tl.store(out_ptrs, result, mask=by_row(inside) & (bins < n_bins))
 
 
 @triton.jit
@@ -216,9 +226,9 @@ def expectation_kernel(
     grad_s3,
     # constants
     N_DIMS: tl.constexpr,
-    BIN_AXIS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """1-D grid over blocks of rows; forward and backward of the mean bin."""
     pid = tl.program_id(0).to(tl.int64)
@@ -228,25 +238,21 @@ def expectation_kernel(
         start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
     )
     inside, keep, _ = load_rows(start, offs, n, None, row)
-    bins = tl.expand_dims(tl.arange(0, BLOCK_B), 1 - BIN_AXIS)
-    _, _, e, total = load_bins(
-        x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS, BIN_AXIS
-    )
+    bins = bins_of(STEPS, LANES)
+    _, _, e = load_bins(x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS)
     k = bins.to(tl.float32)
-    mean = tl.expand_dims(tl.sum(e * k, BIN_AXIS), BIN_AXIS) / total
+    share = 1.0 / over_bins(e)
+    mean = over_bins(e * k) * share
     if grad_ptr is None:
-        result = tl.reshape(mean, row.shape)
-        tl.store(out_ptr + row, result, mask=inside)
+        tl.store(out_ptr + row, mean, mask=inside)
     else:
         grad = upstream(
             grad_ptr, None, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, False
         )
-        result = e / total * (k - mean) * tl.expand_dims(grad, BIN_AXIS)
-        out_row = tl.expand_dims(
-            offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS), BIN_AXIS
-        )
-        out_ptrs = out_ptr + out_row + bins * tl.cast(out_sc, tl.int64)
-        tl.store(out_ptrs, result, mask=tl.expand_dims(inside, BIN_AXIS) & (bins < n_bins))
+        result = e * by_row(share * grad) * (k - by_row(mean))
+        out_row = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
+        out_ptrs = out_ptr + by_row(out_row) + bins * tl.cast(out_sc, tl.int64)
+        tl.store(out_ptrs, result, mask=by_row(inside) & (bins < n_bins))
 
 
 def kernels_take(x, *others) -> bool:
@@ -255,13 +261,14 @@ def kernels_take(x, *others) -> bool:
 
 
 def _tile(x, layout) -> dict:
-    """Threads follow the memory."""
-    block_b = triton.next_power_of_2(x.shape[-1])
+    """Threads follow the memory: along a row where its bins are neighbours, else along the rows."""
+    bins = triton.next_power_of_2(x.shape[-1])
+    lanes = min(bins, DISTRIBUTION_LANES) if columns_innermost(x, layout) else 1
     return {
         "N_DIMS": layout.n_dims,
-        "BIN_AXIS": 1 if columns_innermost(x, layout) else 0,
-        "BLOCK_R": max(DISTRIBUTION.block // block_b, 1),
-        "BLOCK_B": block_b,
+        "BLOCK_R": max(DISTRIBUTION.block // bins, 1),
+        "STEPS": bins // lanes,
+        "LANES": lanes,
         "num_warps": DISTRIBUTION.num_warps,
     }
 
