@@ -20,15 +20,15 @@ POINTWISE = Config(block=2048, num_warps=8)
 # threads, and what it loads first, take as many instructions as half a tile.
 POINTWISE_TILES = 4
 POINTWISE_PROGRAMS = 2048
-# Elements of a tile of rows x classes; a row of 80 classes is one tile wide, so 16 rows a program.
-SOFTMAX_BY_CLASS = Config(block=2048, num_warps=8)
-# Rows lie next to each other (a permuted NCHW head): 128 rows, one a thread, 16 classes at a time.
-SOFTMAX_BY_ROW = Config(block=2048, num_warps=4)
+# Elements of a tile of rows x classes: of 80 classes, 16 rows.
+SOFTMAX = Config(block=2048, num_warps=4)
+# Classes of a tile: of contiguous rows; and where the rows lie side by side, one a thread.
+SOFTMAX_CLASSES, SOFTMAX_CLASSES_BY_ROW = 128, 16
 # Elements of a tile of rows x bins: 64 rows of 32 bins (of which 17 are read in the common case).
 DISTRIBUTION = Config(block=2048, num_warps=4)
-# Threads of a row: its sums are shuffles over three levels, and what is done once a row is done by
-# eight threads, not by 32.
-DISTRIBUTION_LANES = 8
+# Threads of a contiguous row: its sums are shuffles over three levels, and what is done once a row
+# is done by eight threads, not by 32.
+LANES_OF_ROW = 8
 # Two boxes a thread: four 16-byte loads in flight, and the gradient still fits in registers.
 BOXES = Config(block=256, num_warps=4)
 # One program sums all partial results in a fixed order.

@@ -26,6 +26,36 @@ def locate(start, offs, sizes, row_strides, N_DIMS: tl.constexpr):
     return coords, offset_of(coords, row_strides, N_DIMS)
 
 
+# A tile of rows and their columns (classes, bins) is [STEPS, rows, LANES]: lanes are neighbours in
+# memory and the threads of a row, each takes all steps. What is done once a row is then done by
+# LANES threads, and a sum over columns takes log2(LANES) shuffles.
+
+
+@triton.jit
+def columns_of(STEPS: tl.constexpr, LANES: tl.constexpr):
+    """Columns of a tile, as they lie in it."""
+    step = tl.arange(0, STEPS)[:, None, None] * LANES
+    return step + tl.arange(0, LANES)[None, None, :]
+
+
+@triton.jit
+def by_row(v):
+    """[rows] beside a tile."""
+    return v[None, :, None]
+
+
+@triton.jit
+def over_columns(tile):
+    """Sum of each row of a tile."""
+    return tl.sum(tl.sum(tile, 0), 1)
+
+
+@triton.jit
+def top_of_columns(tile):
+    """Maximum of each row of a tile."""
+    return tl.max(tl.max(tile, 0), 1)
+
+
 @triton.jit
 def load_rows(start, offs, n_rows, weight_ptr, row):
     """Weight of each row: ``(inside, keep, scale)``; scale is 0 where not kept."""

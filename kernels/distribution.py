@@ -7,18 +7,22 @@ import triton
 import triton.language as tl
 
 from ._index import offset_of
-from ._launch import DISTRIBUTION, DISTRIBUTION_LANES
+from ._launch import DISTRIBUTION, LANES_OF_ROW
 from ._reduce import finish_kernel
 from ._rows import (
     backward_rows,
+    by_row,
     columns_innermost,
+    columns_of,
     forward_rows,
     load_rows,
     locate,
     n_rows,
+    over_columns,
     row_layout,
     rows_walkable,
     store_rows,
+    top_of_columns,
     upstream,
 )
 from ._tiles import log1p_unit
@@ -27,31 +31,12 @@ MAX_BINS = 1024  # a row is one tile
 
 
 @triton.jit
-def bins_of(STEPS: tl.constexpr, LANES: tl.constexpr):
-    """Bins of a tile [STEPS, rows, LANES]."""
-    step = tl.arange(0, STEPS)[:, None, None] * LANES
-    return step + tl.arange(0, LANES)[None, None, :]
-
-
-@triton.jit
-def by_row(v):
-    """[rows] beside a tile."""
-    return v[None, :, None]
-
-
-@triton.jit
-def over_bins(tile):
-    """Sum of each row: steps lie in one thread, lanes side by side."""
-    return tl.sum(tl.sum(tile, 0), 1)
-
-
-@triton.jit
 def load_bins(x_ptr, coords, bins, strides, x_sc, keep, n_bins, N_DIMS: tl.constexpr):
     """A tile of logits, their largest, and ``exp(x - top)``; x is 0 in rows not kept."""
     x_ptrs = x_ptr + by_row(offset_of(coords, strides, N_DIMS)) + bins * tl.cast(x_sc, tl.int64)
     x = tl.load(x_ptrs, mask=by_row(keep) & (bins < n_bins), other=0).to(tl.float32)
     x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
-    top = by_row(tl.max(tl.max(tl.where(bins < n_bins, x, -1e38), 0), 1))
+    top = by_row(top_of_columns(tl.where(bins < n_bins, x, -1e38)))
     return x, top, tl.where(bins < n_bins, tl.exp(x - top), 0.0)
 
 
@@ -109,7 +94,7 @@ def distribution_focal_forward_kernel(
         start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
     )
     inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
-    bins = bins_of(STEPS, LANES)
+    bins = columns_of(STEPS, LANES)
     x, top, e = load_bins(x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS)
     hat = load_target(
         target_ptr, coords, (target_s0, target_s1, target_s2, target_s3), bins, keep, n_bins,
@@ -117,10 +102,10 @@ def distribution_focal_forward_kernel(
     )  # fmt: skip
     # total - 1 without cancellation: the bins at the maximum are exactly 1 each
     at_top = (x == top) & (bins < n_bins)
-    rest = over_bins(tl.where(at_top, 0.0, e))
-    rest += (over_bins(at_top.to(tl.int32)) - 1).to(tl.float32)
+    rest = over_columns(tl.where(at_top, 0.0, e))
+    rest += (over_columns(at_top.to(tl.int32)) - 1).to(tl.float32)
     log_total = tl.where(rest < 1.0, log1p_unit(rest), tl.log(1.0 + rest))
-    value = over_bins(tl.where(hat == 0.0, 0.0, hat * (top - x))) + log_total
+    value = over_columns(tl.where(hat == 0.0, 0.0, hat * (top - x))) + log_total
     store_rows(value * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
 
 
@@ -177,7 +162,7 @@ def distribution_focal_backward_kernel(
         start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
     )
     inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
-    bins = bins_of(STEPS, LANES)
+    bins = columns_of(STEPS, LANES)
     _, _, e = load_bins(x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS)
     hat = load_target(
         target_ptr, coords, (target_s0, target_s1, target_s2, target_s3), bins, keep, n_bins,
@@ -186,7 +171,7 @@ def distribution_focal_backward_kernel(
     grad = upstream(
         grad_ptr, scale_ptr, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, REDUCED
     )
-    result = (e * by_row(1.0 / over_bins(e)) - hat) * by_row(grad * scale)
+    result = (e * by_row(1.0 / over_columns(e)) - hat) * by_row(grad * scale)
     result = tl.where(by_row(keep), result, 0.0)
     out_row = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
     out_ptrs = out_ptr + by_row(out_row) + bins * tl.cast(out_sc, tl.int64)
@@ -238,11 +223,11 @@ def expectation_kernel(
         start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
     )
     inside, keep, _ = load_rows(start, offs, n, None, row)
-    bins = bins_of(STEPS, LANES)
+    bins = columns_of(STEPS, LANES)
     _, _, e = load_bins(x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS)
     k = bins.to(tl.float32)
-    share = 1.0 / over_bins(e)
-    mean = over_bins(e * k) * share
+    share = 1.0 / over_columns(e)
+    mean = over_columns(e * k) * share
     if grad_ptr is None:
         tl.store(out_ptr + row, mean, mask=inside)
     else:
@@ -263,7 +248,7 @@ def kernels_take(x, *others) -> bool:
 def _tile(x, layout) -> dict:
     """Threads follow the memory: along a row where its bins are neighbours, else along the rows."""
     bins = triton.next_power_of_2(x.shape[-1])
-    lanes = min(bins, DISTRIBUTION_LANES) if columns_innermost(x, layout) else 1
+    lanes = min(bins, LANES_OF_ROW) if columns_innermost(x, layout) else 1
     return {
         "N_DIMS": layout.n_dims,
         "BLOCK_R": max(DISTRIBUTION.block // bins, 1),

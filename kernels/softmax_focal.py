@@ -12,27 +12,38 @@ import triton
 import triton.language as tl
 
 from ._index import offset_of
-from ._launch import SOFTMAX_BY_CLASS, SOFTMAX_BY_ROW, scalar_args
+from ._launch import (
+    LANES_OF_ROW,
+    SOFTMAX,
+    SOFTMAX_CLASSES,
+    SOFTMAX_CLASSES_BY_ROW,
+    scalar_args,
+)
 from ._reduce import finish_kernel
 from ._rows import (
     backward_rows,
+    by_row,
     columns_innermost,
+    columns_of,
     forward_rows,
     load_rows,
     locate,
     n_rows,
     number,
+    over_columns,
     row_layout,
     store_rows,
+    top_of_columns,
     upstream,
 )
-from ._tiles import focal_derivative, focal_value
+from ._tiles import hard_derivative, hard_value
 
 
 @triton.jit
 def _labels(label_ptr, row, inside, keep, n_classes, ignore_index):
     label = tl.load(label_ptr + row, mask=inside, other=-1).to(tl.int64)
-    return label, keep & (label >= 0) & (label < n_classes) & (label != ignore_index)
+    keep = keep & (label >= 0) & (label < n_classes) & (label != ignore_index)
+    return label.to(tl.int32), keep
 
 
 @triton.jit
@@ -76,9 +87,9 @@ def softmax_focal_forward_kernel(
     # constants
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
-    CLASS_AXIS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """1-D grid over blocks of rows; an online softmax walks over tiles of classes."""
     pid = tl.program_id(0).to(tl.int64)
@@ -90,30 +101,31 @@ def softmax_focal_forward_kernel(
     )
     inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
     label, keep = _labels(label_ptr, row, inside, keep, n_classes, ignore_index)
-    x_row = tl.expand_dims(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS), CLASS_AXIS)
-    label_2d = tl.expand_dims(label, CLASS_AXIS)
-    keep_2d = tl.expand_dims(keep, CLASS_AXIS)
+    x_row = by_row(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS))
+    columns = columns_of(STEPS, LANES)
 
     top = tl.full([BLOCK_R], -1e38, tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     x_label = tl.zeros([BLOCK_R], tl.float32)
-    first = tl.cast(0, tl.int64)
+    first = tl.cast(0, tl.int32)
     while first < n_classes:
-        cls = tl.expand_dims(first + tl.arange(0, BLOCK_C), 1 - CLASS_AXIS)
+        cls = first + columns
         x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
-        x = tl.load(x_ptrs, mask=keep_2d & (cls < n_classes), other=0).to(tl.float32)
+        x = tl.load(x_ptrs, mask=by_row(keep) & (cls < n_classes), other=0).to(tl.float32)
         x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
-        other = (cls != label_2d) & (cls < n_classes)
-        x_label += tl.sum(tl.where(cls == label_2d, x, 0.0), CLASS_AXIS)
-        others = tl.where(other, x, -1e38)
-        new_top = tl.maximum(top, tl.max(others, CLASS_AXIS))
-        e = tl.exp(others - tl.expand_dims(new_top, CLASS_AXIS))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.where(other, e, 0.0), CLASS_AXIS)
+        here = cls == by_row(label)
+        x_label += over_columns(tl.where(here, x, 0.0))
+        others = tl.where(here | (cls >= n_classes), -1e38, x)
+        new_top = tl.maximum(top, top_of_columns(others))
+        e = tl.exp(others - by_row(new_top))
+        e = tl.where(here | (cls >= n_classes), 0.0, e)
+        total = total * tl.exp(top - new_top) + over_columns(e)
         top = new_top
-        first += BLOCK_C
+        first += STEPS * LANES
     # one class alone: d is huge, the loss exactly 0
     d = (x_label - top) - tl.log(tl.where(total == 0.0, 1.0, total))
-    value = focal_value(d, 1.0, 1.0, 1.0, gamma, False) * _alpha(alpha_ptr, label, keep) * scale
+    value = hard_value(d, keep, 1.0, 1.0, gamma, 0.0, "focal", False)
+    value *= _alpha(alpha_ptr, label, keep) * scale
     store_rows(value, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
     if stats_ptr is not None:
         stats_ptrs = stats_ptr + start + offs
@@ -165,9 +177,9 @@ def softmax_focal_backward_kernel(
     # constants
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
-    CLASS_AXIS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """1-D grid over blocks of rows; one read and one write of the logits."""
     pid = tl.program_id(0).to(tl.int64)
@@ -187,41 +199,42 @@ def softmax_focal_backward_kernel(
     grad = upstream(
         grad_ptr, scale_ptr, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, REDUCED
     )
-    slope = focal_derivative(d, 1.0, 1.0, 1.0, gamma, False) * _alpha(alpha_ptr, label, keep)
+    slope = hard_derivative(d, keep, 1.0, 1.0, gamma, 0.0, "focal", False)
+    slope *= _alpha(alpha_ptr, label, keep)
     slope = tl.where(keep, slope * (grad * scale), 0.0)
 
-    x_row = tl.expand_dims(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS), CLASS_AXIS)
-    out_row = tl.expand_dims(
-        offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS), CLASS_AXIS
-    )
-    label_2d = tl.expand_dims(label, CLASS_AXIS)
-    keep_2d = tl.expand_dims(keep, CLASS_AXIS)
-    inside_2d = tl.expand_dims(inside, CLASS_AXIS)
-    slope_2d = tl.expand_dims(slope, CLASS_AXIS)
-    top_2d = tl.expand_dims(top, CLASS_AXIS)
-    total_2d = tl.expand_dims(total, CLASS_AXIS)
-    first = tl.cast(0, tl.int64)
+    x_row = by_row(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS))
+    out_row = by_row(offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS))
+    others = -slope / total  # of exp(x - top)
+    columns = columns_of(STEPS, LANES)
+    first = tl.cast(0, tl.int32)
     while first < n_classes:
-        cls = tl.expand_dims(first + tl.arange(0, BLOCK_C), 1 - CLASS_AXIS)
+        cls = first + columns
         x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
-        x = tl.load(x_ptrs, mask=keep_2d & (cls < n_classes), other=0).to(tl.float32)
-        share = tl.exp(tl.minimum(x - top_2d, 0.0)) / total_2d
-        result = slope_2d * tl.where(cls == label_2d, 1.0, -share)
-        result = tl.where(keep_2d, result, 0.0)
+        x = tl.load(x_ptrs, mask=by_row(keep) & (cls < n_classes), other=0).to(tl.float32)
+        e = tl.exp(tl.minimum(x - by_row(top), 0.0))
+        result = tl.where(cls == by_row(label), by_row(slope), e * by_row(others))
+        result = tl.where(by_row(keep), result, 0.0)
         out_ptrs = out_ptr + out_row + cls * tl.cast(out_sc, tl.int64)
-        tl.store(out_ptrs, result, mask=inside_2d & (cls < n_classes))
-        first += BLOCK_C
+        tl.store(out_ptrs, result, mask=by_row(inside) & (cls < n_classes))
+        first += STEPS * LANES
 
 
-def _tile(x, layout):
-    """``(CLASS_AXIS, BLOCK_R, BLOCK_C, num_warps)``: threads follow the memory."""
+def _tile(x, layout) -> dict:
+    """Threads follow the memory: along a row where its classes are neighbours, else along rows."""
+    classes = triton.next_power_of_2(x.shape[-1])
     if columns_innermost(x, layout):
-        config = SOFTMAX_BY_CLASS
-        block_c = min(triton.next_power_of_2(x.shape[-1]), config.block)
-        return 1, config.block // block_c, block_c, config.num_warps
-    config = SOFTMAX_BY_ROW
-    block_c = min(triton.next_power_of_2(x.shape[-1]), 16)
-    return 0, config.block // block_c, block_c, config.num_warps
+        classes = min(classes, SOFTMAX_CLASSES)
+        lanes = min(classes, LANES_OF_ROW)
+    else:
+        classes, lanes = min(classes, SOFTMAX_CLASSES_BY_ROW), 1
+    return {
+        "N_DIMS": layout.n_dims,
+        "BLOCK_R": SOFTMAX.block // classes,
+        "STEPS": classes // lanes,
+        "LANES": lanes,
+        "num_warps": SOFTMAX.num_warps,
+    }
 
 
 def launch_softmax_forward(
@@ -242,13 +255,13 @@ def launch_softmax_forward(
         ``(loss, scale, stats)``, float32; stats has shape (3, rows).
     """
     layout = row_layout(x)
-    class_axis, block_r, block_c, num_warps = _tile(x, layout)
+    tile = _tile(x, layout)
     stats = torch.empty((3, n_rows(x)), dtype=torch.float32, device=x.device)
     pointer, (gamma,) = scalar_args(params, 1)
     x_s, row_s = layout.strides
 
     def launch(out, counts):
-        kernel[(triton.cdiv(n_rows(x), block_r),)](
+        kernel[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
             x,
             labels,
             alpha,
@@ -266,14 +279,10 @@ def launch_softmax_forward(
             ignore_index,
             gamma,
             REDUCED=reduction != "none",
-            N_DIMS=layout.n_dims,
-            CLASS_AXIS=class_axis,
-            BLOCK_R=block_r,
-            BLOCK_C=block_c,
-            num_warps=num_warps,
+            **tile,
         )
 
-    return *forward_rows(x, block_r, avg_factor, reduction, launch, finish_with), stats
+    return *forward_rows(x, tile["BLOCK_R"], avg_factor, reduction, launch, finish_with), stats
 
 
 def launch_softmax_backward(
@@ -283,10 +292,10 @@ def launch_softmax_backward(
     """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
     grad_x = torch.empty_like(x)
     layout, grad, scale, reduced = backward_rows(x, grad_x, grad, scale, reduction)
-    class_axis, block_r, block_c, num_warps = _tile(x, layout)
+    tile = _tile(x, layout)
     pointer, (gamma,) = scalar_args(params, 1)
     x_s, row_s, out_s, grad_s = layout.strides
-    kernel[(triton.cdiv(n_rows(x), block_r),)](
+    kernel[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
         x,
         labels,
         alpha,
@@ -308,10 +317,6 @@ def launch_softmax_backward(
         ignore_index,
         gamma,
         REDUCED=reduced,
-        N_DIMS=layout.n_dims,
-        CLASS_AXIS=class_axis,
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        num_warps=num_warps,
+        **tile,
     )
     return grad_x
