@@ -106,8 +106,12 @@ def judged(
         keep = keep & (scale > 0)
     if HAS_LABEL:
         label = label.to(tl.int64)
-        keep = keep & (label >= 0) & (label <= n_classes) & (label != ignore_index)
-        # a difference and 32 bits: nothing but the comparison is left for each logit of a run
+        # One comparison of 64 bits: below 0 is far above as an unsigned number. Then 32 are enough.
+        keep = keep & (label.to(tl.uint64, bitcast=True) <= tl.cast(n_classes, tl.uint64))
+        ignored = tl.cast(ignore_index, tl.int64)
+        ignored = tl.where((ignored >= 0) & (ignored <= n_classes), ignored, -1).to(tl.int32)
+        keep = keep & (label.to(tl.int32) != ignored)
+        # a difference: nothing but the comparison is left for each logit of a run
         positive = keep & ((label - (cls - within)).to(tl.int32) == within)
         y = tl.where(positive, 1.0, 0.0)
     else:

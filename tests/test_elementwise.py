@@ -205,6 +205,15 @@ def test_blocks_of_rows_agree_with_the_whole(function, hyper, monkeypatch):
             torch.testing.assert_close(whole, blocks, rtol=3e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("ignore_index", [-(2**31) - 1, 2**32 + 3, 2**32 - 1, 3, 8])
+def test_an_ignored_label_is_no_other(backend, ignore_index):
+    x, labels = logits_and_labels(17, classes=8)
+    assert (labels == 3).any() and (labels == 8).any()
+    loss = tl.sigmoid_focal_loss(x, labels, ignore_index=ignore_index, reduction="none")
+    plain = tl.sigmoid_focal_loss(x, labels, reduction="none")
+    close(loss, torch.where((labels == ignore_index)[:, None], 0, plain))
+
+
 @every_loss
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_programs_of_several_tiles(backend, function, hyper, reduction, monkeypatch):
