@@ -53,7 +53,7 @@ def run(backend, loss, steps=20):
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
 def test_kernels_and_eager_train_in_lockstep(loss):
-    steps = 5 if loss in ("rank_sort", "ap", "alrp") else 20  # interpreted ranking is slow
+    steps = 5 if loss in ("rank_sort", "ap", "alrp", "ghm") else 10  # these are slow, interpreted
     kernels, eager = run("triton", loss, steps), run("eager", loss, steps)
     assert kernels.shape == eager.shape and len(eager) == steps
     assert distance(kernels, eager) <= TOLERANCE
