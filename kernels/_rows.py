@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ._index import coordinates, offset_of
+from ._launch import LANES_OF_ROW, Config
 from ._layout import MAX_DIMS, MAX_INNER_SIZE, Layout, contiguous_strides, merged_dims
 from ._reduce import finish
 
@@ -127,6 +128,19 @@ def columns_innermost(x, layout: Layout) -> bool:
     """True if neighbours in memory belong to one row; False for a permuted NCHW head output."""
     row_step = layout.strides[0][-1]
     return row_step == 0 or x.stride(-1) <= row_step
+
+
+def tile_of_rows(x, layout: Layout, config: Config, columns: int) -> dict:
+    """Constants of a launch over tiles of so many columns, a power of 2. Threads follow the memory:
+    along a row where its columns are neighbours, else along the rows."""
+    lanes = min(columns, LANES_OF_ROW) if columns_innermost(x, layout) else 1
+    return {
+        "N_DIMS": layout.n_dims,
+        "BLOCK_R": max(config.block // columns, 1),
+        "STEPS": columns // lanes,
+        "LANES": lanes,
+        "num_warps": config.num_warps,
+    }
 
 
 def n_rows(x) -> int:

@@ -53,13 +53,11 @@ def _count_tile(
     )
     # Loaded here, not in a function: see ``judged``.
     if MASKED:
-        inside = offs < n - start
-        rows = run < n - start if CLASS_DIM == 3 else inside
-        masked = rows if ROW_WEIGHT else inside
+        inside = run < n - start
         x = tl.load(x_ptr + x_at, inside, 0)
         dense = tl.load(dense_ptr + dense_at, inside, 0) if dense_ptr is not None else run
-        label = tl.load(label_ptr + row, rows, 0) if label_ptr is not None else run
-        weight = tl.load(weight_ptr + weight_at, masked, 0) if weight_ptr is not None else run
+        label = tl.load(label_ptr + row, inside, 0) if label_ptr is not None else run
+        weight = tl.load(weight_ptr + weight_at, inside, 0) if weight_ptr is not None else run
     else:
         inside = tl.full(run.shape, 1, tl.int1)
         x = tl.load(x_ptr + x_at)
@@ -73,7 +71,7 @@ def _count_tile(
         weight,
         inside,
         cls,
-        within if CLASS_DIM == 3 else 0,
+        within,
         n_classes,
         ignore_index,
         label_ptr is not None,
@@ -208,8 +206,7 @@ def launch_count(
         return table
     copies = min(max(n // LOGITS_PER_COPY, 1), COUNTING_COPIES)
     negatives = torch.zeros((copies, columns), dtype=torch.int32, device=x.device)
-    logit_weight = weight if weight is not None and weight.dim() == x.dim() else None
-    walk = walk_over(x, labels, weight, None, [dense, logit_weight])
+    walk = walk_over(x, dense, labels, weight)
     x_s, row_s, _, dense_s, weight_s = walk.layout.strides
     count[(triton.cdiv(n, COUNTING.block),)](
         x,

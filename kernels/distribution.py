@@ -7,12 +7,11 @@ import triton
 import triton.language as tl
 
 from ._index import offset_of
-from ._launch import DISTRIBUTION, LANES_OF_ROW
+from ._launch import DISTRIBUTION
 from ._reduce import finish_kernel
 from ._rows import (
     backward_rows,
     by_row,
-    columns_innermost,
     columns_of,
     forward_rows,
     load_rows,
@@ -22,6 +21,7 @@ from ._rows import (
     row_layout,
     rows_walkable,
     store_rows,
+    tile_of_rows,
     top_of_columns,
     upstream,
 )
@@ -246,16 +246,7 @@ def kernels_take(x, *others) -> bool:
 
 
 def _tile(x, layout) -> dict:
-    """Threads follow the memory: along a row where its bins are neighbours, else along the rows."""
-    bins = triton.next_power_of_2(x.shape[-1])
-    lanes = min(bins, LANES_OF_ROW) if columns_innermost(x, layout) else 1
-    return {
-        "N_DIMS": layout.n_dims,
-        "BLOCK_R": max(DISTRIBUTION.block // bins, 1),
-        "STEPS": bins // lanes,
-        "LANES": lanes,
-        "num_warps": DISTRIBUTION.num_warps,
-    }
+    return tile_of_rows(x, layout, DISTRIBUTION, triton.next_power_of_2(x.shape[-1]))
 
 
 def launch_focal_forward(

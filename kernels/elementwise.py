@@ -142,8 +142,8 @@ def load_logits(
     """A tile of logits with their targets: ``(x, y, positive, keep, scale)``, see ``judged``."""
     x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, class_weight_ptr = pointers
     offs = run + within
-    inside = offs < n - start if MASKED else tl.full(run.shape, 1, tl.int1)
-    rows = run < n - start if CLASS_DIM == 3 else inside
+    # a run lies inside as a whole, or not at all
+    inside = run < n - start if MASKED else tl.full(run.shape, 1, tl.int1)
     x_at, row, dense_at, weight_at, cls = places(
         start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
     )
@@ -152,9 +152,9 @@ def load_logits(
     label = run
     weight = run
     if weight_ptr is not None:
-        weight = load_or_zero(weight_ptr + weight_at, MASKED, rows if ROW_WEIGHT else inside)
+        weight = load_or_zero(weight_ptr + weight_at, MASKED, inside)
     if label_ptr is not None:
-        label = load_or_zero(label_ptr + row, MASKED, rows)
+        label = load_or_zero(label_ptr + row, MASKED, inside)
     else:
         dense = load_or_zero(dense_ptr + dense_at, MASKED, inside)
     x, y, positive, keep, scale = judged(
@@ -164,7 +164,7 @@ def load_logits(
         weight,
         inside,
         cls,
-        within if CLASS_DIM == 3 else 0,
+        within,
         n_classes,
         ignore_index,
         label_ptr is not None,
@@ -172,7 +172,7 @@ def load_logits(
     )
     if quality_ptr is not None:
         if CLASS_DIM == 3:
-            read = rows & (label >= 0) & (label < n_classes)
+            read = inside & (label >= 0) & (label < n_classes)
             quality = tl.load(quality_ptr + row, mask=read, other=0.0).to(tl.float32)
             y = tl.where(positive, quality, 0.0)
         else:
@@ -274,7 +274,7 @@ def _pointwise_tile(
         else:
             out_ptrs = out_ptr + offset_of(coords, out_strides, N_DIMS)
         if MASKED:
-            tl.store(out_ptrs, result, mask=offs < n - start)
+            tl.store(out_ptrs, result, mask=run < n - start)
         else:
             tl.store(out_ptrs, result)
     return result, tl.broadcast_to(keep, result.shape)
@@ -406,18 +406,19 @@ def walkable(x, *others) -> bool:
 class Walk(NamedTuple):
     """How a kernel goes over the logits and what lies beside them."""
 
-    layout: Layout  # strides of x, rows, classes, then the tensors per logit
+    layout: Layout  # strides of x, rows, classes, dense targets, weights, then what else is read
     linear: bool  # all of them lie in one block of memory in the same order
     row_weight: bool
     class_dim: int  # where the kernel finds the class, or -1
     run: int  # neighbours that share all but the innermost coordinate: a 16-byte load of them
 
 
-def walk_over(x, labels, weight, class_weight, per_logit, *strides) -> Walk:
-    """``per_logit``: tensors of x' shape, or None; ``strides``: of what else is read per logit."""
+def walk_over(x, dense, labels, weight, class_weight=None, per_logit=(), *strides) -> Walk:
+    """``per_logit``: further tensors of x' shape, or None; ``strides``: of what else is read."""
     shape = tuple(x.shape)
     zeros = (0,) * len(shape)
     row_weight = weight is not None and weight.dim() < x.dim()
+    per_logit = [dense, None if row_weight else weight, *per_logit]
     linear = same_memory_order(
         shape, [x.stride(), *(t.stride() for t in per_logit if t is not None)]
     )
@@ -434,8 +435,8 @@ def walk_over(x, labels, weight, class_weight, per_logit, *strides) -> Walk:
         ],
     )
     class_s = layout.strides[2]
-    run = 16 // x.element_size()
-    while layout.n_dims > 1 and layout.sizes[-1] % run:
+    run = 16 // x.element_size() if layout.n_dims > 1 else 1
+    while layout.sizes[-1] % run:
         run //= 2
     return Walk(layout, linear, row_weight, class_s.index(1) if 1 in class_s else -1, run)
 
@@ -450,13 +451,8 @@ def _launch(
     kernel, x, dense, labels, quality, weight, class_weight, regions, params, grad, scale, out,
     count, kind, ignore_index, backward, reduced,
 ):  # fmt: skip
-    per_logit = [
-        dense,
-        weight if weight is not None and weight.dim() == x.dim() else None,
-        out if backward or not reduced else None,
-        None if reduced else grad,
-    ]
-    walk = walk_over(x, labels, weight, class_weight, per_logit)
+    per_logit = [out if backward or not reduced else None, None if reduced else grad]
+    walk = walk_over(x, dense, labels, weight, class_weight, per_logit)
     x_s, row_s, _, dense_s, weight_s, out_s, grad_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)
     n = x.numel()

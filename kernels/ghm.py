@@ -281,8 +281,7 @@ def launch_forward(
     regions = max(triton.next_power_of_2(bins), 32)
     n = x.numel()
     programs = min(triton.cdiv(n, HISTOGRAM.block), HISTOGRAM_PROGRAMS)
-    logit_weight = weight if weight is not None and weight.dim() == x.dim() else None
-    walk = walk_over(x, labels, weight, None, [dense, logit_weight])
+    walk = walk_over(x, dense, labels, weight)
     x_s, row_s, _, dense_s, weight_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)
     device = x.device

@@ -437,7 +437,7 @@ def negatives_kernel(
             start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
         )
         group_at = offset_of(coords, group_strides, N_DIMS)
-        inside = offs < n - start
+        inside = run < n - start
         # Loaded here, not in a function: see ``judged``. Unmasked loads are 16 bytes wide.
         if start + BLOCK <= n:
             x = tl.load(x_ptr + x_at)
@@ -446,12 +446,10 @@ def negatives_kernel(
             weight = tl.load(weight_ptr + weight_at) if weight_ptr is not None else run
             group = tl.load(group_ptr + group_at) if group_ptr is not None else run
         else:
-            rows = run < n - start if CLASS_DIM == 3 else inside
-            masked = rows if ROW_WEIGHT else inside
             x = tl.load(x_ptr + x_at, inside, 0)
             dense = tl.load(dense_ptr + dense_at, inside, 0) if dense_ptr is not None else run
-            label = tl.load(label_ptr + row, rows, 0) if label_ptr is not None else run
-            weight = tl.load(weight_ptr + weight_at, masked, 0) if weight_ptr is not None else run
+            label = tl.load(label_ptr + row, inside, 0) if label_ptr is not None else run
+            weight = tl.load(weight_ptr + weight_at, inside, 0) if weight_ptr is not None else run
             group = tl.load(group_ptr + group_at, inside, 0) if group_ptr is not None else run
         x, y, positive, keep, _scale = judged(
             x,
@@ -460,7 +458,7 @@ def negatives_kernel(
             weight,
             inside,
             cls,
-            within if CLASS_DIM == 3 else 0,
+            within,
             n_classes,
             ignore_index,
             label_ptr is not None,
@@ -490,7 +488,7 @@ def negatives_kernel(
             if start + BLOCK <= n:
                 tl.store(out, g)
             else:
-                tl.store(out, g, mask=offs < n - start)
+                tl.store(out, g, mask=inside)
         else:
             bad = negative & (x != x)
             if tl.sum(bad.to(tl.int32)) > 0:
@@ -885,14 +883,6 @@ def fraction_bits(n: int) -> int:
     return min(40, 62 - n.bit_length())
 
 
-def walkable(x, *others) -> bool:
-    """True if the kernels can read ``x`` and the other per-logit tensors in place."""
-    rows = (*contiguous_strides(x.shape[:-1]), 0)
-    class_index = (*(0,) * (x.dim() - 1), 1)
-    per_logit = [t.stride() for t in others if t is not None and t.dim() == x.dim()]
-    return merged_dims(x.shape, [x.stride(), rows, class_index, *per_logit]) is not None
-
-
 def _broadcast_strides(t, shape):
     """Strides over ``shape``, 0 where ``t`` is absent or broadcast."""
     if t is None:
@@ -935,9 +925,8 @@ def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_i
                histogram=None, n_slots=0, bits=0, upstream=None, scale=None,
                out=None):  # fmt: skip
     """Launch the pass over all logits, forward or backward."""
-    logit_weight = weight if weight is not None and weight.dim() == x.dim() else None
     lists = _broadcast_strides(group, x.shape)
-    walk = walk_over(x, labels, weight, None, [dense, logit_weight, out], lists)
+    walk = walk_over(x, dense, labels, weight, None, [out], lists)
     x_s, row_s, _, dense_s, weight_s, out_s, group_s = walk.layout.strides
     pointer, (number,) = scalar_args(delta, 1)
     n = x.numel()

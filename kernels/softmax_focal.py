@@ -13,7 +13,6 @@ import triton.language as tl
 
 from ._index import offset_of
 from ._launch import (
-    LANES_OF_ROW,
     SOFTMAX,
     SOFTMAX_CLASSES,
     SOFTMAX_CLASSES_BY_ROW,
@@ -33,6 +32,7 @@ from ._rows import (
     over_columns,
     row_layout,
     store_rows,
+    tile_of_rows,
     top_of_columns,
     upstream,
 )
@@ -221,20 +221,8 @@ def softmax_focal_backward_kernel(
 
 
 def _tile(x, layout) -> dict:
-    """Threads follow the memory: along a row where its classes are neighbours, else along rows."""
-    classes = triton.next_power_of_2(x.shape[-1])
-    if columns_innermost(x, layout):
-        classes = min(classes, SOFTMAX_CLASSES)
-        lanes = min(classes, LANES_OF_ROW)
-    else:
-        classes, lanes = min(classes, SOFTMAX_CLASSES_BY_ROW), 1
-    return {
-        "N_DIMS": layout.n_dims,
-        "BLOCK_R": SOFTMAX.block // classes,
-        "STEPS": classes // lanes,
-        "LANES": lanes,
-        "num_warps": SOFTMAX.num_warps,
-    }
+    most = SOFTMAX_CLASSES if columns_innermost(x, layout) else SOFTMAX_CLASSES_BY_ROW
+    return tile_of_rows(x, layout, SOFTMAX, min(triton.next_power_of_2(x.shape[-1]), most))
 
 
 def launch_softmax_forward(

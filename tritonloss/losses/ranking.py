@@ -27,6 +27,7 @@ from tritonloss.distributed import (
 from tritonloss.eager import ranking as eager
 
 try:
+    from tritonloss.kernels.elementwise import walkable
     from tritonloss.kernels.ranking import (
         Kernels,
         capacity_of,
@@ -42,7 +43,6 @@ try:
         settle_kernel,
         spread_kernel,
         tabulate_kernel,
-        walkable,
     )
 except ImportError:  # no Triton: the eager path alone
     launch_forward = launch_backward = None
