@@ -253,8 +253,8 @@ def large(device: str, out: Path) -> None:
 def sanitizer(device: str, out: Path) -> None:
     """No access out of bounds, no race."""
     need_gpu(device)
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
+    tool = cuda_tool("compute-sanitizer")
+    if tool is None:
         raise Skip("compute-sanitizer is absent")
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for check in ("memcheck", "racecheck"):
@@ -321,6 +321,13 @@ def expect_close(name: str, expected, found) -> None:
         if not error <= tolerance * size + 1e-12:
             raise SystemExit(f"{name}: the {what} is wrong by {float(error / size):.1e}")
     print("equal:", name)
+
+
+def cuda_tool(name: str) -> str | None:
+    """Path of a tool of CUDA or of Nsight Compute, if it is installed."""
+    places = [shutil.which(name), f"/usr/local/cuda/bin/{name}"]
+    places += sorted(map(str, Path("/opt/nvidia").glob(f"nsight-compute/*/{name}")), reverse=True)
+    return next((place for place in places if place and Path(place).exists()), None)
 
 
 def commit() -> str:

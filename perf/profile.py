@@ -12,15 +12,14 @@ import csv
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .gpu_check import ROOT, cuda_tool
 from .workloads import Point
 
-ROOT = Path(__file__).parent.parent
 SMALLEST = 10_000_000  # logits: below, launches take the time
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy", "WarpStateStats")
 # In base units: nanoseconds, bytes a second, percent.
@@ -41,15 +40,17 @@ class NoCounters(Exception):
 
 def slowest(rows: Iterable[dict[str, str]], number: int) -> list[tuple[str, Point, float]]:
     """``(loss, point, x floor)`` of the kernels' slowest points, one a loss, the slowest first."""
+    timed = ("ok", "triton", "both")
+    found = [
+        (row["loss"], point_of(row), float(row["x_floor"]))
+        for row in rows
+        if (row["status"], row["provider"], row["mode"]) == timed
+    ]
     worst = {}
-    for row in rows:
-        if (row["status"], row["provider"], row["mode"]) != ("ok", "triton", "both"):
-            continue
-        point = point_of(row)
-        if point.logits >= SMALLEST:
-            found = (row["loss"], point, float(row["x_floor"]))
-            worst[row["loss"]] = max(worst.get(row["loss"], found), found, key=lambda f: f[2])
-    return sorted(worst.values(), key=lambda f: -f[2])[:number]
+    for candidate in sorted(found, key=lambda f: -f[2]):
+        if candidate[1].logits >= SMALLEST:
+            worst.setdefault(candidate[0], candidate)
+    return list(worst.values())[:number]
 
 
 def point_of(row: dict[str, str]) -> Point:
@@ -59,9 +60,7 @@ def point_of(row: dict[str, str]) -> Point:
 
 def find_ncu() -> str:
     """The profiler's path."""
-    places = [shutil.which("ncu"), "/usr/local/cuda/bin/ncu"]
-    places += sorted(map(str, Path("/opt/nvidia").glob("nsight-compute/*/ncu")), reverse=True)
-    found = next((place for place in places if place and Path(place).exists()), None)
+    found = cuda_tool("ncu")
     if found is None:
         raise NoCounters("ncu is absent")
     return found
@@ -70,15 +69,8 @@ def find_ncu() -> str:
 def profile(ncu: str, loss: str, point: Point, log: Path) -> None:
     """Run a point under the profiler; what it read goes to ``log``."""
     command = [ncu, "--profile-from-start", "off", "--clock-control", "none", "--csv"]
-    command += [
-        "--page",
-        "raw",
-        "--print-units",
-        "base",
-        "--log-file",
-        str(log),
-        "--force-overwrite",
-    ]
+    command += ["--page", "raw", "--print-units", "base"]
+    command += ["--log-file", str(log), "--force-overwrite"]
     command += [word for section in SECTIONS for word in ("--section", section)]
     command += [sys.executable, "-m", "perf.profile", "--run", json.dumps([loss, *point])]
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -146,13 +146,17 @@ def test_peak_memory_counts_what_a_call_holds():
     assert 30e6 < held < 50e6
 
 
-def write(path, ms, low, high, status="ok"):
+def write_row(path, **row):
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, sweep.COLUMNS)
         writer.writeheader()
-        row = dict.fromkeys(sweep.COLUMNS, "") | {"loss": "focal", "provider": "triton"}
-        writer.writerow(row | {"status": status, "ms": ms, "ms_p20": low, "ms_p80": high})
+        writer.writerow(dict.fromkeys(sweep.COLUMNS, "") | row)
     return str(path)
+
+
+def write(path, ms, low, high, status="ok"):
+    times = {"ms": ms, "ms_p20": low, "ms_p80": high}
+    return write_row(path, loss="focal", provider="triton", status=status, **times)
 
 
 @pytest.mark.parametrize(
@@ -215,13 +219,9 @@ def stand_in(tmp_path, page, code=0):
 
 
 def profiled_by(monkeypatch, tmp_path, page, code=0):
-    csv_path = tmp_path / "sweep.csv"
-    with csv_path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, sweep.COLUMNS)
-        writer.writeheader()
-        writer.writerow(sweep_row("focal", 10**6, "1.5"))
+    path = write_row(tmp_path / "sweep.csv", **sweep_row("focal", 10**6, "1.5"))
     monkeypatch.setattr(profile, "find_ncu", lambda: stand_in(tmp_path, page, code))
-    return profile.main([str(csv_path), "--out", str(tmp_path / "out")])
+    return profile.main([path, "--out", str(tmp_path / "out")])
 
 
 def test_the_profile_tabulates_what_ncu_read(tmp_path, monkeypatch):

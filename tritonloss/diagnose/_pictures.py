@@ -38,10 +38,8 @@ def _counts(axis, edges, figures, names=("negatives", "positives")):
     axis.legend(frameon=False)
 
 
-def scores(figures: dict) -> Figure | None:
+def scores(figures: dict) -> Figure:
     edges = figures["logit_edges"]
-    if len(edges) < 2:
-        return None
     figure, axis = _figure()
     _counts(axis, edges, figures)
     axis.set_xlabel("logit x")
@@ -53,18 +51,14 @@ def scores(figures: dict) -> Figure | None:
     return figure
 
 
-def gradient_norms(figures: dict) -> Figure | None:
-    if not any(figures["negatives"]) and not any(figures["positives"]):
-        return None
+def gradient_norms(figures: dict) -> Figure:
     figure, axis = _figure()
     _counts(axis, figures["edges"], figures)
     axis.set_xlabel("gradient norm g = |p − y|")
     return figure
 
 
-def loss_shares(figures: dict) -> Figure | None:
-    if figures["positives"] is None and figures["negatives"] is None:
-        return None
+def loss_shares(figures: dict) -> Figure:
     figure, *axes = _figure(2, sharey=True)
     for axis, name in zip(axes, ("positives", "negatives"), strict=True):
         curves = figures[name]
@@ -87,9 +81,7 @@ def loss_shares(figures: dict) -> Figure | None:
     return figure
 
 
-def gradient_shares(figures: dict | None) -> Figure | None:
-    if figures is None:
-        return None
+def gradient_shares(figures: dict) -> Figure:
     figure, left, right = _figure(2, height=4.8)
     for name, share in figures["by_region"].items():
         left.stairs(share, figures["edges"], color=LOSS_COLORS[name], label=name)
@@ -198,6 +190,8 @@ def calibration(figures: dict | None) -> Figure | None:
 
 def pictures_of(figures: dict) -> dict[str, Figure]:
     """Name -> picture; what has nothing to show is left out."""
+    if not figures["summary"]["positives"] + figures["summary"]["negatives"]:
+        return {}
     found = {
         "scores": scores(figures["scores"]),
         "gradient_norms": gradient_norms(figures["gradient_norms"]),
