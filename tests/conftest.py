@@ -43,6 +43,13 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture
+def on_device():
+    """What the test makes lies where the kernels run."""
+    with torch.device(DEVICE):
+        yield
+
+
 class _PoisonedTorch:
     """``torch`` for the launchers, whose ``empty*`` hand out NaN: a value left unwritten shows."""
 

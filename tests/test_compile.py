@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from perf import workloads
 from tritonloss._dispatch import INTERPRET
@@ -17,7 +18,7 @@ pytestmark = [
 @pytest.mark.parametrize("loss", workloads.LOSSES)
 def test_inductor(loss):
     torch._dynamo.reset()
-    call = workloads.call_of(loss, workloads.Point(300, 6, 20), "cpu")
+    call = workloads.call_of(loss, workloads.Point(300, 6, 20), DEVICE)
     compiled = torch.compile(call.loss, fullgraph=True)
     found = workloads.value_and_gradient(call._replace(loss=compiled))
     torch.testing.assert_close(found, workloads.value_and_gradient(call), rtol=1e-5, atol=1e-6)

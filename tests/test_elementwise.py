@@ -367,7 +367,7 @@ def test_errors_name_the_argument(backend, error, words, args, kwargs):
             return v.detach().to(DEVICE).requires_grad_(v.requires_grad)
         return tuple(map(move, v)) if isinstance(v, tuple) else v
 
-    if DEVICE != "cpu" and ("range" in words or words in ("targets", "quality")):
+    if DEVICE != "cpu" and (r"\.\." in words or words in ("targets", "quality")):
         pytest.skip("values are not read on a GPU")
     with pytest.raises(error, match=words):
         tl.sigmoid_focal_loss(*map(move, args), **{k: move(v) for k, v in kwargs.items()})

@@ -10,12 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import recorded
+from conftest import DEVICE
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tritonloss as tl
 from tritonloss._dispatch import INTERPRET
 from tritonloss.eager import _blocks
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 BINS = (1, 10, 30, 256)
 
@@ -71,7 +74,7 @@ def loop(pred, y, keep, bins, kind="c", mu=0.02, m=0.0, state=None, correct=Fals
 
 def make(form, shape=(40, 5), dtype=torch.float32, seed=0, spread=3.0):
     """``(logits, targets, dense targets, keep)``; some rows ignored where there are labels."""
-    make = torch.Generator().manual_seed(seed)
+    make = torch.Generator(DEVICE).manual_seed(seed)
     x = (torch.randn(shape, generator=make) * spread).to(dtype)
     n_classes = shape[-1]
     if form == "dense":
@@ -333,7 +336,10 @@ def density(g, width):
 @pytest.mark.parametrize("bins", [10, 30])
 def test_unit_regions_approximate_the_density_of_the_paper(bins):
     """On smoothly spread norms; next, a real detector's."""
-    x = torch.randn(20000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 2
+    x = (
+        torch.randn(20000, 1, dtype=torch.float64, generator=torch.Generator(DEVICE).manual_seed(3))
+        * 2
+    )
     g = torch.sigmoid(x).flatten()
     exact = (F.softplus(x).flatten() / density(g, 1 / bins)).sum()
     regions = tl.ghm_c_loss(x, torch.ones(20000).long(), bins=bins, normalize="all")
@@ -343,8 +349,8 @@ def test_unit_regions_approximate_the_density_of_the_paper(bins):
 @pytest.mark.parametrize(("bins", "error"), [(10, 0.036), (30, 0.037), (256, -0.003)])
 def test_unit_regions_on_a_recorded_detector(bins, error):
     """How far the published approximation is from the paper's density: 4 % of the loss."""
-    x = recorded()["cls_logits"].flatten(0, 1).double()
-    labels = recorded()["labels"].flatten().long()
+    x = recorded()["cls_logits"].to(DEVICE).flatten(0, 1).double()
+    labels = recorded()["labels"].to(DEVICE).flatten().long()
     y = F.one_hot(labels, 81)[:, :80].double()
     norm = (x.sigmoid() - y).abs().flatten()
     exact = (bce64(x, y).flatten() / density(norm, 1 / bins)).sum()
@@ -497,7 +503,7 @@ def test_few_programs_walk_over_many_tiles(form, bins, monkeypatch):
 
     monkeypatch.setattr(ghm, "HISTOGRAM_PROGRAMS", 2)
     x, targets, y, keep = make(form, (50, 40))
-    x[10:] = recorded()["cls_logits"].flatten()[: 40 * 40].reshape(40, 40)
+    x[10:] = recorded()["cls_logits"].to(DEVICE).flatten()[: 40 * 40].reshape(40, 40)
     want, want_grad, _ = loop(x, y, keep, bins)
     with tl.backend("triton"):
         loss, grad = step(tl.ghm_c_loss, x, targets, bins=bins)

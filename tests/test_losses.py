@@ -39,9 +39,9 @@ def run(loss: Case, problem: Problem, hyper: dict, upstream, mode: str):
     """Loss and gradient through the public function."""
     x = problem.x.detach()
     if DEVICE != "cpu":  # .to() would make the strides dense
-        x = torch.empty_strided(
-            (sum((s - 1) * t for s, t in zip(x.shape, x.stride(), strict=True)) + 1,), (1,)
-        ).to(DEVICE, x.dtype).as_strided(x.shape, x.stride()).copy_(x)  # fmt: skip
+        span = sum((s - 1) * t for s, t in zip(x.shape, x.stride(), strict=True)) + 1
+        block = torch.empty(span if x.numel() else 0, device=DEVICE, dtype=x.dtype)
+        x = block.as_strided(x.shape, x.stride()).copy_(x)
     x.requires_grad_()
     args, kwargs = to_device(problem.args), to_device(problem.kwargs)
 

@@ -14,6 +14,7 @@ from ranking_cases import (
     make,
     ours,
     relative_error,
+    to_device,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -78,6 +79,7 @@ def one_pair(gap, delta):
     return rank.item()
 
 
+@pytest.mark.usefixtures("on_device")
 def test_one_positive_one_negative():
     assert one_pair(3.0, 0.5) == pytest.approx(2 / 3)
     assert one_pair(3.0, 0) == pytest.approx(0.5)
@@ -86,6 +88,7 @@ def test_one_positive_one_negative():
     assert ap == pytest.approx([0.5, 1 / 3])
 
 
+@pytest.mark.usefixtures("on_device")
 def test_figure_of_the_bucketed_paper():
     """Order n n p n n n n p: each positive's error falls evenly on the negatives above it."""
     x = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1])[:, None].requires_grad_()
@@ -232,16 +235,17 @@ def test_groups_are_separate_calls(loss, by):
 
 def test_each_output_has_its_own_gradient():
     problem = make("random", 30, 1500)
-    x = problem.logits.clone().requires_grad_()
-    rank, sort = ranking.rank_sort_loss(x, (problem.labels, problem.quality))
+    x = to_device(problem.logits).clone().requires_grad_()
+    rank, sort = ranking.rank_sort_loss(x, to_device((problem.labels, problem.quality)))
     (2 * rank + 3 * sort).backward()
     _, rank_grad, sort_grad, _ = ours(
         "rank_sort", problem.logits, (problem.labels, problem.quality), None
     )
-    assert relative_error(x.grad, 2 * rank_grad + 3 * sort_grad) <= 1e-6
+    assert relative_error(x.grad.cpu(), 2 * rank_grad + 3 * sort_grad) <= 1e-6
     assert sort_grad[problem.positive].any() and not sort_grad[~problem.positive].any()
 
 
+@pytest.mark.usefixtures("on_device")
 def test_no_positives():
     x = torch.randn(5, 3, requires_grad=True)
     labels = torch.full((5,), 3)
@@ -255,6 +259,7 @@ def test_no_positives():
     assert x.grad is not None and not x.grad.any()
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (3,)])
 def test_few_dims_and_no_anchors(shape):
     x = torch.zeros(shape, requires_grad=True)
@@ -264,6 +269,7 @@ def test_few_dims_and_no_anchors(shape):
     assert x.grad.shape == shape
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", [0, 1])
 def test_non_finite_logits_give_nan(bad, where):
@@ -296,10 +302,10 @@ def test_half_precision(loss, dtype):
     assert got[1].dtype == dtype and got[0][0].dtype == torch.float32
     assert got[0][0] == want[0][0]
     assert relative_error(got[1], want[1].to(dtype)) <= torch.finfo(dtype).eps
-    scaled = x.detach().clone().requires_grad_()
-    first = ranking.ap_loss(scaled, problem.labels)
+    scaled = to_device(x.detach()).clone().requires_grad_()
+    first = ranking.ap_loss(scaled, to_device(problem.labels))
     (first * 2.0**14).backward()  # loss scaling: multiplied before the rounding
-    assert scaled.grad[problem.negative & (x > -2)].count_nonzero() > 100
+    assert scaled.grad.cpu()[problem.negative & (x > -2)].count_nonzero() > 100
 
 
 @pytest.mark.parametrize("shape", [(30, 10), (1, 64)])
@@ -309,9 +315,12 @@ def test_most_dense_targets_positive(shape):
     targets[torch.rand(shape, generator=g) < 0.2] = 0
     pos = targets.flatten() > 0
     want = reference.average_precision(x.flatten(), pos, ~pos, 1.0, True)
-    assert float(ranking.ap_loss(x, targets, delta=1.0)) == pytest.approx(float(want[0]), rel=1e-6)
+    assert float(ranking.ap_loss(*to_device((x, targets)), delta=1.0)) == pytest.approx(
+        float(want[0]), rel=1e-6
+    )
 
 
+@pytest.mark.usefixtures("on_device")
 def test_more_dense_positives_than_room_is_loud(monkeypatch):
     """Dense scratch holds an eighth of many logits: more positives give NaN, not a wrong number."""
     if INTERPRET:
@@ -362,6 +371,7 @@ def test_compile(form, backend):
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("on_device")
 def test_transforms_and_double_backward_say_no():
     x, labels = torch.randn(4, 6, 2, requires_grad=True), torch.zeros(4, 6, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="error-driven"):
