@@ -86,10 +86,9 @@ def _add_tile(
     )
     value = pointwise_value(x, y, positive, mu, 0.0, 0.0, 0.0, KIND, False, HARD)
     region = tl.where(keep, region_of(x, y, positive, mu, bins, KIND, HARD), -1)
-    keep = tl.broadcast_to(keep, region.shape)
-    counts = tl.histogram(
-        tl.reshape(region, [region.numel]), REGIONS, mask=tl.reshape(keep, [region.numel])
-    )
+    # One reshape, and the mask out of it: of two, each may be compiled to an order of its own.
+    flat = tl.reshape(region, [region.numel])
+    counts = tl.histogram(tl.maximum(flat, 0), REGIONS, mask=flat >= 0)
     return _add_by_region(total, region, value, counts, REGIONS), count + counts
 
 

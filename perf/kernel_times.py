@@ -1,0 +1,109 @@
+"""Time of each kernel of a loss, forward and backward: ``python -m perf.kernel_times --out CSV``.
+
+The host is left out: torch's profiler reads the GPU's own clock around every kernel, so that the
+figures of small inputs are not those of launching. Inputs are larger than the L2 cache. The line
+``host`` is the other half: microseconds of Python and launching for a call on 1000 anchors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+import tritonloss as tl
+
+from . import sweep, workloads
+from .workloads import LOSSES, Point
+
+COLUMNS = ("loss", *Point._fields, "kernel", "launches", "us", "share", "x_floor", "device",
+           "commit")  # fmt: skip
+REPETITIONS = 15
+
+
+def kernel_times(call: workloads.Call) -> dict[str, tuple[int, float]]:
+    """Launches and microseconds of each kernel in one forward and backward, medians."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(3):
+        workloads.value_and_gradient(call)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(REPETITIONS):
+            workloads.value_and_gradient(call)
+        torch.cuda.synchronize()
+    found = defaultdict(list)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name].append(event.device_time)
+    return {
+        name: (round(len(times) / REPETITIONS), statistics.median(times) * len(times) / REPETITIONS)
+        for name, times in found.items()
+    }
+
+
+def host_time(call: workloads.Call, calls: int = 200) -> float:
+    """Microseconds that the host takes for a forward and backward whose kernels are short."""
+    for _ in range(20):
+        workloads.value_and_gradient(call)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        workloads.value_and_gradient(call)
+    ended = time.perf_counter()
+    torch.cuda.synchronize()
+    return (ended - begin) / calls * 1e6
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="CSV to write")
+    parser.add_argument("--loss", action="append", choices=LOSSES, help="only this (repeatable)")
+    parser.add_argument("--rows", type=int, default=176_000, help="anchors: 8 images of 22k")
+    parser.add_argument("--positives", type=int, action="append", help="default 500")
+    parser.add_argument("--dtype", action="append", help="default float32")
+    parser.add_argument("--inputs", action="append", help="random, recorded or initial")
+    parser.add_argument("--layout", default="contiguous")
+    args = parser.parse_args(argv)
+    copy = sweep.copy_bandwidth("cuda")
+    device = torch.cuda.get_device_name()
+    rows = []
+    grid = itertools.product(
+        args.loss or LOSSES,
+        args.positives or [500],
+        args.dtype or ["float32"],
+        args.inputs or ["random"],
+    )
+    for loss, positives, dtype, inputs in grid:
+        classes = LOSSES[loss].classes or 80
+        point = Point(args.rows, classes, positives, dtype, inputs, args.layout)
+        with tl.backend("triton"):
+            times = kernel_times(workloads.call_of(loss, point, "cuda"))
+            host = host_time(workloads.call_of(loss, point._replace(rows=1000), "cuda"))
+        total = sum(us for _, us in times.values())
+        floor = 3e-3 * point.logits * getattr(torch, dtype).itemsize / copy
+        lines = sorted(times.items(), key=lambda item: -item[1][1])
+        lines += [("all", (sum(n for n, _ in times.values()), total)), ("host", (0, host))]
+        print(loss, *point)
+        for name, (launches, us) in lines:
+            rows.append(dict(zip(
+                COLUMNS,
+                (loss, *point, name, launches, f"{us:.2f}", f"{us / total:.3f}",
+                 f"{us / floor:.3f}", device, sweep.gpu_check.commit()), strict=True)))  # fmt: skip
+            print(f"    {us:10.1f} us  {launches:3}  {us / floor:7.3f} x floor  {name[:70]}")
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
