@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 MAX_DIMS = 4
@@ -16,9 +17,25 @@ class Layout(NamedTuple):
 
     n_dims: int
     sizes: tuple[int, ...]
-    strides: list[tuple[int, ...]]
+    strides: tuple[tuple[int, ...], ...]
 
 
+def cached(function):
+    """Remember what was worked out for sizes and strides: they repeat in every step."""
+    remembered = lru_cache(maxsize=4096)(function)
+
+    def look_up(shape, operands):
+        shape, operands = tuple(shape), tuple(map(tuple, operands))
+        try:
+            return remembered(shape, operands)
+        except TypeError:  # a graph's symbolic sizes have no hash
+            return function(shape, operands)
+
+    look_up.__doc__ = function.__doc__
+    return look_up
+
+
+@cached
 def merged_dims(shape, operands) -> Layout | None:
     """Drop dims of size 1 and merge neighbours that every operand walks with one stride.
 
@@ -51,7 +68,7 @@ def merged_dims(shape, operands) -> Layout | None:
     return Layout(
         n_dims,
         (1,) * pad + tuple(sizes),
-        [(0,) * pad + tuple(s) for s in strides],
+        tuple((0,) * pad + tuple(s) for s in strides),
     )
 
 
@@ -64,6 +81,7 @@ def contiguous_strides(shape) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+@cached
 def same_memory_order(shape, operands) -> bool:
     """True if all operands lie in one dense block of memory in the same order."""
     layout = merged_dims(shape, operands[:1])
