@@ -34,7 +34,10 @@ MAX_COPIES = tl.constexpr(64)
 MAX_PROGRAMS = 1024
 ALRP_EPS = tl.constexpr(1e-5)
 # Rows of the scratch tensors.
-SCORE, VALUE, RANK_PLUS, FIRST, SECOND, WEIGHT, OWN, OTHER = (tl.constexpr(k) for k in range(8))
+SCORE, VALUE, RANK_PLUS, MISS, FIRST, SECOND, WEIGHT, OWN, OTHER = (
+    tl.constexpr(k) for k in range(9)
+)
+POSITIVE_ROWS, KNOT_ROWS = 9, 7
 LOWER, UPPER, START, SIZE, LIST = (tl.constexpr(k) for k in range(5))
 KEY, HIGH, LOW, COUNT, OFFSET, LEVEL, SLOPE = (tl.constexpr(k) for k in range(7))
 
@@ -81,7 +84,7 @@ def compact_kernel(
     raw_ptr,  # [2, capacity] float32 out: score, value
     raw_list_ptr,  # [capacity] int32 out
     raw_item_ptr,  # [capacity] int64 out
-    counter_ptr,  # [2] int64: positives, flag of non-finite logits
+    counter_ptr,  # [2] int64: positives, flag of something not finite
     # shapes
     n_items,  # rows with labels, logits with dense targets
     n_classes,
@@ -153,8 +156,10 @@ def compact_kernel(
         value = tl.zeros(offs.shape, tl.float32)
     x = offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS) + cls * x_class
     x = tl.load(x_ptr + x, mask=positive, other=0.0).to(tl.float32)
-    bad = positive & (0.0 * x != 0.0)
-    if tl.sum(bad.to(tl.int32), 0) > 0:
+    # Neither may reach the order of the positives, which a NaN would make intransitive.
+    x_bad = positive & (0.0 * x != 0.0)
+    value_bad = positive & (0.0 * value != 0.0)
+    if tl.sum((x_bad | value_bad).to(tl.int32), 0) > 0:
         tl.store(counter_ptr + 1, 1)
 
     found = positive.to(tl.int32)
@@ -162,8 +167,8 @@ def compact_kernel(
     first = tl.atomic_add(counter_ptr, tl.sum(found, 0).to(tl.int64), sem="relaxed")
     place = first + place
     mask = positive & (place < capacity)
-    tl.store(raw_ptr + place, tl.where(bad, 0.0, x), mask=mask)
-    tl.store(raw_ptr + capacity + place, value, mask=mask)
+    tl.store(raw_ptr + place, tl.where(x_bad, 0.0, x), mask=mask)
+    tl.store(raw_ptr + capacity + place, tl.where(value_bad, 0.0, value), mask=mask)
     tl.store(raw_list_ptr + place, group.to(tl.int32), mask=mask)
     tl.store(raw_item_ptr + place, start + offs, mask=mask)
 
@@ -174,7 +179,7 @@ def order_kernel(
     raw_ptr,  # [2, capacity]
     raw_list_ptr,
     raw_item_ptr,
-    positive_ptr,  # [8, capacity] float32 out: SCORE, VALUE
+    positive_ptr,  # [9, capacity] float32 out: SCORE, VALUE
     place_ptr,  # [5, capacity] int32 out: LIST
     item_ptr,  # [capacity] int64 out
     counter_ptr,
@@ -217,7 +222,7 @@ def order_kernel(
 @triton.jit
 def pairs_kernel(
     # pointers
-    positive_ptr,  # [8, capacity] out: RANK_PLUS, FIRST, SECOND
+    positive_ptr,  # [9, capacity] out: RANK_PLUS, FIRST, SECOND
     place_ptr,  # [5, capacity] out: LOWER, UPPER, START, SIZE
     knot_ptr,  # [7, 2 capacity] out: KEY, HIGH, LOW
     list_ptr,  # [2, num_groups] int32 out: start and size
@@ -552,7 +557,7 @@ def collect_kernel(
 @triton.jit
 def settle_kernel(
     # pointers
-    positive_ptr,  # [8, capacity] out: FIRST (AP, aLRP), WEIGHT, OWN
+    positive_ptr,  # [9, capacity] out: FIRST (AP, aLRP), WEIGHT, OWN
     place_ptr,
     knot_ptr,
     counter_ptr,
@@ -612,8 +617,7 @@ def settle_kernel(
             weight = tl.where(counts, -own / tl.where(counts, false.to(tl.float32), 1.0), 0.0)
         if LOSS != "rank_sort":
             tl.store(positive_ptr + SECOND * capacity + i, 1.0 / rank, mask=mask)
-        # RANK_PLUS has served: from here on it holds 1 - precision.
-        tl.store(positive_ptr + RANK_PLUS * capacity + i, miss, mask=mask)
+        tl.store(positive_ptr + MISS * capacity + i, miss, mask=mask)
         tl.store(positive_ptr + WEIGHT * capacity + i, weight, mask=mask)
         tl.store(positive_ptr + OWN * capacity + i, own, mask=mask)
         first += tl.num_programs(0) * TILE
@@ -622,7 +626,7 @@ def settle_kernel(
 @triton.jit
 def spread_kernel(
     # pointers
-    positive_ptr,  # [8, capacity] out: OTHER; AP: WEIGHT, OWN and FIRST too
+    positive_ptr,  # [9, capacity] out: OTHER; AP: WEIGHT, OWN and FIRST too
     place_ptr,
     counter_ptr,
     delta_ptr,
@@ -649,7 +653,7 @@ def spread_kernel(
         v_i = tl.load(positive_ptr + VALUE * capacity + i, mask=mask, other=0.0)
         g_i = tl.load(place_ptr + LIST * capacity + i, mask=mask, other=-1)
         size = tl.load(place_ptr + SIZE * capacity + i, mask=mask, other=1)
-        miss = tl.load(positive_ptr + RANK_PLUS * capacity + i, mask=mask, other=0.0)
+        miss = tl.load(positive_ptr + MISS * capacity + i, mask=mask, other=0.0)
         best = miss
         received = tl.zeros([TILE], tl.float64)
         other = tl.cast(0, tl.int32)
@@ -671,7 +675,7 @@ def spread_kernel(
                 part = tl.where(mine & (s_j <= s_i[:, None]), share, 0.0)
                 received += tl.sum(part, 1).to(tl.float64)
             else:
-                miss_j = tl.load(row + RANK_PLUS * capacity, mask=there, other=1.0)[None, :]
+                miss_j = tl.load(row + MISS * capacity, mask=there, other=1.0)[None, :]
                 part = tl.where(mine & (s_j <= s_i[:, None]), miss_j, 1.0)
                 best = tl.minimum(best, tl.min(part, 1))
             other += TILE
@@ -975,7 +979,7 @@ def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_i
 class Scratch(NamedTuple):
     """What the backward needs of the forward."""
 
-    positives: Tensor  # [8, capacity] float32
+    positives: Tensor  # [9, capacity] float32
     knots: Tensor  # [7, 2 capacity] float32
     items: Tensor  # [capacity] int64
     lists: Tensor  # [2, num_groups] int32
@@ -1030,8 +1034,8 @@ def launch_forward(
 
     places = torch.empty(5, capacity, dtype=torch.int32, device=device)
     scratch = Scratch(
-        torch.empty(8, capacity, dtype=torch.float32, device=device),
-        torch.empty(7, 2 * capacity, dtype=torch.float32, device=device),
+        torch.empty(POSITIVE_ROWS, capacity, dtype=torch.float32, device=device),
+        torch.empty(KNOT_ROWS, 2 * capacity, dtype=torch.float32, device=device),
         torch.empty(capacity, dtype=torch.int64, device=device),
         torch.zeros(2, num_groups, dtype=torch.int32, device=device),
         counter,
@@ -1073,7 +1077,7 @@ def launch_forward(
                              **tile)  # fmt: skip
     kernels.tabulate[grid](positives, places, knots, counter, pointer, capacity, number, **tile)
     kernels.finish[(1,)](positives, places, counter, first, second, scale, capacity,
-                         VALUE_ROW=(FIRST if loss == "ap" else RANK_PLUS).value, LOSS=kind,
+                         VALUE_ROW=(FIRST if loss == "ap" else MISS).value, LOSS=kind,
                          TILE=RANKING.block, num_warps=RANKING.num_warps)  # fmt: skip
 
     coefficient = torch.zeros(0, dtype=torch.float32, device=device)

@@ -51,7 +51,8 @@ def on_device():
 
 
 class _PoisonedTorch:
-    """``torch`` for the launchers, whose ``empty*`` hand out NaN: a value left unwritten shows."""
+    """``torch`` for the launchers, whose ``empty*`` hand out NaN, or the smallest and the largest
+    integer in turn: a value left unwritten shows."""
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -60,8 +61,14 @@ class _PoisonedTorch:
     def _poison(tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(tensor) is not Tensor:
             return tensor
-        dtype = tensor.dtype
-        return tensor.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min)
+        if tensor.dtype.is_floating_point:
+            return tensor.fill_(float("nan"))
+        limits = torch.iinfo(tensor.dtype)
+        tensor.fill_(limits.min)
+        tensor.as_strided((tensor.numel() // 2,), (2,), tensor.storage_offset() + 1).fill_(
+            limits.max
+        )
+        return tensor
 
     def empty(self, *args, **kwargs):
         return self._poison(torch.empty(*args, **kwargs))

@@ -281,6 +281,32 @@ def test_non_finite_logits_give_nan(bad, where):
     assert all(v.isnan() for v in values)
 
 
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("form", ["quality", "dense", "error"])
+def test_non_finite_values_at_positives_give_nan(form, bad, monkeypatch):
+    """With tied scores, whose order the values decide."""
+    monkeypatch.setattr("tritonloss._checks.values_checked", lambda x: False)
+    x = torch.zeros(4, 1, requires_grad=True)
+    labels, value = torch.tensor([0, 0, 0, 1]), torch.tensor([1.0, bad, 0.0, 0.5])
+    if form == "error":
+        value.requires_grad_()
+        values = ranking.alrp_loss(x, labels, value)
+    elif form == "quality":
+        values = ranking.rank_sort_loss(x, (labels, value))
+    else:  # NaN or negative, a dense target is ignored
+        values = ranking.rank_sort_loss(x, value[:, None])
+    ignored = form == "dense" and bad != torch.inf
+    sum(values).backward()
+    for result in (*values, *x.grad[:3, 0], *(value.grad[:3] if form == "error" else ())):
+        assert result.isnan() or ignored
+    assert not ignored or (x.grad.isfinite().all() and sum(values).isfinite())
+    # elsewhere nobody reads it
+    other = torch.tensor([1.0, 0.25, 0.0, bad])
+    assert all(v.isfinite() for v in ranking.alrp_loss(x, labels, other))
+    assert all(v.isfinite() for v in ranking.rank_sort_loss(x, (labels, other)))
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_huge_logits_stay_finite(loss):
     x = torch.tensor([[1e30], [-1e30], [1e30], [0.0], [-1e30]])

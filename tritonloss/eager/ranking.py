@@ -431,7 +431,7 @@ class List(NamedTuple):
     place: Tensor  # of this process' positives among all
     mine: Tensor  # the same in the order of `Problem.index`
     index: Tensor  # and in the list
-    negatives: Negatives | None  # None if a positive is not finite
+    negatives: Negatives | None  # None if a positive's score or value is not finite
 
 
 def lists_of(problem: Problem, everyone: Tensor, first: int, delta: float) -> Iterator[List]:
@@ -458,7 +458,7 @@ def lists_of(problem: Problem, everyone: Tensor, first: int, delta: float) -> It
         index = problem.index[mine] - part.start
         hidden = None if problem.hidden is None else problem.hidden[part]
         negatives = None
-        if bool(score.isfinite().all()):
+        if bool(everyone[rows, 1:].isfinite().all()):
             negatives = Negatives(problem.x[part], hidden, index, score, delta)
         yield List(part, Positives(score, values[rows]), place, mine, index, negatives)
 

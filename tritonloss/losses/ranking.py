@@ -29,6 +29,8 @@ from tritonloss.eager import ranking as eager
 try:
     from tritonloss.kernels.elementwise import walkable
     from tritonloss.kernels.ranking import (
+        KNOT_ROWS,
+        POSITIVE_ROWS,
         Kernels,
         capacity_of,
         collect_kernel,
@@ -200,8 +202,8 @@ def _fake_forward(x, dense, labels, value, weight, group, delta, loss, ignore_in
         x.new_empty((), dtype=torch.float32),
         x.new_empty((), dtype=torch.float32),
         x.new_empty(shape, dtype=torch.float32),
-        x.new_empty((8, capacity), dtype=torch.float32),
-        x.new_empty((7, 2 * capacity), dtype=torch.float32),
+        x.new_empty((POSITIVE_ROWS, capacity), dtype=torch.float32),
+        x.new_empty((KNOT_ROWS, 2 * capacity), dtype=torch.float32),
         x.new_empty(capacity, dtype=torch.int64),
         x.new_empty((2, num_groups), dtype=torch.int32),
         x.new_empty(2, dtype=torch.int64),
