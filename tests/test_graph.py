@@ -216,7 +216,7 @@ def diagnosed(x, labels, diagnosis=tl.Diagnosis()):  # noqa: B008 (one that outl
 
 RANKING = [
     "compact_kernel", "order_kernel", "pairs_kernel", "negatives_kernel", "collect_kernel",
-    "settle_kernel", "spread_kernel", "tabulate_kernel", "finish_kernel",
+    "settle_kernel", "spread_kernel", "tabulate_kernel", "means_kernel",
 ]  # fmt: skip
 # Loss of (x, labels, quality) -> kernels of its forward
 WHOLE_BATCH = {
@@ -263,7 +263,7 @@ def test_compile_cache_sees_the_kernels(name):
     assert kernels, f"{name}: write wrap_triton(kernel) with the kernel's own name in the op's body"
     names = {k.fn.__name__ for k in kernels}
     backward = name.endswith("_backward") or "expectation" in name
-    last = {"finish_kernel", "harmonise_kernel", "sum_copies_kernel"}
+    last = {"finish_kernel", "means_kernel", "harmonise_kernel", "sum_copies_kernel"}
     assert backward or names & last, "the last kernel is missing"
 
 

@@ -1,5 +1,6 @@
 """Ranking losses against the written-out loops, known answers and identities."""
 
+import inspect
 import itertools
 
 import pytest
@@ -20,7 +21,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import tritonloss
 import tritonloss.losses.ranking as ranking
-from tritonloss._dispatch import INTERPRET
+from tritonloss._dispatch import HAS_TRITON, INTERPRET
+
+if HAS_TRITON:
+    import triton
+    from tritonloss.kernels._ranking_scratch import wide
+
+    @triton.jit
+    def end_of_rows(end_ptr, rows, capacity):
+        triton.language.store(end_ptr, rows * wide(capacity))
+
 
 # The interpreter takes a millisecond a program, and its kernels take no float64.
 POSITIVES = (0, 1, 2, 7, 130) if INTERPRET else (0, 1, 2, 7, 300, 2000)
@@ -353,6 +363,30 @@ def test_more_dense_positives_than_room_is_loud(monkeypatch):
         monkeypatch.setattr("tritonloss.kernels.ranking.DENSE_POSITIVES", 64)
     loss = ranking.ap_loss(torch.zeros(300, 10), torch.ones(300, 10))
     assert loss.isnan() if INTERPRET else loss == 0
+
+
+def kernels_with_rows():
+    from tritonloss.kernels import _ranking_logits, _ranking_positives
+
+    names = {}
+    for module in (_ranking_logits, _ranking_positives):
+        names |= {name: getattr(module, name) for name in dir(module) if name.endswith("_kernel")}
+    return names
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_rows_of_the_scratch_lie_beyond_32_bits():
+    """12 rows of 1.8e8 entries are more than 2**31, and a capacity is an int32 to a kernel."""
+    kernels = kernels_with_rows()
+    assert len(kernels) >= 8
+    for name, kernel in kernels.items():
+        source = inspect.getsource(kernel.fn)
+        body = source.split('"""')[-1].strip()
+        assert body.startswith("capacity = wide(capacity)"), name
+    if INTERPRET:
+        end = torch.zeros(1, dtype=torch.int64)
+        end_of_rows[(1,)](end, 12, 180_000_000)
+        assert end.item() == 12 * 180_000_000
 
 
 def test_reference_agrees_with_known_answers():

@@ -31,13 +31,14 @@ try:
     from tritonloss.kernels.ranking import (
         KNOT_ROWS,
         POSITIVE_ROWS,
+        SPECS,
         Kernels,
         capacity_of,
         collect_kernel,
         compact_kernel,
-        finish_kernel,
         launch_backward,
         launch_forward,
+        means_kernel,
         negatives_kernel,
         order_kernel,
         pairs_kernel,
@@ -197,7 +198,7 @@ _alrp = _op.differentiable(_alrp_forward, _first_backward, None)
 def _fake_forward(x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups,
                   capacity=None):  # fmt: skip
     capacity = capacity or capacity_of(x, labels)
-    shape = x.shape[:-1] if loss == "alrp" else (0,)
+    shape = x.shape[:-1] if SPECS[loss].coefficient else (0,)
     return (
         x.new_empty((), dtype=torch.float32),
         x.new_empty((), dtype=torch.float32),
@@ -227,7 +228,7 @@ def ranking_forward(
     kernels = Kernels(
         wrap_triton(compact_kernel), wrap_triton(order_kernel), wrap_triton(pairs_kernel),
         wrap_triton(negatives_kernel), wrap_triton(collect_kernel), wrap_triton(settle_kernel),
-        wrap_triton(spread_kernel), wrap_triton(tabulate_kernel), wrap_triton(finish_kernel),
+        wrap_triton(spread_kernel), wrap_triton(tabulate_kernel), wrap_triton(means_kernel),
         wrap_triton(scatter_kernel),
     )  # fmt: skip
     return launch_forward(
@@ -284,12 +285,11 @@ def _launch_shared(
     scale: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The launcher with exchanges between its kernels: opaque to a graph."""
-    name, more = loss + "_loss", {}
-    if loss in ("ap", "ap_plain"):
-        name, more = "ap_loss", {"interpolated": loss == "ap"}
+    spec = SPECS[loss]
+    more = {"interpolated": spec.spreads} if spec.name == "ap_loss" else {}
     settings = eager.settings(
-        name, "triton", x, labels if dense is None else dense,
-        value if loss == "rank_sort" else None, delta[0], ignore_index, num_groups, **more,
+        spec.name, "triton", x, labels if dense is None else dense,
+        value if spec.sorts_by == "quality" else None, delta[0], ignore_index, num_groups, **more,
     )  # fmt: skip
     exchange = KernelExchange(Sharing(process_group, capacity, scale), settings)
     return launch_forward(
@@ -317,7 +317,7 @@ def _backward(upstream, saved, x, dense, labels, value, weight, group, delta, lo
               num_groups, *sharing):  # fmt: skip
     return _op.call(
         ranking_backward, launch_backward, x, upstream[0],
-        upstream[1] if loss == "rank_sort" else None, dense, labels, weight, group, delta,
+        upstream[1] if SPECS[loss].second_gradient else None, dense, labels, weight, group, delta,
         ignore_index, num_groups, *saved,
     )  # fmt: skip
 

@@ -1,0 +1,428 @@
+"""Passes over the logits of the ranking losses.
+
+* ``compact``   collects the P positives in any order.
+* ``negatives`` forward: count and summed distance to the knot of the negatives in each segment
+  between two knots; backward: their gradient, by a look-up of value and slope.
+* ``collect``   adds the private copies of that histogram; integers, so that no order of atomics
+  shows.
+* ``scatter``   writes what belongs to the positives.
+"""
+
+import triton
+import triton.language as tl
+
+from ._index import coordinates, offset_of, tile_of
+from ._ranking_scratch import (
+    COUNT,
+    HIGH,
+    LEVEL,
+    LOW,
+    OFFSET,
+    OTHER,
+    OWN,
+    SLOPE,
+    count_positives,
+    load_delta,
+    wide,
+)
+from .elementwise import judged, places
+
+MAX_COPIES = tl.constexpr(64)
+
+
+@triton.jit
+def compact_kernel(
+    # pointers
+    x_ptr,  # logits
+    dense_ptr,  # dense targets, or None
+    label_ptr,  # [rows] integers, or None
+    value_ptr,  # [rows] quality or localisation error, or None
+    weight_ptr,  # [rows] or per logit, or None
+    group_ptr,  # list of each logit, or None
+    raw_ptr,  # [2, capacity] float32 out: score, value
+    raw_list_ptr,  # [capacity] int32 out
+    raw_item_ptr,  # [capacity] int64 out
+    counter_ptr,  # [2] int64: positives, flag of something not finite
+    # shapes
+    n_items,  # rows with labels, logits with dense targets
+    n_classes,
+    num_groups,
+    capacity,
+    size_1,
+    size_2,
+    size_3,
+    # strides
+    x_s0,
+    x_s1,
+    x_s2,
+    x_s3,
+    row_s0,
+    row_s1,
+    row_s2,
+    row_s3,
+    dense_s0,
+    dense_s1,
+    dense_s2,
+    dense_s3,
+    weight_s0,
+    weight_s1,
+    weight_s2,
+    weight_s3,
+    group_s0,
+    group_s1,
+    group_s2,
+    group_s3,
+    x_class,  # strides over classes, read with labels
+    weight_class,
+    group_class,
+    # scalars
+    ignore_index,
+    # constants
+    HAS_KEY: tl.constexpr,  # dense targets are qualities to sort by
+    N_DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """1-D grid; program i takes items [i BLOCK, (i+1) BLOCK)."""
+    capacity = wide(capacity)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offs = tl.arange(0, BLOCK)
+    inside = offs < n_items - start
+    coords = coordinates(start, offs, (1, size_1, size_2, size_3), N_DIMS)
+    row = offset_of(coords, (row_s0, row_s1, row_s2, row_s3), N_DIMS)
+    if label_ptr is not None:
+        cls = tl.load(label_ptr + row, mask=inside, other=-1).to(tl.int64)
+        positive = inside & (cls >= 0) & (cls < n_classes) & (cls != ignore_index)
+        value = tl.full(offs.shape, 1.0, tl.float32)
+    else:
+        cls = tl.zeros(offs.shape, tl.int64)
+        dense = offset_of(coords, (dense_s0, dense_s1, dense_s2, dense_s3), N_DIMS)
+        value = tl.load(dense_ptr + dense, mask=inside, other=0.0).to(tl.float32)
+        positive = inside & (value > 0)
+    if weight_ptr is not None:
+        weight = offset_of(coords, (weight_s0, weight_s1, weight_s2, weight_s3), N_DIMS)
+        weight += cls * weight_class
+        weight = tl.load(weight_ptr + weight, mask=positive, other=0.0).to(tl.float32)
+        positive = positive & (weight > 0)
+    group = tl.zeros(offs.shape, tl.int64)
+    if group_ptr is not None:
+        group = offset_of(coords, (group_s0, group_s1, group_s2, group_s3), N_DIMS)
+        group += cls * group_class
+        group = tl.load(group_ptr + group, mask=positive, other=-1).to(tl.int64)
+        positive = positive & (group >= 0) & (group < num_groups)
+    if value_ptr is not None:
+        value = tl.load(value_ptr + row, mask=positive, other=0.0).to(tl.float32)
+    elif not HAS_KEY:
+        value = tl.zeros(offs.shape, tl.float32)
+    x = offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS) + cls * x_class
+    x = tl.load(x_ptr + x, mask=positive, other=0.0).to(tl.float32)
+    # Neither may reach the order of the positives, which a NaN would make intransitive.
+    x_bad = positive & (0.0 * x != 0.0)
+    value_bad = positive & (0.0 * value != 0.0)
+    if tl.sum((x_bad | value_bad).to(tl.int32), 0) > 0:
+        tl.store(counter_ptr + 1, 1)
+
+    found = positive.to(tl.int32)
+    place = tl.cumsum(found, 0) - found
+    first = tl.atomic_add(counter_ptr, tl.sum(found, 0).to(tl.int64), sem="relaxed")
+    place = first + place
+    mask = positive & (place < capacity)
+    tl.store(raw_ptr + place, tl.where(x_bad, 0.0, x), mask=mask)
+    tl.store(raw_ptr + capacity + place, tl.where(value_bad, 0.0, value), mask=mask)
+    tl.store(raw_list_ptr + place, group.to(tl.int32), mask=mask)
+    tl.store(raw_item_ptr + place, start + offs, mask=mask)
+
+
+@triton.jit
+def segment_of(x, active, group, knot_ptr, list_ptr, num_groups, n_pos, HAS_GROUP: tl.constexpr):
+    """Knot at the start of x's segment, and whether there is one."""
+    if HAS_GROUP:
+        base = 2 * tl.load(list_ptr + group, mask=active, other=0)
+        size = 2 * tl.load(list_ptr + num_groups + group, mask=active, other=0)
+        active = active & (size > 0)
+    else:
+        base = tl.zeros(x.shape, tl.int32)
+        size = 2 * n_pos
+    jump = tl.minimum(n_pos, 1)  # without positives no key is read
+    while jump < 2 * n_pos:
+        jump *= 2
+    below = tl.zeros(x.shape, tl.int32)
+    while jump > 0:
+        candidate = tl.minimum(below + jump, size)
+        if HAS_GROUP:
+            key = tl.load(knot_ptr + base + candidate - 1, mask=active, other=float("inf"))
+        else:  # all may look, what comes of it is dropped
+            key = tl.load(knot_ptr + candidate - 1)
+        below = tl.where(key <= x, candidate, below)
+        jump = jump // 2
+    return base + below - 1, active & (below > 0)
+
+
+@triton.jit
+def negatives_kernel(
+    # pointers
+    x_ptr,  # logits
+    dense_ptr,  # dense targets, or None
+    label_ptr,  # [rows] integers, or None
+    weight_ptr,  # [rows] or per logit, or None
+    group_ptr,  # list of each logit, or None
+    knot_ptr,  # [7, 2 capacity]
+    list_ptr,  # [2, num_groups]
+    histogram_ptr,  # forward: [copies, 2 P, 2] int64, or None
+    counter_ptr,
+    delta_ptr,
+    grad_ptr,  # backward: [] upstream gradient, or None
+    scale_ptr,  # backward: [] float32
+    out_ptr,  # backward: gradient of the logits
+    # shapes
+    n,
+    n_classes,
+    num_groups,
+    capacity,
+    n_slots,  # entries of the histogram, all copies together
+    size_1,
+    size_2,
+    size_3,
+    # strides
+    x_s0,
+    x_s1,
+    x_s2,
+    x_s3,
+    row_s0,
+    row_s1,
+    row_s2,
+    row_s3,
+    dense_s0,
+    dense_s1,
+    dense_s2,
+    dense_s3,
+    weight_s0,
+    weight_s1,
+    weight_s2,
+    weight_s3,
+    group_s0,
+    group_s1,
+    group_s2,
+    group_s3,
+    out_s0,
+    out_s1,
+    out_s2,
+    out_s3,
+    # scalars
+    ignore_index,
+    delta,
+    # constants
+    BACKWARD: tl.constexpr,
+    FRACTION_BITS: tl.constexpr,  # of a fixed-point distance in units of 2 delta
+    N_DIMS: tl.constexpr,
+    CLASS_DIM: tl.constexpr,
+    LINEAR: tl.constexpr,
+    ROW_WEIGHT: tl.constexpr,
+    RUN: tl.constexpr,  # logits that share a row or a class
+    BLOCK: tl.constexpr,
+):
+    """Forward: histogram of the negatives over segments. Backward: gradient of all logits.
+
+    1-D grid of persistent programs; each takes every num_programs-th tile of BLOCK logits.
+    """
+    capacity = wide(capacity)
+    _, per_unit = load_delta(delta_ptr, delta)
+    n_pos = count_positives(counter_ptr, capacity)
+    high_ptr = knot_ptr + HIGH * 2 * capacity
+    low_ptr = knot_ptr + LOW * 2 * capacity
+    level_ptr = knot_ptr + LEVEL * 2 * capacity
+    slope_ptr = knot_ptr + SLOPE * 2 * capacity
+    run, within = tile_of(BLOCK, RUN)
+    offs = run + within
+    sizes = (1, size_1, size_2, size_3)
+    strides = (
+        (x_s0, x_s1, x_s2, x_s3),
+        (row_s0, row_s1, row_s2, row_s3),
+        (dense_s0, dense_s1, dense_s2, dense_s3),
+        (weight_s0, weight_s1, weight_s2, weight_s3),
+    )
+    group_strides = (group_s0, group_s1, group_s2, group_s3)
+    upstream = 0.0
+    if BACKWARD:
+        upstream = tl.load(grad_ptr).to(tl.float32) * tl.load(scale_ptr)
+    else:
+        copies = tl.minimum(n_slots // tl.maximum(2 * n_pos, 1), MAX_COPIES)
+        histogram_ptr += (tl.program_id(0) % copies).to(tl.int64) * n_pos * 4
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    while start < n:
+        coords = coordinates(start, run, sizes, N_DIMS, within)
+        x_at, row, dense_at, weight_at, cls = places(
+            start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
+        )
+        group_at = offset_of(coords, group_strides, N_DIMS)
+        inside = run < n - start
+        # Loaded here, not in a function: see ``judged``. Unmasked loads are 16 bytes wide.
+        if start + BLOCK <= n:
+            x = tl.load(x_ptr + x_at)
+            dense = tl.load(dense_ptr + dense_at) if dense_ptr is not None else run
+            label = tl.load(label_ptr + row) if label_ptr is not None else run
+            weight = tl.load(weight_ptr + weight_at) if weight_ptr is not None else run
+            group = tl.load(group_ptr + group_at) if group_ptr is not None else run
+        else:
+            x = tl.load(x_ptr + x_at, inside, 0)
+            dense = tl.load(dense_ptr + dense_at, inside, 0) if dense_ptr is not None else run
+            label = tl.load(label_ptr + row, inside, 0) if label_ptr is not None else run
+            weight = tl.load(weight_ptr + weight_at, inside, 0) if weight_ptr is not None else run
+            group = tl.load(group_ptr + group_at, inside, 0) if group_ptr is not None else run
+        x, y, positive, keep, _scale = judged(
+            x,
+            dense,
+            label,
+            weight,
+            inside,
+            cls,
+            within,
+            n_classes,
+            ignore_index,
+            label_ptr is not None,
+            weight_ptr is not None,
+        )
+        negative = keep & (y == 0.0) & ~positive
+        if group_ptr is not None:
+            negative = negative & (group >= 0) & (group < num_groups)
+            group = tl.where(negative, group, 0).to(tl.int32)
+        knot, found = segment_of(
+            x, negative, group, knot_ptr, list_ptr, num_groups, n_pos, group_ptr is not None
+        )
+        high = tl.load(high_ptr + knot, mask=found, other=0.0)
+        low = tl.load(low_ptr + knot, mask=found, other=0.0)
+        # Outside all windows the distance can be anything: it is never used.
+        distance = tl.minimum(tl.maximum(((x - high) - low) * per_unit, 0.0), 1.0)
+        if BACKWARD:
+            level = tl.load(level_ptr + knot, mask=found, other=0.0)
+            slope = tl.load(slope_ptr + knot, mask=found, other=0.0)
+            g = tl.where(found, (level + slope * distance) * upstream, 0.0)
+            # a non-finite logit makes the scale NaN: every negative shows it
+            g = tl.where(negative, g + 0.0 * upstream, 0.0)
+            if LINEAR:
+                out = out_ptr + start + offs
+            else:
+                out = out_ptr + offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
+            if start + BLOCK <= n:
+                tl.store(out, g)
+            else:
+                tl.store(out, g, mask=inside)
+        else:
+            bad = negative & (x != x)
+            if tl.sum(bad.to(tl.int32)) > 0:
+                tl.store(counter_ptr + 1, 1)
+            units: tl.constexpr = 2.0**FRACTION_BITS
+            amount = tl.where(found, distance * units, 0.0).to(tl.int64)
+            lowest = tl.min(tl.where(found, knot, 2**31 - 1))
+            highest = tl.max(tl.where(found, knot, -1))
+            if lowest == highest:  # an untrained model: all in one segment
+                common = histogram_ptr + 2 * lowest.to(tl.int64)
+                tl.atomic_add(common, tl.sum(found.to(tl.int64)), sem="relaxed")
+                tl.atomic_add(common + 1, tl.sum(amount), sem="relaxed")
+            else:
+                slot = histogram_ptr + 2 * knot.to(tl.int64)
+                one = tl.full(slot.shape, 1, tl.int64)
+                tl.atomic_add(slot, one, mask=found, sem="relaxed")
+                tl.atomic_add(slot + 1, amount, mask=found & (amount > 0), sem="relaxed")
+        start += tl.num_programs(0).to(tl.int64) * BLOCK
+
+
+@triton.jit
+def collect_kernel(
+    # pointers
+    histogram_ptr,  # [copies, 2 P, 2] int64
+    knot_ptr,  # [7, 2 capacity] out: COUNT, OFFSET
+    total_ptr,  # [2, 2 capacity] int64 out instead, for other processes to add to; or None
+    counter_ptr,
+    # shapes
+    capacity,
+    n_slots,
+    # constants
+    FRACTION_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """1-D grid over blocks of segments; adds the copies."""
+    capacity = wide(capacity)
+    n_pos = count_positives(counter_ptr, capacity)
+    copies = tl.minimum(n_slots // tl.maximum(2 * n_pos, 1), MAX_COPIES)
+    first = tl.program_id(0) * BLOCK
+    while first < 2 * n_pos:
+        k = first + tl.arange(0, BLOCK)
+        mask = k < 2 * n_pos
+        count = tl.zeros([BLOCK], tl.int64)
+        offset = tl.zeros([BLOCK], tl.int64)
+        copy = tl.cast(0, tl.int64)
+        while copy < copies:
+            slot = histogram_ptr + (copy * n_pos * 2 + k) * 2
+            count += tl.load(slot, mask=mask, other=0)
+            offset += tl.load(slot + 1, mask=mask, other=0)
+            copy += 1
+        if total_ptr is not None:
+            tl.store(total_ptr + k, count, mask=mask)
+            tl.store(total_ptr + 2 * capacity + k, offset, mask=mask)
+        else:
+            unit: tl.constexpr = 0.5**FRACTION_BITS
+            offset = offset.to(tl.float32) * unit
+            tl.store(knot_ptr + COUNT * 2 * capacity + k, count.to(tl.float32), mask=mask)
+            tl.store(knot_ptr + OFFSET * 2 * capacity + k, offset, mask=mask)
+        first += tl.num_programs(0) * BLOCK
+
+
+@triton.jit
+def scatter_kernel(
+    # pointers
+    positive_ptr,
+    item_ptr,
+    label_ptr,  # [rows] integers where the item's class counts, or None
+    counter_ptr,
+    first_grad_ptr,  # [] upstream gradient of the first value, or None
+    second_grad_ptr,  # [] of the second, or None
+    scale_ptr,  # [] float32
+    out_ptr,
+    # shapes
+    capacity,
+    size_1,
+    size_2,
+    size_3,
+    # strides
+    row_s0,
+    row_s1,
+    row_s2,
+    row_s3,
+    out_s0,
+    out_s1,
+    out_s2,
+    out_s3,
+    out_class,
+    # constants
+    COEFFICIENT: tl.constexpr,  # write OTHER itself
+    N_DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """1-D grid over blocks of positives; each writes to the place of its own item."""
+    capacity = wide(capacity)
+    n_pos = count_positives(counter_ptr, capacity)
+    scale = tl.load(scale_ptr)
+    first = tl.program_id(0) * BLOCK
+    while first < n_pos:
+        i = first + tl.arange(0, BLOCK)
+        mask = i < n_pos
+        item = tl.load(item_ptr + i, mask=mask, other=0)
+        mask = mask & (item >= 0)  # those of other processes have none here
+        item = tl.maximum(item, 0)
+        here = tl.zeros([BLOCK], tl.int32)
+        coords = coordinates(item, here, (1, size_1, size_2, size_3), N_DIMS)
+        out = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
+        if label_ptr is not None:
+            row = offset_of(coords, (row_s0, row_s1, row_s2, row_s3), N_DIMS)
+            out += tl.load(label_ptr + row, mask=mask, other=0).to(tl.int64) * out_class
+        g = tl.zeros([BLOCK], tl.float32)
+        if COEFFICIENT:
+            g += tl.load(positive_ptr + OTHER * capacity + i, mask=mask, other=0.0) * scale
+        if first_grad_ptr is not None:
+            own = tl.load(positive_ptr + OWN * capacity + i, mask=mask, other=0.0)
+            g += own * (tl.load(first_grad_ptr).to(tl.float32) * scale)
+        if second_grad_ptr is not None:
+            other = tl.load(positive_ptr + OTHER * capacity + i, mask=mask, other=0.0)
+            g += other * (tl.load(second_grad_ptr).to(tl.float32) * scale)
+        tl.store(out_ptr + out, g, mask=mask)
+        first += tl.num_programs(0) * BLOCK

@@ -1,0 +1,40 @@
+"""Scratch of the ranking kernels: tables of rows, with an entry for each positive or knot; and what
+all passes read first.
+
+P stays on the device: a table has room for ``capacity`` positives, and each pass reads P.
+"""
+
+import triton
+import triton.language as tl
+
+# Entries of a table of positives, float32, by ascending (list, score, value).
+SCORE, VALUE, RANK_PLUS, MISS, FIRST, SECOND, WEIGHT, OWN, OTHER = (
+    tl.constexpr(k) for k in range(9)
+)
+# int32: the places of its two knots; start, size and id of its list.
+LOWER, UPPER, START, SIZE, LIST = (tl.constexpr(k) for k in range(5))
+# Entries of a table of knots, float32, by ascending (list, knot).
+KEY, HIGH, LOW, COUNT, OFFSET, LEVEL, SLOPE = (tl.constexpr(k) for k in range(7))
+POSITIVE_ROWS, PLACE_ROWS, KNOT_ROWS = 9, 5, 7
+
+
+@triton.jit
+def wide(capacity):
+    """The length of a row in 64 bits: rows begin beyond 2**31 elements."""
+    return tl.cast(capacity, tl.int64)
+
+
+@triton.jit
+def count_positives(counter_ptr, capacity):
+    """P, an int32; no more than there is room for (``means`` tells)."""
+    return tl.minimum(tl.load(counter_ptr), capacity).to(tl.int32)
+
+
+@triton.jit
+def load_delta(delta_ptr, delta):
+    """``(delta, 1 / (2 delta))``; the latter 0 for a hard step."""
+    if delta_ptr is not None:
+        delta = tl.load(delta_ptr).to(tl.float32)
+    else:
+        delta = tl.cast(delta, tl.float32)
+    return delta, tl.where(delta > 0, 0.5 / tl.where(delta > 0, delta, 1.0), 0.0)
