@@ -11,7 +11,7 @@
 import triton
 import triton.language as tl
 
-from ._index import coordinates, offset_of, tile_of
+from ._logits import offsets, targets_and_mask
 from ._ranking_scratch import (
     COUNT,
     HIGH,
@@ -25,7 +25,7 @@ from ._ranking_scratch import (
     load_delta,
     wide,
 )
-from .elementwise import judged, places
+from ._walk import coordinates, offset_of, tile_of
 
 MAX_COPIES = tl.constexpr(64)
 
@@ -250,12 +250,12 @@ def negatives_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     while start < n:
         coords = coordinates(start, run, sizes, N_DIMS, within)
-        x_at, row, dense_at, weight_at, cls = places(
+        x_at, row, dense_at, weight_at, cls = offsets(
             start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
         )
         group_at = offset_of(coords, group_strides, N_DIMS)
         inside = run < n - start
-        # Loaded here, not in a function: see ``judged``. Unmasked loads are 16 bytes wide.
+        # Loaded here, not in a function: see ``targets_and_mask``. Unmasked loads take 16 bytes.
         if start + BLOCK <= n:
             x = tl.load(x_ptr + x_at)
             dense = tl.load(dense_ptr + dense_at) if dense_ptr is not None else run
@@ -268,7 +268,7 @@ def negatives_kernel(
             label = tl.load(label_ptr + row, inside, 0) if label_ptr is not None else run
             weight = tl.load(weight_ptr + weight_at, inside, 0) if weight_ptr is not None else run
             group = tl.load(group_ptr + group_at, inside, 0) if group_ptr is not None else run
-        x, y, positive, keep, _scale = judged(
+        x, y, positive, keep, _scale = targets_and_mask(
             x,
             dense,
             label,

@@ -10,10 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ._index import coordinates, offset_of
-from ._launch import LANES_OF_ROW, Config
-from ._layout import MAX_DIMS, MAX_INNER_SIZE, Layout, contiguous_strides, merged_dims
-from ._reduce import finish
+from ._config import LANES_OF_ROW, Config
+from ._finish import finish
+from ._walk import (
+    MAX_DIMS,
+    MAX_INNER_SIZE,
+    Layout,
+    contiguous_strides,
+    coordinates,
+    merged_dims,
+    offset_of,
+)
 
 
 @triton.jit
@@ -97,16 +104,6 @@ def upstream(
         grad_ptrs = grad_ptr + offset_of(coords, strides, N_DIMS)
         grad = tl.load(grad_ptrs, mask=keep, other=0).to(tl.float32)
     return grad
-
-
-@triton.jit
-def number(pointer, index: tl.constexpr, value):
-    """A hyper-parameter as float32: from memory when traced, else from the argument."""
-    if pointer is not None:
-        result = tl.load(pointer + index).to(tl.float32)
-    else:
-        result = tl.cast(value, tl.float32)  # Inductor passes Python floats as float64
-    return result
 
 
 def row_layout(x, *others) -> Layout | None:

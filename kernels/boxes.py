@@ -10,21 +10,168 @@ import torch
 import triton
 import triton.language as tl
 
-from ._index import load_or_zero, offset_of
-from ._launch import BOXES, scalar_args
-from ._reduce import finish_kernel
+from ._config import BOXES
+from ._finish import finish_kernel
+from ._numbers import number, scalar_args
 from ._rows import (
     backward_rows,
     forward_rows,
     load_rows,
     locate,
     n_rows,
-    number,
     row_layout,
     store_rows,
     upstream,
 )
-from ._tiles import box_loss
+from ._walk import load_or_zero, offset_of
+
+# Box losses. A box is (x1, y1, x2, y2); sides are clamped at 0, as torch.clamp does: a side of
+# exactly 0 still has a gradient. Ties of min and max share the gradient evenly.
+
+
+@triton.jit
+def atan_unit(t):
+    """atan(t) for t in [0, 1], relative error below 2e-7."""
+    # atan(t) = pi/4 + atan((t - 1) / (t + 1)): the series is needed up to tan(pi/8) only
+    large = t > 0.41421357
+    u = tl.where(large, (t - 1.0) / (t + 1.0), t)
+    z = u * u
+    series = -0.14243533 + z * (0.10593813 - z * 0.0607822)
+    series = -0.33333315 + z * (0.19998472 + z * series)
+    a = u + u * z * series
+    return tl.where(large, 0.78539816 + a, a)
+
+
+@triton.jit
+def atan2_right(y, x):
+    """atan2(y, x) for x >= 0; 0 at (0, 0)."""
+    steep = tl.abs(y) > x
+    longer = tl.where(steep, tl.abs(y), x)
+    shorter = tl.where(steep, x, tl.abs(y))
+    a = atan_unit(shorter / tl.where(longer > 0.0, longer, 1.0))
+    a = tl.where(steep, 1.57079633 - a, a)
+    return tl.where(y < 0.0, -a, a)
+
+
+@triton.jit
+def direction(w, h):
+    """(w, h) scaled to a larger side of 1, and the scale."""
+    longer = tl.maximum(w, h)
+    scale = tl.where(longer > 1e-30, longer, 1.0)
+    return w / scale, h / scale, scale
+
+
+@triton.jit
+def aspect_angle(wp, hp, wt, ht):
+    """atan(wt/ht) - atan(wp/hp), and its derivatives by wp and hp."""
+    wp, hp, scale = direction(wp, hp)
+    wt, ht, _ = direction(wt, ht)
+    angle = atan2_right(ht * (wt - wp) + wt * (hp - ht), ht * hp + wt * wp)
+    norm = wp * wp + hp * hp
+    norm = tl.where(norm > 0.0, norm, 1.0) * scale
+    return angle, -hp / norm, wp / norm
+
+
+@triton.jit
+def area_minus(w, h, inner_w, inner_h):
+    """w h - inner_w inner_h, for sides that are at least the inner ones: 0 if they are equal."""
+    return w * (h - inner_h) + inner_h * (w - inner_w)
+
+
+@triton.jit
+def share_if_smaller(a, b):
+    """d min(a, b) / d a."""
+    return tl.where(a < b, 1.0, tl.where(a == b, 0.5, 0.0))
+
+
+@triton.jit
+def box_loss(p, t, eps, alpha_threshold, KIND: tl.constexpr):
+    """Loss of each pair of boxes, and its derivatives by the corners of p: ``(loss, corners)``."""
+    px1, py1, px2, py2 = p
+    tx1, ty1, tx2, ty2 = t
+    wp = tl.maximum(px2 - px1, 0.0)
+    hp = tl.maximum(py2 - py1, 0.0)
+    wt = tl.maximum(tx2 - tx1, 0.0)
+    ht = tl.maximum(ty2 - ty1, 0.0)
+    wi_raw = tl.minimum(px2, tx2) - tl.maximum(px1, tx1)
+    hi_raw = tl.minimum(py2, ty2) - tl.maximum(py1, ty1)
+    wi = tl.maximum(wi_raw, 0.0)
+    hi = tl.maximum(hi_raw, 0.0)
+
+    pred_alone = area_minus(wp, hp, wi, hi)
+    target_alone = area_minus(wt, ht, wi, hi)
+    area = wp * hp + target_alone
+    solid = area >= eps
+    union = tl.where(solid, area, eps)
+    iou = wi * hi / union
+    one_minus_iou = tl.where(solid, pred_alone + target_alone, eps - wi * hi) / union
+    loss = one_minus_iou
+    # derivatives by the areas of p and of the intersection, through IoU and union
+    d_pred = tl.where(solid, iou / union, 0.0)
+    d_inter = -1.0 / union - d_pred
+    # derivatives by the sides of p alone, by the sides of the hull, by the centre of p
+    d_wp = tl.zeros(px1.shape, tl.float32)
+    d_hp = d_wp
+    d_wc = d_wp
+    d_hc = d_wp
+    d_x = d_wp
+    d_y = d_wp
+    wc_raw = tl.maximum(px2, tx2) - tl.minimum(px1, tx1)
+    hc_raw = tl.maximum(py2, ty2) - tl.minimum(py1, ty1)
+    wc = tl.maximum(wc_raw, 0.0)
+    hc = tl.maximum(hc_raw, 0.0)
+    if KIND == "giou":
+        open_hull = wc * hc >= eps
+        hull = tl.where(open_hull, wc * hc, eps)
+        gap = tl.where(solid, area_minus(wc, hc, wp, hp) - target_alone, hull - union)
+        loss += gap / hull
+        d_union = tl.where(solid, 1.0 / hull, 0.0)
+        d_pred -= d_union
+        d_inter += d_union
+        d_hull = tl.where(open_hull, union / hull / hull, 0.0)
+        d_wc = d_hull * hc
+        d_hc = d_hull * wc
+    if KIND == "diou" or KIND == "ciou":
+        d_x = ((px1 - tx1) + (px2 - tx2)) * 0.5
+        d_y = ((py1 - ty1) + (py2 - ty2)) * 0.5
+        far = wc * wc + hc * hc >= eps
+        diagonal = tl.where(far, wc * wc + hc * hc, eps)
+        penalty = (d_x * d_x + d_y * d_y) / diagonal
+        loss += penalty
+        d_wc = tl.where(far, -2.0 * penalty / diagonal, 0.0) * wc
+        d_hc = tl.where(far, -2.0 * penalty / diagonal, 0.0) * hc
+        d_x = d_x / diagonal
+        d_y = d_y / diagonal
+    if KIND == "ciou":
+        angle, angle_wp, angle_hp = aspect_angle(wp, hp, wt, ht)
+        v = 0.40528473 * angle * angle
+        alpha = tl.where(iou > alpha_threshold, v / tl.maximum(one_minus_iou + v, eps), 0.0)
+        loss += alpha * v
+        d_wp = alpha * (0.81056947 * angle * angle_wp)
+        d_hp = alpha * (0.81056947 * angle * angle_hp)
+
+    d_wp = tl.where(px2 - px1 >= 0.0, d_wp + d_pred * hp, 0.0)
+    d_hp = tl.where(py2 - py1 >= 0.0, d_hp + d_pred * wp, 0.0)
+    d_wi = tl.where(wi_raw >= 0.0, d_inter * hi, 0.0)
+    d_hi = tl.where(hi_raw >= 0.0, d_inter * wi, 0.0)
+    d_wc = tl.where(wc_raw >= 0.0, d_wc, 0.0)
+    d_hc = tl.where(hc_raw >= 0.0, d_hc, 0.0)
+    # the corner of p is that of the intersection with this share, else that of the hull
+    x1_in = share_if_smaller(tx1, px1)
+    y1_in = share_if_smaller(ty1, py1)
+    x2_in = share_if_smaller(px2, tx2)
+    y2_in = share_if_smaller(py2, ty2)
+    # min and max may drop a NaN: a coordinate that is not finite must not pass unseen
+    poison = 0.0 * (px1 + py1 + px2 + py2) + 0.0 * (tx1 + ty1 + tx2 + ty2)
+    d_x += poison
+    d_y += poison
+    corners = (
+        d_x - d_wp - d_wi * x1_in - d_wc * (1.0 - x1_in),
+        d_y - d_hp - d_hi * y1_in - d_hc * (1.0 - y1_in),
+        d_x + d_wp + d_wi * x2_in + d_wc * (1.0 - x2_in),
+        d_y + d_hp + d_hi * y2_in + d_hc * (1.0 - y2_in),
+    )
+    return loss + poison, corners
 
 
 @triton.jit

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._index import coordinates, tile_of
-from ._launch import COUNTING, COUNTING_COPIES, LOGITS_PER_COPY
-from .elementwise import judged, places, walk_over
+from ._config import COUNTING, COUNTING_COPIES, LOGITS_PER_COPY
+from ._logits import offsets, targets_and_mask, walk_over
+from ._walk import coordinates, tile_of
 
 
 @triton.jit
@@ -48,10 +48,10 @@ def _count_tile(
     x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr = pointers
     coords = coordinates(start, run, sizes, N_DIMS, within)
     offs = run + within
-    x_at, row, dense_at, weight_at, cls = places(
+    x_at, row, dense_at, weight_at, cls = offsets(
         start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
     )
-    # Loaded here, not in a function: see ``judged``.
+    # Loaded here, not in a function: see ``targets_and_mask``.
     if MASKED:
         inside = run < n - start
         x = tl.load(x_ptr + x_at, inside, 0)
@@ -64,7 +64,7 @@ def _count_tile(
         dense = tl.load(dense_ptr + dense_at) if dense_ptr is not None else run
         label = tl.load(label_ptr + row) if label_ptr is not None else run
         weight = tl.load(weight_ptr + weight_at) if weight_ptr is not None else run
-    x, y, positive, keep, _ = judged(
+    x, y, positive, keep, _ = targets_and_mask(
         x,
         dense,
         label,
@@ -79,7 +79,7 @@ def _count_tile(
     )
     keep = keep & (y >= 0)  # a dense target below 0 is ignored
     half = LIMIT * STEPS
-    finite = x == x  # judged makes NaN of what is infinite
+    finite = x == x  # targets_and_mask makes NaN of what is infinite
     place = tl.minimum(tl.maximum(tl.where(finite, x, 0.0) * STEPS, -half), half)
     column = tl.where(finite, _nearest(place) + half, 2 * half + 1)
     tl.atomic_add(copy_ptr + column, 1, mask=keep & (positive == 0), sem="relaxed")

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._index import offset_of
-from ._launch import DISTRIBUTION
-from ._reduce import finish_kernel
+from ._config import DISTRIBUTION
+from ._finish import finish_kernel
+from ._formulas import log1p_unit
 from ._rows import (
     backward_rows,
     by_row,
@@ -25,7 +25,7 @@ from ._rows import (
     top_of_columns,
     upstream,
 )
-from ._tiles import log1p_unit
+from ._walk import offset_of
 
 MAX_BINS = 1024  # a row is one tile
 

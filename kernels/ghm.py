@@ -12,11 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ._index import coordinates, tile_of
-from ._launch import HISTOGRAM, HISTOGRAM_PROGRAMS, scalar_args
-from ._tiles import pointwise_value, region_of
-from .elementwise import is_hard, load_logits, load_params, pointwise_kernel, walk_over
-from .elementwise import launch_backward as pointwise_backward
+from ._config import HISTOGRAM, HISTOGRAM_PROGRAMS
+from ._formulas import is_hard, pointwise_value, region_of
+from ._logits import load_logits, walk_over
+from ._numbers import load_params, scalar_args
+from ._walk import coordinates, tile_of
+from .pointwise import launch_backward as pointwise_backward
+from .pointwise import pointwise_kernel
 
 
 @triton.jit

@@ -15,8 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ._launch import PAIRS, RANKING, scalar_args
-from ._layout import contiguous_strides, merged_dims
+from ._config import PAIRS, RANKING
+from ._logits import walk_over
+from ._numbers import scalar_args
 from ._ranking_logits import collect_kernel, compact_kernel, negatives_kernel, scatter_kernel
 from ._ranking_positives import (
     means_kernel,
@@ -27,7 +28,7 @@ from ._ranking_positives import (
     tabulate_kernel,
 )
 from ._ranking_scratch import COUNT, FIRST, KNOT_ROWS, MISS, OFFSET, PLACE_ROWS, POSITIVE_ROWS
-from .elementwise import walk_over
+from ._walk import contiguous_strides, merged_dims
 
 # Programs of a grid that loops: about eight to a multiprocessor of a large GPU.
 MAX_PROGRAMS = 1024

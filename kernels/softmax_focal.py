@@ -11,14 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._index import offset_of
-from ._launch import (
-    SOFTMAX,
-    SOFTMAX_CLASSES,
-    SOFTMAX_CLASSES_BY_ROW,
-    scalar_args,
-)
-from ._reduce import finish_kernel
+from ._config import SOFTMAX, SOFTMAX_CLASSES, SOFTMAX_CLASSES_BY_ROW
+from ._finish import finish_kernel
+from ._formulas import hard_derivative, hard_value
+from ._numbers import number, scalar_args
 from ._rows import (
     backward_rows,
     by_row,
@@ -28,7 +24,6 @@ from ._rows import (
     load_rows,
     locate,
     n_rows,
-    number,
     over_columns,
     row_layout,
     store_rows,
@@ -36,7 +31,7 @@ from ._rows import (
     top_of_columns,
     upstream,
 )
-from ._tiles import hard_derivative, hard_value
+from ._walk import offset_of
 
 
 @triton.jit
@@ -225,7 +220,7 @@ def _tile(x, layout) -> dict:
     return tile_of_rows(x, layout, SOFTMAX, min(triton.next_power_of_2(x.shape[-1]), most))
 
 
-def launch_softmax_forward(
+def launch_forward(
     x, labels, alpha, weight, avg_factor, params, ignore_index, reduction,
     kernel=softmax_focal_forward_kernel, finish_with=finish_kernel,
 ):  # fmt: skip
@@ -273,7 +268,7 @@ def launch_softmax_forward(
     return *forward_rows(x, tile["BLOCK_R"], avg_factor, reduction, launch, finish_with), stats
 
 
-def launch_softmax_backward(
+def launch_backward(
     x, grad, scale, stats, labels, alpha, weight, params, ignore_index, reduction,
     kernel=softmax_focal_backward_kernel,
 ):  # fmt: skip

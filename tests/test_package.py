@@ -129,9 +129,9 @@ def test_wheel_in_a_clean_environment(tmp_path):
 
     (site / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))
     code = (
-        "import tritonloss, tritonloss.kernels.elementwise, torch;"
+        "import tritonloss, tritonloss.kernels.pointwise, torch;"
         f"assert str({str(clean)!r}) in tritonloss.__file__, tritonloss.__file__;"
-        f"assert str({str(clean)!r}) in tritonloss.kernels.elementwise.__file__;"
+        f"assert str({str(clean)!r}) in tritonloss.kernels.pointwise.__file__;"
         "x = torch.randn(4, 3, requires_grad=True);"
         "tritonloss.FocalLoss()(x, torch.tensor([0, 3, 1, 3])).backward()"
     )

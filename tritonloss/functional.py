@@ -2,16 +2,16 @@
 
 from .losses.boxes import ciou_loss, diou_loss, giou_loss, iou_loss
 from .losses.distribution import distribution_expectation, distribution_focal_loss
-from .losses.elementwise import (
+from .losses.ghm import ghm_c_loss, ghm_r_loss
+from .losses.pointwise import (
+    authentic_smooth_l1_loss,
     class_balanced_weight,
     focal_star_loss,
     generalized_focal_loss,
     quality_focal_loss,
     sigmoid_focal_loss,
-    softmax_focal_loss,
     varifocal_loss,
 )
-from .losses.ghm import authentic_smooth_l1_loss, ghm_c_loss, ghm_r_loss
 from .losses.prime_sample import carl_loss, iou_hlr, isr_p_weight
 from .losses.ranking import (
     ALRP,
@@ -21,6 +21,7 @@ from .losses.ranking import (
     rank_sort_loss,
     self_balanced_weight,
 )
+from .losses.softmax_focal import softmax_focal_loss
 
 __all__ = [
     "ALRP",

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .losses import boxes, distribution, elementwise, ghm, prime_sample, ranking
+from .losses import boxes, distribution, ghm, pointwise, prime_sample, ranking, softmax_focal
 
 # Arguments that belong to a batch, not to the module.
 PER_CALL = ("weight", "avg_factor", "group", "state")
@@ -69,7 +69,7 @@ class FocalLoss(_Loss):
         0.1155
     """
 
-    function = staticmethod(elementwise.sigmoid_focal_loss)
+    function = staticmethod(pointwise.sigmoid_focal_loss)
 
 
 class FocalStarLoss(_Loss):
@@ -78,7 +78,7 @@ class FocalStarLoss(_Loss):
     See :func:`tritonloss.focal_star_loss`.
     """
 
-    function = staticmethod(elementwise.focal_star_loss)
+    function = staticmethod(pointwise.focal_star_loss)
 
 
 class QualityFocalLoss(_Loss):
@@ -87,7 +87,7 @@ class QualityFocalLoss(_Loss):
     See :func:`tritonloss.quality_focal_loss`.
     """
 
-    function = staticmethod(elementwise.quality_focal_loss)
+    function = staticmethod(pointwise.quality_focal_loss)
 
 
 class VarifocalLoss(_Loss):
@@ -96,7 +96,7 @@ class VarifocalLoss(_Loss):
     See :func:`tritonloss.varifocal_loss`.
     """
 
-    function = staticmethod(elementwise.varifocal_loss)
+    function = staticmethod(pointwise.varifocal_loss)
 
 
 class SoftmaxFocalLoss(_Loss):
@@ -105,7 +105,7 @@ class SoftmaxFocalLoss(_Loss):
     See :func:`tritonloss.softmax_focal_loss`.
     """
 
-    function = staticmethod(elementwise.softmax_focal_loss)
+    function = staticmethod(softmax_focal.softmax_focal_loss)
 
 
 class DistributionFocalLoss(_Loss):

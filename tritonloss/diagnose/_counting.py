@@ -13,8 +13,8 @@ from tritonloss._targets import is_logits, parse_targets, parse_weight
 from tritonloss.eager import diagnose as eager
 
 try:
+    from tritonloss.kernels._logits import walkable
     from tritonloss.kernels.diagnose import count_kernel, launch_count, sum_copies_kernel
-    from tritonloss.kernels.elementwise import walkable
 except ImportError:  # no Triton: the eager path alone
     launch_count = count_kernel = sum_copies_kernel = None
 

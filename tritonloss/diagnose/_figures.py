@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tritonloss import _grid as grid
 from tritonloss.eager.ghm import region_of
-from tritonloss.losses.elementwise import quality_focal_loss, sigmoid_focal_loss
 from tritonloss.losses.ghm import ghm_c_loss
+from tritonloss.losses.pointwise import quality_focal_loss, sigmoid_focal_loss
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0)
 EASY, HARD = 0.1, 0.5  # a negative below, from p on

@@ -12,9 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from tritonloss._reduce import reduced
-
-from ._entry import entered
+from ._entry import entered, reduced
 
 
 def _side(low: Tensor, high: Tensor) -> Tensor:

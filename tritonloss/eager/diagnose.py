@@ -9,7 +9,7 @@ from tritonloss._grid import COLUMNS, LIMIT, POINTS, QUALITY_STEPS, ROWS, STEPS
 from tritonloss._targets import Targets
 
 from . import _blocks as blocks
-from .elementwise import label_rows, split_weight
+from .pointwise import label_rows, split_weight
 
 DROPPED = ROWS * COLUMNS  # where an element goes that does not count
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonloss._reduce import reduced
-
-from ._entry import entered
+from ._entry import entered, reduced
 
 
 def distribution_focal(

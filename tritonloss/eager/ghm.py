@@ -18,7 +18,7 @@ from tritonloss._targets import Targets
 from tritonloss.distributed import ProcessGroup, all_reduce, summed_regions, valued
 
 from . import _blocks as blocks
-from .elementwise import (
+from .pointwise import (
     asl1,
     asl1_radius,
     bce,

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonloss._reduce import mean_divisor
-
-from .elementwise import upcast
+from ._entry import mean_divisor, upcast
 
 
 def _run_starts(*keys: Tensor) -> Tensor:

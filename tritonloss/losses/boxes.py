@@ -13,7 +13,7 @@ from tritonloss._targets import parse_row_weight
 from tritonloss.eager import boxes as eager
 
 try:
-    from tritonloss.kernels._reduce import finish_kernel
+    from tritonloss.kernels._finish import finish_kernel
     from tritonloss.kernels._rows import rows_walkable
     from tritonloss.kernels.boxes import (
         box_backward_kernel,

@@ -13,7 +13,7 @@ from tritonloss._targets import parse_row_weight
 from tritonloss.eager import distribution as eager
 
 try:
-    from tritonloss.kernels._reduce import finish_kernel
+    from tritonloss.kernels._finish import finish_kernel
     from tritonloss.kernels.distribution import (
         distribution_focal_backward_kernel,
         distribution_focal_forward_kernel,

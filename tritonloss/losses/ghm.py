@@ -1,4 +1,4 @@
-"""Gradient harmonising: GHM-C, GHM-R and the authentic smooth L1 loss under GHM-R.
+"""Gradient harmonising: GHM-C and GHM-R.
 
 One kernel reads the logits once and sums count and loss of each region; a small one turns the sums
 into the loss, the running state and a weight per region; the backward is that of the pointwise
@@ -27,10 +27,10 @@ from tritonloss.distributed import (
 )
 from tritonloss.eager import ghm as eager
 
-from .elementwise import run_pointwise
+from .pointwise import parse_regression
 
 try:
-    from tritonloss.kernels.elementwise import pointwise_kernel, walkable
+    from tritonloss.kernels._logits import walkable
     from tritonloss.kernels.ghm import (
         harmonise_kernel,
         launch_backward,
@@ -38,6 +38,7 @@ try:
         region_sums_kernel,
         region_totals_kernel,
     )
+    from tritonloss.kernels.pointwise import pointwise_kernel
 except ImportError:  # no Triton: the eager path alone
     launch_forward = launch_backward = pointwise_kernel = None
     region_sums_kernel = region_totals_kernel = harmonise_kernel = None
@@ -304,13 +305,6 @@ def ghm_c_loss(
     )  # fmt: skip
 
 
-def _parse_regression(pred, target, weight, mu):
-    is_logits(pred, "pred")
-    check.is_input("target", target, pred.shape, "as pred", "pred", pred)
-    check.is_number("mu", mu, 0, open_low=True)
-    return Targets(None, None, target), parse_weight(pred, weight)
-
-
 def ghm_r_loss(
     pred: Tensor,
     target: Tensor,
@@ -347,52 +341,9 @@ def ghm_r_loss(
     Reference:
         Li et al., Gradient Harmonized Single-stage Detector, AAAI 2019.
     """
-    targets, weight = _parse_regression(pred, target, weight, mu)
+    targets, weight = parse_regression(pred, target, weight, mu)
     _check_parameters(pred, bins, momentum, state, normalize)
     return _harmonised(
         "asl1", pred, targets, weight, mu, bins, momentum, state, bias_correction, normalize, -1,
         process_group, gradients_averaged,
     )  # fmt: skip
-
-
-def authentic_smooth_l1_loss(
-    pred: Tensor,
-    target: Tensor,
-    *,
-    mu: float | Tensor = 0.02,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    avg_factor: float | Tensor | None = None,
-) -> Tensor:
-    r"""Authentic smooth L1: quadratic near 0, linear far away, all derivatives continuous.
-
-    .. math:: L = \sqrt{d^2 + \mu^2} - \mu, \quad d = pred - target
-
-    Args:
-        pred: ``(..., D)``, float16, bfloat16, float32 or float64, any strides.
-        target: shape of ``pred``.
-        mu: half-width of the quadratic part, > 0.
-        weight: ``(...)`` per box or ``(..., D)`` per coordinate; elements whose weight is not above
-            0 are removed from loss, gradient and divisor.
-        reduction: ``"none"``, ``"sum"`` or ``"mean"``.
-        avg_factor: with ``"mean"``, divide the sum by this; a value <= 0 counts as 1.
-
-    Returns:
-        float32 (float64 for float64 predictions).
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or range.
-
-    Example:
-        >>> import torch, tritonloss
-        >>> pred, target = torch.tensor([[0.03, -1.0]]), torch.tensor([[0.0, 0.0]])
-        >>> loss = tritonloss.authentic_smooth_l1_loss(pred, target, mu=0.04, reduction="none")
-        >>> [round(v, 4) for v in loss[0].tolist()]
-        [0.01, 0.9608]
-
-    Reference:
-        Li et al., Gradient Harmonized Single-stage Detector, AAAI 2019.
-    """
-    targets, weight = _parse_regression(pred, target, weight, mu)
-    check.is_reduction(reduction, avg_factor)
-    return run_pointwise("asl1", pred, targets, (mu,), weight, None, -1, reduction, avg_factor)

@@ -27,7 +27,7 @@ from tritonloss.distributed import (
 from tritonloss.eager import ranking as eager
 
 try:
-    from tritonloss.kernels.elementwise import walkable
+    from tritonloss.kernels._logits import walkable
     from tritonloss.kernels.ranking import (
         KNOT_ROWS,
         POSITIVE_ROWS,

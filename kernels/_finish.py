@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import FINISH, scalar_args
+from ._config import FINISH
+from ._numbers import scalar_args
 
 
 @triton.jit

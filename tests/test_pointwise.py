@@ -218,7 +218,7 @@ def test_an_ignored_label_is_no_other(backend, ignore_index):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_programs_of_several_tiles(backend, function, hyper, reduction, monkeypatch):
     if backend == "triton":  # 5 tiles and a part of one: a program of four, and one of the rest
-        monkeypatch.setattr("tritonloss.kernels.elementwise.POINTWISE_PROGRAMS", 1)
+        monkeypatch.setattr("tritonloss.kernels.pointwise.POINTWISE_PROGRAMS", 1)
     x, labels = logits_and_labels(15, rows=1041, classes=10)
     labels[::7] = -1
     options = {"weight": torch.rand(1041, generator=generator(16)).to(DEVICE), **hyper}

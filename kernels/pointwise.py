@@ -1,202 +1,21 @@
 """One kernel, compiled as forward and as backward, for every pointwise loss.
 
-Each program takes tiles of BLOCK consecutive logits in memory order. With label targets it finds
-rows and classes by division, once for the run of neighbours that a 16-byte load brings; dense
-operands that lie in memory like the logits need no index at all. A loss is a pair of
-tile functions in ``_tiles.py``, chosen by the string KIND.
+Each program takes tiles of BLOCK consecutive logits in memory order, as ``_logits.py`` loads them.
+A loss is a pair of functions in ``_formulas.py``, chosen by the string KIND.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._index import coordinates, load_or_zero, offset_of, tile_of
-from ._launch import POINTWISE, POINTWISE_PROGRAMS, POINTWISE_TILES, scalar_args
-from ._layout import (
-    MAX_DIMS,
-    MAX_INNER_SIZE,
-    Layout,
-    contiguous_strides,
-    merged_dims,
-    same_memory_order,
-)
-from ._reduce import finish, finish_kernel
-from ._tiles import pointwise_derivative, pointwise_value, region_of
-
-# Which parameter is the power of the modulating factor.
-POWER = {"focal": 2, "quality": 0, "varifocal": 1}
-# Losses with a shorter formula for targets of 0 and 1, in ``_tiles.hard_value``.
-HARD = frozenset({"focal", "focal_star", "quality", "varifocal", "bce"})
-
-
-def is_hard(kind: str, labels, quality) -> bool:
-    """True if the targets are 0 and 1, and the loss has a formula for them."""
-    return kind in HARD and labels is not None and quality is None
-
-
-@triton.jit
-def places(
-    start,
-    offs,
-    coords,  # of offs; the outer three may have fewer elements: [runs, 1]
-    strides,  # of x, rows, dense target, weight
-    N_DIMS: tl.constexpr,
-    CLASS_DIM: tl.constexpr,
-    LINEAR: tl.constexpr,
-    ROW_WEIGHT: tl.constexpr,
-):
-    """Where a tile of logits lies: offsets of x, rows, dense targets and weights; its classes.
-
-    A tile is [logits], or [runs, logits of a run]: those of a run are neighbours in the
-    innermost dim, so that all that does not change along it is worked out once a run.
-    """
-    x_strides, row_strides, dense_strides, weight_strides = strides
-    if CLASS_DIM == 3:  # rows do not end inside a run
-        row = offset_of((coords[0], coords[1], coords[2], 0), row_strides, 4)
-    else:
-        row = offset_of(coords, row_strides, N_DIMS)
-    if CLASS_DIM < 0:
-        cls = tl.zeros(coords[2].shape, tl.int64)
-    else:
-        cls = coords[CLASS_DIM]
-    if LINEAR:
-        x = start + offs
-        dense = x
-        weight = x
-    else:
-        x = offset_of(coords, x_strides, N_DIMS)
-        dense = offset_of(coords, dense_strides, N_DIMS)
-        weight = offset_of(coords, weight_strides, N_DIMS)
-    if ROW_WEIGHT:
-        weight = row
-    return x, row, dense, weight, cls
-
-
-@triton.jit
-def judged(
-    x,
-    dense,
-    label,
-    weight,
-    inside,
-    cls,
-    within,
-    n_classes,
-    ignore_index,
-    HAS_LABEL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-):
-    """What the loaded values mean: ``(x, y, positive, keep, scale)``, y without box qualities.
-
-    ``keep`` is False beyond the end, for ignored rows and for weights of 0: whatever was stored
-    there, NaN included, x and scale hold it, and the caller drops what it made of them.
-
-    A function without pointers, like ``places``: where a value that came out of a function decides
-    what a kernel writes to, torch.compile takes all pointers that went in for written, and copies
-    what they point to. Such a kernel loads in its own body.
-    """
-    keep = inside
-    scale = tl.full(inside.shape, 1.0, tl.float32)
-    if HAS_WEIGHT:
-        scale = weight.to(tl.float32)
-        keep = keep & (scale > 0)
-    if HAS_LABEL:
-        label = label.to(tl.int64)
-        # One comparison of 64 bits: below 0 is far above as an unsigned number. Then 32 are enough.
-        keep = keep & (label.to(tl.uint64, bitcast=True) <= tl.cast(n_classes, tl.uint64))
-        ignored = tl.cast(ignore_index, tl.int64)
-        ignored = tl.where((ignored >= 0) & (ignored <= n_classes), ignored, -1).to(tl.int32)
-        keep = keep & (label.to(tl.int32) != ignored)
-        # a difference: nothing but the comparison is left for each logit of a run
-        positive = keep & ((label - (cls - within)).to(tl.int32) == within)
-        y = tl.where(positive, 1.0, 0.0)
-    else:
-        y = tl.where(keep, dense.to(tl.float32), 0.0)
-        positive = y > 0
-    x = x.to(tl.float32)
-    x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
-    return x, y, positive, keep, scale
-
-
-@triton.jit
-def load_logits(
-    start,
-    run,  # [runs, 1]
-    within,  # [1, logits of a run]
-    n,
-    pointers,  # x, dense target, label, quality, weight, class weight
-    n_classes,
-    ignore_index,
-    coords,
-    strides,  # of x, rows, dense target, weight
-    N_DIMS: tl.constexpr,
-    CLASS_DIM: tl.constexpr,
-    LINEAR: tl.constexpr,
-    ROW_WEIGHT: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """A tile of logits with their targets: ``(x, y, positive, keep, scale)``, see ``judged``."""
-    x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, class_weight_ptr = pointers
-    offs = run + within
-    # a run lies inside as a whole, or not at all
-    inside = run < n - start if MASKED else tl.full(run.shape, 1, tl.int1)
-    x_at, row, dense_at, weight_at, cls = places(
-        start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
-    )
-    x = load_or_zero(x_ptr + x_at, MASKED, inside)
-    dense = run
-    label = run
-    weight = run
-    if weight_ptr is not None:
-        weight = load_or_zero(weight_ptr + weight_at, MASKED, inside)
-    if label_ptr is not None:
-        label = load_or_zero(label_ptr + row, MASKED, inside)
-    else:
-        dense = load_or_zero(dense_ptr + dense_at, MASKED, inside)
-    x, y, positive, keep, scale = judged(
-        x,
-        dense,
-        label,
-        weight,
-        inside,
-        cls,
-        within,
-        n_classes,
-        ignore_index,
-        label_ptr is not None,
-        weight_ptr is not None,
-    )
-    if quality_ptr is not None:
-        if CLASS_DIM == 3:
-            read = inside & (label >= 0) & (label < n_classes)
-            quality = tl.load(quality_ptr + row, mask=read, other=0.0).to(tl.float32)
-            y = tl.where(positive, quality, 0.0)
-        else:
-            y = tl.load(quality_ptr + row, mask=positive, other=0.0).to(tl.float32)
-    if class_weight_ptr is not None:
-        scale *= load_or_zero(class_weight_ptr + cls, MASKED, inside).to(tl.float32)
-    return x, y, positive, keep, scale
-
-
-@triton.jit
-def load_params(params_ptr, numbers):
-    """Hyper-parameters as float32: from memory when traced, else from the arguments."""
-    if params_ptr is not None:
-        p0 = tl.load(params_ptr).to(tl.float32)
-        p1 = tl.load(params_ptr + 1).to(tl.float32)
-        p2 = tl.load(params_ptr + 2).to(tl.float32)
-        p3 = tl.load(params_ptr + 3).to(tl.float32)
-    else:
-        # Inductor passes Python floats as float64
-        p0 = tl.cast(numbers[0], tl.float32)
-        p1 = tl.cast(numbers[1], tl.float32)
-        p2 = tl.cast(numbers[2], tl.float32)
-        p3 = tl.cast(numbers[3], tl.float32)
-    return p0, p1, p2, p3
+from ._config import POINTWISE, POINTWISE_PROGRAMS, POINTWISE_TILES
+from ._finish import finish, finish_kernel
+from ._formulas import POWER, is_hard, pointwise_derivative, pointwise_value, region_of
+from ._logits import load_logits, walk_over, walkable
+from ._numbers import load_params, scalar_args
+from ._walk import coordinates, load_or_zero, offset_of, tile_of
 
 
 @triton.jit
@@ -391,54 +210,6 @@ def pointwise_kernel(
         tl.store(out_ptr + pid, tl.sum(total))
         if count_ptr is not None:
             tl.store(count_ptr + pid, tl.sum(count))
-
-
-def walkable(x, *others) -> bool:
-    """True if the kernel can read ``x`` and the other per-logit tensors in place."""
-    if x.dim() <= MAX_DIMS and x.numel() <= MAX_INNER_SIZE:
-        return True
-    rows = (*contiguous_strides(x.shape[:-1]), 0)
-    class_index = (*(0,) * (x.dim() - 1), 1)
-    per_logit = [t.stride() for t in others if t is not None and t.dim() == x.dim()]
-    return merged_dims(x.shape, [x.stride(), rows, class_index, *per_logit]) is not None
-
-
-class Walk(NamedTuple):
-    """How a kernel goes over the logits and what lies beside them."""
-
-    layout: Layout  # strides of x, rows, classes, dense targets, weights, then what else is read
-    linear: bool  # all of them lie in one block of memory in the same order
-    row_weight: bool
-    class_dim: int  # where the kernel finds the class, or -1
-    run: int  # neighbours that share all but the innermost coordinate: a 16-byte load of them
-
-
-def walk_over(x, dense, labels, weight, class_weight=None, per_logit=(), *strides) -> Walk:
-    """``per_logit``: further tensors of x' shape, or None; ``strides``: of what else is read."""
-    shape = tuple(x.shape)
-    zeros = (0,) * len(shape)
-    row_weight = weight is not None and weight.dim() < x.dim()
-    per_logit = [dense, None if row_weight else weight, *per_logit]
-    linear = same_memory_order(
-        shape, [x.stride(), *(t.stride() for t in per_logit if t is not None)]
-    )
-    rows = (*contiguous_strides(shape[:-1]), 0) if labels is not None or row_weight else zeros
-    by_class = labels is not None or class_weight is not None or row_weight
-    layout = merged_dims(
-        shape,
-        [
-            x.stride(),
-            rows,
-            (*zeros[:-1], 1 if by_class else 0),
-            *(zeros if t is None or linear else t.stride() for t in per_logit),
-            *strides,
-        ],
-    )
-    class_s = layout.strides[2]
-    run = 16 // x.element_size() if layout.n_dims > 1 else 1
-    while layout.sizes[-1] % run:
-        run //= 2
-    return Walk(layout, linear, row_weight, class_s.index(1) if 1 in class_s else -1, run)
 
 
 def span_of(n: int) -> int:

@@ -1,10 +1,8 @@
-"""Block sizes and warps, each with its reason; and what every launcher needs."""
+"""Block sizes and warps, each with its reason."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,3 @@ COUNTING = Config(block=2048, num_warps=8)
 # zeroing and summing the copies costs a byte for every logit.
 COUNTING_COPIES = 128
 LOGITS_PER_COPY = 1 << 14
-
-
-def scalar_args(values: Tensor | tuple[float, ...] | None, count: int):
-    """``(pointer, numbers)`` for a kernel that takes hyper-parameters from either."""
-    if values is None or isinstance(values, Tensor):
-        return values, (0.0,) * count
-    return None, tuple(float(v) for v in values) + (0.0,) * (count - len(values))

@@ -1,0 +1,92 @@
+"""Focal loss on the softmax over classes in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._blocks import row_blocks
+from ._entry import entered, reduced
+from .pointwise import FOCAL, divided, value_and_slope
+
+# Stands in for the labelled logit among the others: far below every allowed logit.
+NO_LOGIT = -1e38
+
+
+def softmax_focal(
+    x: Tensor,
+    labels: Tensor,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    avg_factor,
+    params: tuple,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """Softmax focal loss: the reference of ``kernels/softmax_focal.py``, and the CPU path.
+
+    The label's probability is sigmoid(d), d = x_label - logsumexp(others): a binary focal loss.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = entered(x)
+        keep, index, factor = _rows(x, labels, alpha, weight, ignore_index)
+        x = torch.where(keep.unsqueeze(-1), x, 0)
+        others = x.masked_fill(index == torch.arange(x.shape[-1], device=x.device), NO_LOGIT)
+        top = others.detach().amax(-1, keepdim=True)
+        log_total = torch.exp(others - top).sum(-1).log()
+        d = (x.gather(-1, index) - top).squeeze(-1) - log_total
+        value = torch.where(keep, FOCAL.negative(-d, 1.0, 1.0, *params) * factor, 0)
+        return reduced(value, keep.sum(), reduction, avg_factor)
+
+
+def _rows(x, labels, alpha, weight, ignore_index):
+    """``(keep, index (..., 1), factor)`` of each row: a valid class, alpha of it times weight."""
+    labels = labels.long()
+    keep = (labels >= 0) & (labels < x.shape[-1]) & (labels != ignore_index)
+    index = labels.clamp(0, x.shape[-1] - 1).unsqueeze(-1)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    factor = torch.ones((), dtype=dtype, device=x.device)
+    if alpha is not None:
+        factor = alpha.to(dtype)[index.squeeze(-1)]
+    if weight is not None:
+        keep = keep & (weight > 0)
+        factor = factor * weight.to(dtype)
+    return keep, index, factor
+
+
+def softmax_focal_by_blocks(
+    x, labels, alpha, weight, avg_factor, params, ignore_index, reduction, want_grad
+):
+    """``(loss, gradient of the sum, 1 / divisor)``: the derivative of d written out.
+
+    d = x_label - logsumexp(others) moves by 1 with x_label, and by -p_j / (1 - p_label) with the
+    others; 1 - p_label is the sum of theirs.
+    """
+    x = x.detach()
+    keep, index, factor = _rows(x, labels, alpha, weight, ignore_index)
+    gradient = torch.empty_like(x, dtype=factor.dtype) if want_grad else factor.new_empty(0)
+    log_label, others = torch.empty((2, *keep.shape, 1), dtype=factor.dtype, device=x.device)
+    every = bool(keep.all())
+    for cut in row_blocks(x.shape[:-1], x.shape[-1]):
+        block, at = x[cut].to(factor.dtype), index[cut]
+        if not every:
+            block = torch.where(keep[cut].unsqueeze(-1), block, 0)
+        block = torch.add(block, block, alpha=0)  # an infinite logit gives NaN
+        p = torch.softmax(block, -1)
+        label = p.gather(-1, at)
+        log_label[cut] = label.log()
+        if not bool((label > 1e-30).all()):  # about to underflow; the logarithm is not
+            log_label[cut] = block.log_softmax(-1).gather(-1, at)
+        others[cut] = p.scatter_(-1, at, 0).sum(-1, True)
+        if want_grad:
+            gradient[cut] = p
+    others.clamp_(min=torch.finfo(others.dtype).tiny)
+
+    def values(d):
+        value = FOCAL.negative(-d.squeeze(-1), 1.0, 1.0, *params) * factor
+        return torch.where(keep, value, 0)
+
+    total, slope = value_and_slope(log_label - others.log(), values, want_grad)
+    if want_grad:
+        gradient.mul_(slope / -others).scatter_(-1, index, slope)
+    return divided(total, gradient, keep.sum(), reduction, avg_factor)
