@@ -34,9 +34,11 @@ FINISH = Config(block=1024, num_warps=4)
 # Pairs of positives, block x block: larger tiles, or this one on 4 warps, spill.
 PAIRS = Config(block=64, num_warps=8)
 # Logits of a ranking pass: eight a thread, for each costs a dozen registers of search state.
-RANKING = Config(block=1024, num_warps=4)
+RANKING = Config(block=1024, num_warps=8)
 
 
+# Copies of a histogram x its segments: eight loads a thread in flight.
+COLLECT, COLLECT_COPIES = Config(block=16, num_warps=8), 128
 # One warp a program: its sums are shuffles, without a barrier, and it walks only the regions that
 # its own 512 logits fall into (of a detector's head: a few).
 HISTOGRAM = Config(block=512, num_warps=1)

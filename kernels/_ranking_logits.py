@@ -14,9 +14,7 @@ import triton.language as tl
 from ._logits import offsets, targets_and_mask
 from ._ranking_scratch import (
     COUNT,
-    HIGH,
     LEVEL,
-    LOW,
     OFFSET,
     OTHER,
     OWN,
@@ -25,9 +23,19 @@ from ._ranking_scratch import (
     load_delta,
     wide,
 )
+from ._ranking_table import (
+    cell_of,
+    first_jump,
+    load_plan,
+    lookup_tables,
+    most_of_a_cell,
+    power_of_2,
+    search,
+    table_scale,
+    unpacked,
+    words_of,
+)
 from ._walk import coordinates, offset_of, tile_of
-
-MAX_COPIES = tl.constexpr(64)
 
 
 @triton.jit
@@ -133,28 +141,22 @@ def compact_kernel(
 
 
 @triton.jit
-def segment_of(x, active, group, knot_ptr, list_ptr, num_groups, n_pos, HAS_GROUP: tl.constexpr):
+def segment_of(
+    x, active, group, knot_ptr, list_ptr, table_ptr, num_groups, table, jump,
+    HAS_GROUP: tl.constexpr,
+):  # fmt: skip
     """Knot at the start of x's segment, and whether there is one."""
     if HAS_GROUP:
-        base = 2 * tl.load(list_ptr + group, mask=active, other=0)
-        size = 2 * tl.load(list_ptr + num_groups + group, mask=active, other=0)
-        active = active & (size > 0)
+        first = 2 * tl.load(list_ptr + group, mask=active, other=0)
+        many = 2 * tl.load(list_ptr + num_groups + group, mask=active, other=0)
+        lowest = first
     else:
-        base = tl.zeros(x.shape, tl.int32)
-        size = 2 * n_pos
-    jump = tl.minimum(n_pos, 1)  # without positives no key is read
-    while jump < 2 * n_pos:
-        jump *= 2
-    below = tl.zeros(x.shape, tl.int32)
-    while jump > 0:
-        candidate = tl.minimum(below + jump, size)
-        if HAS_GROUP:
-            key = tl.load(knot_ptr + base + candidate - 1, mask=active, other=float("inf"))
-        else:  # all may look, what comes of it is dropped
-            key = tl.load(knot_ptr + candidate - 1)
-        below = tl.where(key <= x, candidate, below)
-        jump = jump // 2
-    return base + below - 1, active & (below > 0)
+        cell = tl.load(table_ptr + cell_of(x, table[0], table[1], table[2]), mask=active, other=0)
+        first = cell.to(tl.int32)
+        many = (cell >> 32).to(tl.int32)
+        lowest = 0
+    knot = first + search(x, active, knot_ptr, first, many, jump) - 1
+    return knot, active & (knot >= lowest)
 
 
 @triton.jit
@@ -166,8 +168,9 @@ def negatives_kernel(
     weight_ptr,  # [rows] or per logit, or None
     group_ptr,  # list of each logit, or None
     knot_ptr,  # [7, 2 capacity]
+    lookup_ptr,  # int64, see ``lookup_words``
     list_ptr,  # [2, num_groups]
-    histogram_ptr,  # forward: [copies, 2 P, 2] int64, or None
+    histogram_ptr,  # forward: [copies, 2 P] int64, or [copies, 2 P, 2]; or None
     counter_ptr,
     delta_ptr,
     grad_ptr,  # backward: [] upstream gradient, or None
@@ -178,7 +181,6 @@ def negatives_kernel(
     n_classes,
     num_groups,
     capacity,
-    n_slots,  # entries of the histogram, all copies together
     size_1,
     size_2,
     size_3,
@@ -212,7 +214,6 @@ def negatives_kernel(
     delta,
     # constants
     BACKWARD: tl.constexpr,
-    FRACTION_BITS: tl.constexpr,  # of a fixed-point distance in units of 2 delta
     N_DIMS: tl.constexpr,
     CLASS_DIM: tl.constexpr,
     LINEAR: tl.constexpr,
@@ -227,8 +228,6 @@ def negatives_kernel(
     capacity = wide(capacity)
     _, per_unit = load_delta(delta_ptr, delta)
     n_pos = count_positives(counter_ptr, capacity)
-    high_ptr = knot_ptr + HIGH * 2 * capacity
-    low_ptr = knot_ptr + LOW * 2 * capacity
     level_ptr = knot_ptr + LEVEL * 2 * capacity
     slope_ptr = knot_ptr + SLOPE * 2 * capacity
     run, within = tile_of(BLOCK, RUN)
@@ -241,13 +240,39 @@ def negatives_kernel(
         (weight_s0, weight_s1, weight_s2, weight_s3),
     )
     group_strides = (group_s0, group_s1, group_s2, group_s3)
+    # How the search begins: in a cell of the table, or among the knots of a list.
+    table_ptr, most_ptr, plan_ptr = lookup_tables(lookup_ptr, capacity)
+    table = table_scale(knot_ptr, n_pos)
+    if group_ptr is not None:
+        jump = first_jump(2 * n_pos)
+    else:
+        jump = first_jump(most_of_a_cell(most_ptr, table[0]))
     upstream = 0.0
     if BACKWARD:
         upstream = tl.load(grad_ptr).to(tl.float32) * tl.load(scale_ptr)
     else:
-        copies = tl.minimum(n_slots // tl.maximum(2 * n_pos, 1), MAX_COPIES)
-        histogram_ptr += (tl.program_id(0) % copies).to(tl.int64) * n_pos * 4
+        copies, fraction, shift = load_plan(plan_ptr)
+        histogram_ptr += (tl.program_id(0) % copies) * words_of(n_pos, shift)
+        units = power_of_2(fraction)
+        one = tl.cast(1, tl.int64) << shift
+        bad = tl.zeros(offs.shape, tl.int32)
+        in_common = tl.zeros(offs.shape, tl.int64)
+        common = tl.cast(-1, tl.int32)
     start = tl.program_id(0).to(tl.int64) * BLOCK
+    if not BACKWARD and group_ptr is None:
+        # Most logits of an untrained model lie in one segment. What lies in that of the program's
+        # first logit stays in registers, or all would wait for one address.
+        one_item = tl.zeros([1], tl.int32)
+        if LINEAR:
+            sample_at = start + one_item
+        else:
+            sample_at = offset_of(coordinates(start, one_item, sizes, N_DIMS), strides[0], N_DIMS)
+        sample = tl.load(x_ptr + sample_at).to(tl.float32)
+        common_knot, any_knot = segment_of(
+            sample, one_item == 0, one_item, knot_ptr, list_ptr, table_ptr, num_groups, table, jump,
+            False,
+        )  # fmt: skip
+        common = tl.max(tl.where(any_knot, common_knot, -1), 0)
     while start < n:
         coords = coordinates(start, run, sizes, N_DIMS, within)
         x_at, row, dense_at, weight_at, cls = offsets(
@@ -286,10 +311,10 @@ def negatives_kernel(
             negative = negative & (group >= 0) & (group < num_groups)
             group = tl.where(negative, group, 0).to(tl.int32)
         knot, found = segment_of(
-            x, negative, group, knot_ptr, list_ptr, num_groups, n_pos, group_ptr is not None
-        )
-        high = tl.load(high_ptr + knot, mask=found, other=0.0)
-        low = tl.load(low_ptr + knot, mask=found, other=0.0)
+            x, negative, group, knot_ptr, list_ptr, table_ptr, num_groups, table, jump,
+            group_ptr is not None,
+        )  # fmt: skip
+        high, low = unpacked(tl.load(lookup_ptr + knot, mask=found, other=0))
         # Outside all windows the distance can be anything: it is never used.
         distance = tl.minimum(tl.maximum(((x - high) - low) * per_unit, 0.0), 1.0)
         if BACKWARD:
@@ -307,63 +332,77 @@ def negatives_kernel(
             else:
                 tl.store(out, g, mask=inside)
         else:
-            bad = negative & (x != x)
-            if tl.sum(bad.to(tl.int32)) > 0:
-                tl.store(counter_ptr + 1, 1)
-            units: tl.constexpr = 2.0**FRACTION_BITS
+            bad = bad | (negative & (x != x)).to(tl.int32)
             amount = tl.where(found, distance * units, 0.0).to(tl.int64)
-            lowest = tl.min(tl.where(found, knot, 2**31 - 1))
-            highest = tl.max(tl.where(found, knot, -1))
-            if lowest == highest:  # an untrained model: all in one segment
-                common = histogram_ptr + 2 * lowest.to(tl.int64)
-                tl.atomic_add(common, tl.sum(found.to(tl.int64)), sem="relaxed")
-                tl.atomic_add(common + 1, tl.sum(amount), sem="relaxed")
+            slot = histogram_ptr + knot
+            if shift > 0:
+                word = one + amount
+                theirs = found & (knot == common)
+                in_common += tl.where(theirs, word, 0)
+                tl.atomic_add(slot, word, mask=found & ~theirs, sem="relaxed")
             else:
-                slot = histogram_ptr + 2 * knot.to(tl.int64)
-                one = tl.full(slot.shape, 1, tl.int64)
-                tl.atomic_add(slot, one, mask=found, sem="relaxed")
+                slot += knot
+                tl.atomic_add(slot, tl.full(slot.shape, 1, tl.int64), mask=found, sem="relaxed")
                 tl.atomic_add(slot + 1, amount, mask=found & (amount > 0), sem="relaxed")
         start += tl.num_programs(0).to(tl.int64) * BLOCK
+    if not BACKWARD:
+        if common >= 0:
+            tl.atomic_add(histogram_ptr + common, tl.sum(in_common), sem="relaxed")
+        if tl.sum(bad) > 0:
+            tl.store(counter_ptr + 1, 1)
 
 
 @triton.jit
 def collect_kernel(
     # pointers
-    histogram_ptr,  # [copies, 2 P, 2] int64
+    histogram_ptr,  # [copies, 2 P] int64, or [copies, 2 P, 2]
     knot_ptr,  # [7, 2 capacity] out: COUNT, OFFSET
     total_ptr,  # [2, 2 capacity] int64 out instead, for other processes to add to; or None
+    lookup_ptr,
     counter_ptr,
     # shapes
     capacity,
-    n_slots,
     # constants
-    FRACTION_BITS: tl.constexpr,
+    COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """1-D grid over blocks of segments; adds the copies."""
+    """1-D grid over blocks of segments; adds the copies, COPIES at a time."""
     capacity = wide(capacity)
     n_pos = count_positives(counter_ptr, capacity)
-    copies = tl.minimum(n_slots // tl.maximum(2 * n_pos, 1), MAX_COPIES)
+    _, _, plan_ptr = lookup_tables(lookup_ptr, capacity)
+    copies, fraction, shift = load_plan(plan_ptr)
+    each = words_of(n_pos, shift)
+    amount_bits = (tl.cast(1, tl.int64) << shift) - 1
     first = tl.program_id(0) * BLOCK
     while first < 2 * n_pos:
         k = first + tl.arange(0, BLOCK)
         mask = k < 2 * n_pos
-        count = tl.zeros([BLOCK], tl.int64)
-        offset = tl.zeros([BLOCK], tl.int64)
+        count = tl.zeros([COPIES, BLOCK], tl.int64)
+        offset = tl.zeros([COPIES, BLOCK], tl.int64)
         copy = tl.cast(0, tl.int64)
         while copy < copies:
-            slot = histogram_ptr + (copy * n_pos * 2 + k) * 2
-            count += tl.load(slot, mask=mask, other=0)
-            offset += tl.load(slot + 1, mask=mask, other=0)
-            copy += 1
+            theirs = copy + tl.arange(0, COPIES)
+            there = (theirs < copies)[:, None] & mask[None, :]
+            slot = histogram_ptr + (theirs * each)[:, None] + k[None, :]
+            if shift > 0:
+                word = tl.load(slot, mask=there, other=0)
+                count += word >> shift
+                offset += word & amount_bits
+            else:
+                slot += k[None, :]
+                count += tl.load(slot, mask=there, other=0)
+                offset += tl.load(slot + 1, mask=there, other=0)
+            copy += COPIES
+        count = tl.sum(count, 0)
+        offset = tl.sum(offset, 0)
         if total_ptr is not None:
             tl.store(total_ptr + k, count, mask=mask)
             tl.store(total_ptr + 2 * capacity + k, offset, mask=mask)
         else:
-            unit: tl.constexpr = 0.5**FRACTION_BITS
-            offset = offset.to(tl.float32) * unit
-            tl.store(knot_ptr + COUNT * 2 * capacity + k, count.to(tl.float32), mask=mask)
-            tl.store(knot_ptr + OFFSET * 2 * capacity + k, offset, mask=mask)
+            offset = offset.to(tl.float32) * power_of_2(-fraction)
+            row = knot_ptr + k
+            tl.store(row + COUNT * 2 * capacity, count.to(tl.float32), mask=mask)
+            tl.store(row + OFFSET * 2 * capacity, offset, mask=mask)
         first += tl.num_programs(0) * BLOCK
 
 

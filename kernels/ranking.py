@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._config import PAIRS, RANKING
+from ._config import COLLECT, COLLECT_COPIES, PAIRS, RANKING
 from ._logits import walk_over
 from ._numbers import scalar_args
 from ._ranking_logits import collect_kernel, compact_kernel, negatives_kernel, scatter_kernel
@@ -28,6 +28,7 @@ from ._ranking_positives import (
     tabulate_kernel,
 )
 from ._ranking_scratch import COUNT, FIRST, KNOT_ROWS, MISS, OFFSET, PLACE_ROWS, POSITIVE_ROWS
+from ._ranking_table import CELL_BLOCKS, WORDS, lookup_words, prepare_kernel
 from ._walk import contiguous_strides, merged_dims
 
 # Programs of a grid that loops: about eight to a multiprocessor of a large GPU.
@@ -60,6 +61,7 @@ class Kernels(NamedTuple):
     compact: Any = compact_kernel
     order: Any = order_kernel
     pairs: Any = pairs_kernel
+    prepare: Any = prepare_kernel
     negatives: Any = negatives_kernel
     collect: Any = collect_kernel
     settle: Any = settle_kernel
@@ -129,8 +131,13 @@ def _items(x, dense, labels, weight, group, out) -> _Items:
     return _Items(shape.numel(), layout.n_dims, layout.sizes[1:], layout.strides[1:], by_class)
 
 
+def _programs(n: int) -> int:
+    """Of the pass over n logits."""
+    return min(triton.cdiv(n, RANKING.block), MAX_PROGRAMS)
+
+
 def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_index, num_groups,
-               histogram=None, n_slots=0, bits=0, upstream=None, scale=None,
+               histogram=None, upstream=None, scale=None,
                out=None):  # fmt: skip
     """Launch the pass over all logits, forward or backward."""
     lists = _broadcast_strides(group, x.shape)
@@ -140,13 +147,14 @@ def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_i
     n = x.numel()
     if n == 0:  # a process without anchors
         return
-    kernel[(min(triton.cdiv(n, RANKING.block), MAX_PROGRAMS),)](
+    kernel[(_programs(n),)](
         x,
         dense,
         labels,
         weight,
         group,
         scratch.knots,
+        scratch.lookup,
         scratch.lists,
         histogram,
         scratch.counter,
@@ -158,7 +166,6 @@ def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_i
         x.shape[-1],
         num_groups,
         scratch.items.numel(),
-        n_slots,
         *walk.layout.sizes[1:],
         *x_s,
         *row_s,
@@ -169,7 +176,6 @@ def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_i
         ignore_index,
         number,
         BACKWARD=out is not None,
-        FRACTION_BITS=bits,
         N_DIMS=walk.layout.n_dims,
         CLASS_DIM=walk.class_dim,
         LINEAR=walk.linear,
@@ -185,6 +191,7 @@ class Scratch(NamedTuple):
 
     positives: Tensor  # [9, capacity] float32
     knots: Tensor  # [7, 2 capacity] float32
+    lookup: Tensor  # int64, what the pass over the logits looks up
     items: Tensor  # [capacity] int64
     lists: Tensor  # [2, num_groups] int32
     counter: Tensor  # [2] int64
@@ -240,15 +247,18 @@ def launch_forward(
     scratch = Scratch(
         torch.empty(POSITIVE_ROWS, capacity, dtype=torch.float32, device=device),
         torch.empty(KNOT_ROWS, 2 * capacity, dtype=torch.float32, device=device),
+        torch.empty(lookup_words(capacity), dtype=torch.int64, device=device),
         torch.empty(capacity, dtype=torch.int64, device=device),
         torch.zeros(2, num_groups, dtype=torch.int32, device=device),
         counter,
         torch.empty((), dtype=torch.float32, device=device),
     )
-    positives, knots, order, lists, _, scale = scratch
-    # Private copies for six slots per positive there is room for: with few positives, 64 copies.
-    n_slots = 6 * capacity
-    histogram = torch.zeros(n_slots, 2, dtype=torch.int64, device=device)
+    positives, knots, lookup, order, lists, _, scale = scratch
+    programs = max(_programs(x.numel()), 1)
+    n_words = max(4 * capacity, min(WORDS, 2 * capacity * programs))
+    histogram = torch.empty(n_words, dtype=torch.int64, device=device)
+    # aLRP divides by sums of distances as small as 1e-5; processes add theirs up.
+    pack = not spec.coefficient and exchange is None
     first, second = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
 
     pointer, (number,) = scalar_args(delta, 1)
@@ -258,14 +268,19 @@ def launch_forward(
                         **tile)  # fmt: skip
     kernels.pairs[grid](positives, places, knots, lists, counter, pointer, capacity, num_groups,
                         number, LOSS=spec.LOSS, **tile)  # fmt: skip
+    kernels.prepare[(max(CELL_BLOCKS.value, min(triton.cdiv(n_words, 4096), 256)),)](
+        knots, lookup, histogram, counter, x.numel(), n_words, capacity, programs, bits,
+        PACK=pack, TABLE=group is None, TILE=RANKING.block, num_warps=RANKING.num_warps,
+    )  # fmt: skip
     _negatives(kernels.negatives, scratch, x, dense, labels, weight, group, delta, ignore_index,
-               num_groups, histogram, n_slots, bits)  # fmt: skip
+               num_groups, histogram)  # fmt: skip
     total = None
     if exchange is not None:
         total = torch.zeros(2, 2 * capacity, dtype=torch.int64, device=device)
-    kernels.collect[(min(triton.cdiv(2 * capacity, RANKING.block), MAX_PROGRAMS),)](
-        histogram, knots, total, counter, capacity, n_slots, FRACTION_BITS=bits,
-        BLOCK=RANKING.block, num_warps=RANKING.num_warps,
+    kernels.collect[(min(triton.cdiv(2 * capacity, COLLECT.block), MAX_PROGRAMS),)](
+        histogram, knots, total, lookup, counter, capacity,
+        COPIES=COLLECT_COPIES, BLOCK=COLLECT.block,
+        num_warps=COLLECT.num_warps,
     )  # fmt: skip
     if exchange is not None:
         whole = exchange.integers(torch.cat([total.view(-1), counter[1:]]))

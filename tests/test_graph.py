@@ -215,8 +215,8 @@ def diagnosed(x, labels, diagnosis=tl.Diagnosis()):  # noqa: B008 (one that outl
 
 
 RANKING = [
-    "compact_kernel", "order_kernel", "pairs_kernel", "negatives_kernel", "collect_kernel",
-    "settle_kernel", "spread_kernel", "tabulate_kernel", "means_kernel",
+    "compact_kernel", "order_kernel", "pairs_kernel", "prepare_kernel", "negatives_kernel",
+    "collect_kernel", "settle_kernel", "spread_kernel", "tabulate_kernel", "means_kernel",
 ]  # fmt: skip
 # Loss of (x, labels, quality) -> kernels of its forward
 WHOLE_BATCH = {

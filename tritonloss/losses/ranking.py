@@ -38,10 +38,12 @@ try:
         compact_kernel,
         launch_backward,
         launch_forward,
+        lookup_words,
         means_kernel,
         negatives_kernel,
         order_kernel,
         pairs_kernel,
+        prepare_kernel,
         scatter_kernel,
         settle_kernel,
         spread_kernel,
@@ -205,6 +207,7 @@ def _fake_forward(x, dense, labels, value, weight, group, delta, loss, ignore_in
         x.new_empty(shape, dtype=torch.float32),
         x.new_empty((POSITIVE_ROWS, capacity), dtype=torch.float32),
         x.new_empty((KNOT_ROWS, 2 * capacity), dtype=torch.float32),
+        x.new_empty(lookup_words(capacity), dtype=torch.int64),
         x.new_empty(capacity, dtype=torch.int64),
         x.new_empty((2, num_groups), dtype=torch.int32),
         x.new_empty(2, dtype=torch.int64),
@@ -224,12 +227,12 @@ def ranking_forward(
     loss: str,
     ignore_index: int,
     num_groups: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     kernels = Kernels(
         wrap_triton(compact_kernel), wrap_triton(order_kernel), wrap_triton(pairs_kernel),
-        wrap_triton(negatives_kernel), wrap_triton(collect_kernel), wrap_triton(settle_kernel),
-        wrap_triton(spread_kernel), wrap_triton(tabulate_kernel), wrap_triton(means_kernel),
-        wrap_triton(scatter_kernel),
+        wrap_triton(prepare_kernel), wrap_triton(negatives_kernel), wrap_triton(collect_kernel),
+        wrap_triton(settle_kernel), wrap_triton(spread_kernel), wrap_triton(tabulate_kernel),
+        wrap_triton(means_kernel), wrap_triton(scatter_kernel),
     )  # fmt: skip
     return launch_forward(
         x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups,
@@ -251,6 +254,7 @@ def ranking_backward(
     num_groups: int,
     positives: Tensor,
     knots: Tensor,
+    lookup: Tensor,
     items: Tensor,
     lists: Tensor,
     counter: Tensor,
@@ -259,7 +263,7 @@ def ranking_backward(
     kernels = Kernels(negatives=wrap_triton(negatives_kernel), scatter=wrap_triton(scatter_kernel))
     return launch_backward(
         x, first_grad, second_grad, dense, labels, weight, group, delta, ignore_index, num_groups,
-        positives, knots, items, lists, counter, scale, kernels=kernels,
+        positives, knots, lookup, items, lists, counter, scale, kernels=kernels,
     )  # fmt: skip
 
 
@@ -283,7 +287,7 @@ def _launch_shared(
     process_group: str,
     capacity: int,
     scale: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The launcher with exchanges between its kernels: opaque to a graph."""
     spec = SPECS[loss]
     more = {"interpolated": spec.spreads} if spec.name == "ap_loss" else {}
