@@ -31,8 +31,12 @@ LANES_OF_ROW = 8
 BOXES = Config(block=256, num_warps=4)
 # One program sums all partial results in a fixed order.
 FINISH = Config(block=1024, num_warps=4)
-# Pairs of positives, block x block: larger tiles, or this one on 4 warps, spill.
-PAIRS = Config(block=64, num_warps=8)
+# Pairs of positives: so many i, one a lane, beside so many j, eight a thread. Sums stay in the
+# thread's registers to the end of a block.
+PAIRS = Config(block=32, num_warps=8)
+PAIRS_ACROSS = 64
+# One program scans a list: four float64 entries a thread, of which it holds a dozen at once.
+SCANS = Config(block=1024, num_warps=8)
 # Logits of a ranking pass: eight a thread, for each costs a dozen registers of search state.
 RANKING = Config(block=1024, num_warps=8)
 

@@ -2,24 +2,30 @@
 
 With ``H`` the step of half-width delta, ``s`` scores, ``y`` qualities, ``e`` localisation errors:
 
-* ``order``    sorts the positives by (list, score, value), by counting how many precede each.
-* ``pairs``    rank+_i = sum_j H(s_j - s_i), the sums of qualities or errors ahead of i, and the
-  places of the 2P knots s_i - delta, s_i + delta.
-* ``settle``   FP_i, the negatives above i, from the segments between the knots; and from it
-  1 - precision = FP_i / rank_i, the weight w_i of i's negatives, and i's own gradient.
-* ``spread``   what a positive receives from other positives once all ranks are known.
-* ``tabulate`` value and slope at each knot of the negatives' gradient, sum_i w_i H(s - s_i).
-* ``means``    over positives and lists.
+* ``order``  sorts the positives by (list, score, value), by counting how many precede each.
+* ``pairs``  places the 2P knots s_i - delta, s_i + delta by searches among the sorted scores; for
+  Rank & Sort also the sums over the positives j above i, split into those of lower quality (the
+  violators) and the others.
+* ``spread`` Rank & Sort's sorting gradient: what a positive receives as violator of others.
+* ``settle`` a program a list, which scans: the negatives above each knot and from them
+  FP_i = sum_j H(s_j - s_i); ranks, precisions, the weight w_i of i's negatives; and at each knot
+  value and slope of the negatives' gradient, sum_i w_i H(s - s_i).
+* ``means``  over the lists, where there are several.
 
-Sums are of positive terms in a fixed order: no cancellation. Grids are fixed; a program loops to
-the P that it reads.
+Only ``order``, ``pairs`` and ``spread`` walk over pairs, and the latter two skip what lies outside
+every window on its side. Sums are of positive terms, or over what is above in the list, so that
+small ranks keep their digits; in a fixed order. Grids are fixed; a program loops to the P that it
+reads.
 """
 
 import triton
 import triton.language as tl
 
 from ._ranking_scratch import (
+    AHEAD,
+    AHEAD_DISTANCE,
     COUNT,
+    DISTANCE,
     FIRST,
     HIGH,
     KEY,
@@ -31,15 +37,20 @@ from ._ranking_scratch import (
     OFFSET,
     OTHER,
     OWN,
+    RAMP,
     RANK_PLUS,
     SCORE,
     SECOND,
     SIZE,
     SLOPE,
     START,
+    SUM_DISTANCE,
+    TIED,
     UPPER,
     VALUE,
     WEIGHT,
+    WINDOW_END,
+    WINDOW_START,
     count_positives,
     load_delta,
     wide,
@@ -64,19 +75,26 @@ def next_above(x):
 
 
 @triton.jit
+def smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
 def order_kernel(
     # pointers
     raw_ptr,  # [2, capacity]
     raw_list_ptr,
     raw_item_ptr,
-    positive_ptr,  # [9, capacity] float32 out: SCORE, VALUE
-    place_ptr,  # [5, capacity] int32 out: LIST
+    positive_ptr,  # table of positives out: SCORE, VALUE
+    place_ptr,  # table of places out: LIST
     item_ptr,  # [capacity] int64 out
     counter_ptr,
     # shapes
     capacity,
     # constants
+    HAS_GROUP: tl.constexpr,
     TILE: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):
     """1-D grid; a program takes blocks of TILE positives and counts what precedes each."""
     capacity = wide(capacity)
@@ -89,33 +107,55 @@ def order_kernel(
         v_i = tl.load(raw_ptr + capacity + i, mask=mask, other=0.0)
         g_i = tl.load(raw_list_ptr + i, mask=mask, other=0)
         k_i = tl.load(raw_item_ptr + i, mask=mask, other=0)
-        before = tl.zeros([TILE], tl.int32)
+        # summed over j at the end: no shuffles in the loop
+        before = tl.zeros([ACROSS, TILE], tl.int32)
         other = tl.cast(0, tl.int32)
         while other < n_pos:
-            j = other + tl.arange(0, TILE)
+            j = other + tl.arange(0, ACROSS)
             there = j < n_pos
-            s_j = tl.load(raw_ptr + j, mask=there, other=0.0)[None, :]
-            v_j = tl.load(raw_ptr + capacity + j, mask=there, other=0.0)[None, :]
-            g_j = tl.load(raw_list_ptr + j, mask=there, other=0)[None, :]
-            k_j = tl.load(raw_item_ptr + j, mask=there, other=0)[None, :]
-            less = (v_j < v_i[:, None]) | ~(v_j > v_i[:, None]) & (k_j < k_i[:, None])
-            less = (s_j < s_i[:, None]) | (s_j == s_i[:, None]) & less
-            less = (g_j < g_i[:, None]) | (g_j == g_i[:, None]) & less
-            before += tl.sum((less & there[None, :]).to(tl.int32), 1)
-            other += TILE
-        tl.store(positive_ptr + SCORE * capacity + before, s_i, mask=mask)
-        tl.store(positive_ptr + VALUE * capacity + before, v_i, mask=mask)
-        tl.store(place_ptr + LIST * capacity + before, g_i, mask=mask)
-        tl.store(item_ptr + before, k_i, mask=mask)
+            s_j = tl.load(raw_ptr + j, mask=there, other=float("inf"))[:, None]
+            v_j = tl.load(raw_ptr + capacity + j, mask=there, other=0.0)[:, None]
+            k_j = tl.load(raw_item_ptr + j, mask=there, other=0)[:, None]
+            less = (v_j < v_i[None, :]) | (v_j == v_i[None, :]) & (k_j < k_i[None, :])
+            less = (s_j < s_i[None, :]) | (s_j == s_i[None, :]) & less
+            if HAS_GROUP:
+                g_j = tl.load(raw_list_ptr + j, mask=there, other=2**31 - 1)[:, None]
+                less = (g_j < g_i[None, :]) | (g_j == g_i[None, :]) & less
+            before += less.to(tl.int32)
+            other += ACROSS
+        place = tl.sum(before, 0)
+        tl.store(positive_ptr + SCORE * capacity + place, s_i, mask=mask)
+        tl.store(positive_ptr + VALUE * capacity + place, v_i, mask=mask)
+        tl.store(place_ptr + LIST * capacity + place, g_i, mask=mask)
+        tl.store(item_ptr + place, k_i, mask=mask)
         first += tl.num_programs(0) * TILE
+
+
+@triton.jit
+def count_below(sorted_ptr, x, bound, size, n_pos, CLOSED: tl.constexpr):
+    """How many of the ``size`` ascending entries from ``sorted_ptr`` on exceed x by less than
+    ``bound`` (CLOSED: or by as much)."""
+    jump = tl.cast(1, tl.int32)
+    while jump < n_pos:
+        jump *= 2
+    below = tl.zeros(x.shape, tl.int32)
+    while jump > 0:
+        candidate = tl.minimum(below + jump, size)
+        entry = tl.load(sorted_ptr + candidate - 1, mask=candidate > 0, other=0)
+        if CLOSED:
+            below = tl.where((candidate > 0) & (entry - x <= bound), candidate, below)
+        else:
+            below = tl.where((candidate > 0) & (entry - x < bound), candidate, below)
+        jump = jump // 2
+    return below
 
 
 @triton.jit
 def pairs_kernel(
     # pointers
-    positive_ptr,  # [9, capacity] out: RANK_PLUS, FIRST, SECOND
-    place_ptr,  # [5, capacity] out: LOWER, UPPER, START, SIZE
-    knot_ptr,  # [7, 2 capacity] out: KEY, HIGH, LOW
+    positive_ptr,  # table of positives out, rank_sort: RANK_PLUS, FIRST, SECOND
+    place_ptr,  # table of places out
+    knot_ptr,  # table of knots out: KEY, HIGH, LOW
     list_ptr,  # [2, num_groups] int32 out: start and size
     counter_ptr,
     delta_ptr,
@@ -125,13 +165,15 @@ def pairs_kernel(
     # scalars
     delta,
     # constants
+    HAS_GROUP: tl.constexpr,
     LOSS: tl.constexpr,
     TILE: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):
-    """1-D grid over blocks of positives i; sums over all j of their list.
+    """1-D grid over blocks of positives i.
 
-    rank_sort: FIRST the sorting error, SECOND its share per violator.
-    alrp: FIRST the sum of the errors ahead.
+    rank_sort, sums over j of i's list: RANK_PLUS, FIRST the sorting error, SECOND its share per
+    violator.
     """
     capacity = wide(capacity)
     delta, per_unit = load_delta(delta_ptr, delta)
@@ -141,68 +183,107 @@ def pairs_kernel(
         i = first + tl.arange(0, TILE)
         mask = i < n_pos
         s_i = tl.load(positive_ptr + SCORE * capacity + i, mask=mask, other=0.0)
-        v_i = tl.load(positive_ptr + VALUE * capacity + i, mask=mask, other=0.0)
-        g_i = tl.load(place_ptr + LIST * capacity + i, mask=mask, other=-1)
+        g_i = tl.load(place_ptr + LIST * capacity + i, mask=mask, other=0)
         start = tl.zeros([TILE], tl.int32)
-        size = tl.zeros([TILE], tl.int32)
-        ended = tl.zeros([TILE], tl.int32)  # windows that end below i's
-        begun = tl.zeros([TILE], tl.int32)  # windows that begin before i's ends
-        rank = tl.zeros([TILE], tl.float64)
-        total = tl.zeros([TILE], tl.float64)
-        wrong = tl.zeros([TILE], tl.float64)
-        deficit = tl.zeros([TILE], tl.float64)
-        surplus = tl.zeros([TILE], tl.float64)
-        other = tl.cast(0, tl.int32)
-        while other < n_pos:
-            j = other + tl.arange(0, TILE)
-            there = j < n_pos
-            s_j = tl.load(positive_ptr + SCORE * capacity + j, mask=there, other=0.0)[None, :]
-            g_j = tl.load(place_ptr + LIST * capacity + j, mask=there, other=-2)[None, :]
-            start += tl.sum((there[None, :] & (g_j < g_i[:, None])).to(tl.int32), 1)
-            mine = g_j == g_i[:, None]
-            size += tl.sum(mine.to(tl.int32), 1)
-            gap = s_j - s_i[:, None]
-            ended += tl.sum((mine & (-gap > 2.0 * delta)).to(tl.int32), 1)
-            begun += tl.sum((mine & ~(gap > 2.0 * delta)).to(tl.int32), 1)
-            if LOSS != "rank_sort":
-                mine = mine & (j[None, :] != i[:, None])
-            above = tl.where(mine, step(gap, delta, per_unit), 0.0)
-            rank += tl.sum(above, 1).to(tl.float64)
-            if LOSS != "ap":
-                v_j = tl.load(positive_ptr + VALUE * capacity + j, mask=there, other=0.0)[None, :]
-                if LOSS == "rank_sort":
-                    better = above * (v_j - v_i[:, None])
-                    wrong += tl.sum(tl.where(better < 0, above, 0.0), 1).to(tl.float64)
-                    deficit += tl.sum(tl.maximum(-better, 0.0), 1).to(tl.float64)
-                    surplus += tl.sum(tl.maximum(better, 0.0), 1).to(tl.float64)
-                else:
-                    total += tl.sum(above * v_j, 1).to(tl.float64)
-            other += TILE
-        if LOSS == "rank_sort":
-            # current - target sorting error, from qualities relative to v_i: nothing cancels
-            right = tl.where(mask, rank - wrong, 1.0)
-            error = (deficit + wrong * (surplus / right)) / tl.where(mask, rank, 1.0)
-            error = tl.where(wrong > 0, error, 0.0)
-            share = error / tl.where(wrong > 0, wrong, 1.0)
-            tl.store(positive_ptr + FIRST * capacity + i, error.to(tl.float32), mask=mask)
-            tl.store(positive_ptr + SECOND * capacity + i, share.to(tl.float32), mask=mask)
-        else:
-            rank += 1.0
-            tl.store(positive_ptr + FIRST * capacity + i, total.to(tl.float32), mask=mask)
-        tl.store(positive_ptr + RANK_PLUS * capacity + i, rank.to(tl.float32), mask=mask)
-        # Scores and knots of a list lie together; knot i comes after i knots of its own kind.
+        size = tl.where(mask, n_pos, 0)
+        if HAS_GROUP:
+            lists = place_ptr + LIST * capacity + start
+            start = count_below(lists, g_i, 0, size, n_pos, False)
+            size = count_below(lists, g_i, 0, size, n_pos, True) - start
+        scores = positive_ptr + SCORE * capacity + start
+        # Windows that end below i's, and that begin before i's ends; knot i comes after i knots of
+        # its own kind.
+        ended = count_below(scores, s_i, -2.0 * delta, size, n_pos, False)
+        begun = count_below(scores, s_i, 2.0 * delta, size, n_pos, True)
         lower = start + i + ended
         upper = start + i + begun
-        tl.store(place_ptr + LOWER * capacity + i, lower, mask=mask)
-        tl.store(place_ptr + UPPER * capacity + i, upper, mask=mask)
-        tl.store(place_ptr + START * capacity + i, start, mask=mask)
-        tl.store(place_ptr + SIZE * capacity + i, size, mask=mask)
+        places = place_ptr + i
+        tl.store(places + LOWER * capacity, lower, mask=mask)
+        tl.store(places + UPPER * capacity, upper, mask=mask)
+        tl.store(places + START * capacity, start, mask=mask)
+        tl.store(places + SIZE * capacity, size, mask=mask)
         leads = mask & (start == i)
         tl.store(list_ptr + g_i, start, mask=leads)
         tl.store(list_ptr + num_groups + g_i, size, mask=leads)
         store_knot(knot_ptr, capacity, lower, s_i, -delta, mask)
         store_knot(knot_ptr, capacity, upper, s_i, delta, mask)
+        if LOSS != "rank_sort":
+            window = start + count_below(scores, s_i, -delta, size, n_pos, False)
+            tl.store(places + WINDOW_START * capacity, window, mask=mask)
+            window = start + count_below(scores, s_i, delta, size, n_pos, False)
+            tl.store(places + WINDOW_END * capacity, window, mask=mask)
+            tied = start + count_below(scores, s_i, 0.0, size, n_pos, True)
+            tl.store(places + TIED * capacity, tied, mask=mask)
+        else:
+            v_i = tl.load(positive_ptr + VALUE * capacity + i, mask=mask, other=0.0)
+            end = tl.max(start + size, 0)
+            other = tl.min(tl.where(mask, start + ended, n_pos), 0)
+            rank, wrong, deficit, surplus = violators(
+                positive_ptr,
+                capacity,
+                s_i,
+                v_i,
+                start,
+                size,
+                other,
+                end,
+                delta,
+                per_unit,
+                HAS_GROUP,
+                TILE,
+                ACROSS,
+            )
+            # current - target sorting error, from qualities relative to v_i: nothing cancels
+            right = tl.where(mask, rank - wrong, 1.0)
+            error = (deficit + wrong * (surplus / right)) / tl.where(mask, rank, 1.0)
+            error = tl.where(wrong > 0, error, 0.0)
+            share = error / tl.where(wrong > 0, wrong, 1.0)
+            row = positive_ptr + i
+            tl.store(row + RANK_PLUS * capacity, rank.to(tl.float32), mask=mask)
+            tl.store(row + FIRST * capacity, error.to(tl.float32), mask=mask)
+            tl.store(row + SECOND * capacity, share.to(tl.float32), mask=mask)
         first += tl.num_programs(0) * TILE
+
+
+@triton.jit
+def violators(
+    positive_ptr, capacity, s_i, v_i, start, size, other, end, delta, per_unit,
+    HAS_GROUP: tl.constexpr, TILE: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """Over the positives j from ``other`` to ``end``: sums of H_ij, of those with y_j < y_i, and of
+    H_ij |y_j - y_i| on either side of y_i; float64."""
+    rank = tl.zeros([TILE], tl.float64)
+    wrong = tl.zeros([TILE], tl.float64)
+    deficit = tl.zeros([TILE], tl.float64)
+    surplus = tl.zeros([TILE], tl.float64)
+    while other < end:
+        # float32 over 16 tiles, each sum an element's own: neither shuffles nor float64 for a pair
+        pause = tl.minimum(other + 16 * ACROSS, end)
+        rank_part = tl.zeros([ACROSS, TILE], tl.float32)
+        wrong_part = tl.zeros([ACROSS, TILE], tl.float32)
+        deficit_part = tl.zeros([ACROSS, TILE], tl.float32)
+        surplus_part = tl.zeros([ACROSS, TILE], tl.float32)
+        while other < pause:
+            j = other + tl.arange(0, ACROSS)
+            there = j < end
+            row = positive_ptr + j
+            s_j = tl.load(row + SCORE * capacity, mask=there, other=-float("inf"))[:, None]
+            v_j = tl.load(row + VALUE * capacity, mask=there, other=0.0)[:, None]
+            above = step(s_j - s_i[None, :], delta, per_unit)
+            if HAS_GROUP:
+                in_list = j[:, None] - start[None, :]
+                above = tl.where((in_list >= 0) & (in_list < size[None, :]), above, 0.0)
+            better = above * (v_j - v_i[None, :])
+            rank_part += above
+            wrong_part += tl.where(v_j < v_i[None, :], above, 0.0)
+            deficit_part += tl.maximum(-better, 0.0)
+            surplus_part += tl.maximum(better, 0.0)
+            other += ACROSS
+        rank += tl.sum(rank_part, 0).to(tl.float64)
+        wrong += tl.sum(wrong_part, 0).to(tl.float64)
+        deficit += tl.sum(deficit_part, 0).to(tl.float64)
+        surplus += tl.sum(surplus_part, 0).to(tl.float64)
+    return rank, wrong, deficit, surplus
 
 
 @triton.jit
@@ -218,79 +299,9 @@ def store_knot(knot_ptr, capacity, place, score, shift, mask):
 
 
 @triton.jit
-def settle_kernel(
-    # pointers
-    positive_ptr,  # [9, capacity] out: FIRST (AP, aLRP), WEIGHT, OWN
-    place_ptr,
-    knot_ptr,
-    counter_ptr,
-    delta_ptr,
-    # shapes
-    capacity,
-    # scalars
-    delta,
-    # constants
-    LOSS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """FP_i as a sum over segments, and from it 1 - precision, weight w_i and own gradient.
-
-    SECOND becomes 1 / rank (AP, aLRP). The gradients are those of the list's own mean.
-    """
-    capacity = wide(capacity)
-    _, per_unit = load_delta(delta_ptr, delta)
-    n_pos = count_positives(counter_ptr, capacity)
-    first = tl.program_id(0) * TILE
-    while first < n_pos:
-        i = first + tl.arange(0, TILE)
-        mask = i < n_pos
-        s_i = tl.load(positive_ptr + SCORE * capacity + i, mask=mask, other=0.0)
-        lower = tl.load(place_ptr + LOWER * capacity + i, mask=mask, other=0)
-        upper = tl.load(place_ptr + UPPER * capacity + i, mask=mask, other=0)
-        start = tl.load(place_ptr + START * capacity + i, mask=mask, other=0)
-        size = tl.load(place_ptr + SIZE * capacity + i, mask=mask, other=1)
-        end = 2 * (start + size)
-        false = tl.zeros([TILE], tl.float64)
-        segment = tl.cast(0, tl.int32)
-        while segment < 2 * n_pos:
-            k = segment + tl.arange(0, TILE)
-            there = k < 2 * n_pos
-            row = knot_ptr + k
-            count = tl.load(row + COUNT * 2 * capacity, mask=there, other=0.0)[None, :]
-            offset = tl.load(row + OFFSET * 2 * capacity, mask=there, other=0.0)[None, :]
-            high = tl.load(row + HIGH * 2 * capacity, mask=there, other=0.0)[None, :]
-            low = tl.load(row + LOW * 2 * capacity, mask=there, other=0.0)[None, :]
-            at_knot = ((high - s_i[:, None]) + low) * per_unit + 0.5
-            at_knot = tl.minimum(tl.maximum(at_knot, 0.0), 1.0)
-            k = k[None, :]
-            above = (k >= upper[:, None]) & (k < end[:, None])
-            within = (k >= lower[:, None]) & (k < upper[:, None])
-            part = tl.where(within, count * at_knot + offset, tl.where(above, count, 0.0))
-            false += tl.sum(part, 1).to(tl.float64)
-            segment += TILE
-        rank_plus = tl.load(positive_ptr + RANK_PLUS * capacity + i, mask=mask, other=1.0)
-        rank = rank_plus + false.to(tl.float32)
-        miss = false.to(tl.float32) / rank
-        each = 1.0 / size.to(tl.float32)
-        own = -miss * each
-        weight = each / rank
-        if LOSS == "alrp":
-            ahead = tl.load(positive_ptr + FIRST * capacity + i, mask=mask, other=0.0)
-            counts = false > ALRP_EPS
-            own = tl.where(counts, -(ahead + false.to(tl.float32)) / rank * each, 0.0)
-            weight = tl.where(counts, -own / tl.where(counts, false.to(tl.float32), 1.0), 0.0)
-        if LOSS != "rank_sort":
-            tl.store(positive_ptr + SECOND * capacity + i, 1.0 / rank, mask=mask)
-        tl.store(positive_ptr + MISS * capacity + i, miss, mask=mask)
-        tl.store(positive_ptr + WEIGHT * capacity + i, weight, mask=mask)
-        tl.store(positive_ptr + OWN * capacity + i, own, mask=mask)
-        first += tl.num_programs(0) * TILE
-
-
-@triton.jit
 def spread_kernel(
     # pointers
-    positive_ptr,  # [9, capacity] out: OTHER; AP: WEIGHT, OWN and FIRST too
+    positive_ptr,  # table of positives out: OTHER
     place_ptr,
     counter_ptr,
     delta_ptr,
@@ -299,14 +310,11 @@ def spread_kernel(
     # scalars
     delta,
     # constants
-    LOSS: tl.constexpr,
+    HAS_GROUP: tl.constexpr,
     TILE: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):
-    """What positive i receives from the positives j of its list.
-
-    rank_sort: OTHER, the sorting gradient. alrp: OTHER, the coefficient of the error in loc.
-    ap (interpolated): the smallest 1 - precision at i's score or below replaces i's.
-    """
+    """The sorting gradient: i receives a share from each j of its list whose order it violates."""
     capacity = wide(capacity)
     delta, per_unit = load_delta(delta_ptr, delta)
     n_pos = count_positives(counter_ptr, capacity)
@@ -316,99 +324,270 @@ def spread_kernel(
         mask = i < n_pos
         s_i = tl.load(positive_ptr + SCORE * capacity + i, mask=mask, other=0.0)
         v_i = tl.load(positive_ptr + VALUE * capacity + i, mask=mask, other=0.0)
-        g_i = tl.load(place_ptr + LIST * capacity + i, mask=mask, other=-1)
+        start = tl.load(place_ptr + START * capacity + i, mask=mask, other=n_pos)
         size = tl.load(place_ptr + SIZE * capacity + i, mask=mask, other=1)
-        miss = tl.load(positive_ptr + MISS * capacity + i, mask=mask, other=0.0)
-        best = miss
+        upper = tl.load(place_ptr + UPPER * capacity + i, mask=mask, other=0)
         received = tl.zeros([TILE], tl.float64)
-        other = tl.cast(0, tl.int32)
-        while other < n_pos:
-            j = other + tl.arange(0, TILE)
-            there = j < n_pos
-            row = positive_ptr + j
-            s_j = tl.load(row + SCORE * capacity, mask=there, other=0.0)[None, :]
-            g_j = tl.load(place_ptr + LIST * capacity + j, mask=there, other=-2)[None, :]
-            mine = g_j == g_i[:, None]
-            if LOSS == "rank_sort":
-                v_j = tl.load(row + VALUE * capacity, mask=there, other=0.0)[None, :]
-                share = tl.load(row + SECOND * capacity, mask=there, other=0.0)[None, :]
-                above = step(s_i[:, None] - s_j, delta, per_unit)
-                part = tl.where(mine & (v_i[:, None] < v_j), above * share, 0.0)
-                received += tl.sum(part, 1).to(tl.float64)
-            elif LOSS == "alrp":
-                share = tl.load(row + SECOND * capacity, mask=there, other=0.0)[None, :]
-                part = tl.where(mine & (s_j <= s_i[:, None]), share, 0.0)
-                received += tl.sum(part, 1).to(tl.float64)
-            else:
-                miss_j = tl.load(row + MISS * capacity, mask=there, other=1.0)[None, :]
-                part = tl.where(mine & (s_j <= s_i[:, None]), miss_j, 1.0)
-                best = tl.minimum(best, tl.min(part, 1))
-            other += TILE
-        each = 1.0 / size.to(tl.float32)
-        if LOSS == "rank_sort":
-            error = tl.load(positive_ptr + FIRST * capacity + i, mask=mask, other=0.0)
-            received = (received - error) * each
-            tl.store(positive_ptr + OTHER * capacity + i, received.to(tl.float32), mask=mask)
-        elif LOSS == "alrp":
-            received = received.to(tl.float32) * each
-            tl.store(positive_ptr + OTHER * capacity + i, received, mask=mask)
-        else:
-            share = tl.load(positive_ptr + SECOND * capacity + i, mask=mask, other=0.0)
-            factor = tl.where(best < miss, best / tl.where(best < miss, miss, 1.0), 1.0)
-            tl.store(positive_ptr + WEIGHT * capacity + i, share * factor * each, mask=mask)
-            tl.store(positive_ptr + OWN * capacity + i, -best * each, mask=mask)
-            tl.store(positive_ptr + FIRST * capacity + i, best, mask=mask)
+        other = tl.min(start, 0)
+        end = tl.max(tl.where(mask, upper - i, 0), 0)  # from here on all windows begin above i
+        while other < end:
+            pause = tl.minimum(other + 16 * ACROSS, end)
+            part = tl.zeros([ACROSS, TILE], tl.float32)
+            while other < pause:
+                j = other + tl.arange(0, ACROSS)
+                there = j < end
+                row = positive_ptr + j
+                s_j = tl.load(row + SCORE * capacity, mask=there, other=float("inf"))[:, None]
+                v_j = tl.load(row + VALUE * capacity, mask=there, other=0.0)[:, None]
+                share = tl.load(row + SECOND * capacity, mask=there, other=0.0)[:, None]
+                violates = v_i[None, :] < v_j
+                if HAS_GROUP:
+                    in_list = j[:, None] - start[None, :]
+                    violates = violates & (in_list >= 0) & (in_list < size[None, :])
+                share = tl.where(violates, share, 0.0)
+                part += step(s_i[None, :] - s_j, delta, per_unit) * share
+                other += ACROSS
+            received += tl.sum(part, 0).to(tl.float64)
+        error = tl.load(positive_ptr + FIRST * capacity + i, mask=mask, other=0.0)
+        received = (received - error) / size.to(tl.float32)
+        tl.store(positive_ptr + OTHER * capacity + i, received.to(tl.float32), mask=mask)
         first += tl.num_programs(0) * TILE
 
 
 @triton.jit
-def tabulate_kernel(
+def width_of(knot, per_unit, mask, last, capacity):
+    """Of the segments from ``knot`` (a pointer into the table) to the next, in units of 2 delta.
+
+    Inside a window it is at most 1; elsewhere, where it does not matter, it is cut to that. The
+    last knot has none.
+    """
+    inner = mask & ~last
+    high = tl.load(knot + HIGH * 2 * capacity, mask=mask, other=0.0).to(tl.float64)
+    low = tl.load(knot + LOW * 2 * capacity, mask=mask, other=0.0).to(tl.float64)
+    next_high = tl.load(knot + HIGH * 2 * capacity + 1, mask=inner, other=0.0).to(tl.float64)
+    next_low = tl.load(knot + LOW * 2 * capacity + 1, mask=inner, other=0.0).to(tl.float64)
+    gap = ((next_high - high) + (next_low - low)) * per_unit
+    return tl.where(inner, tl.minimum(gap, 1.0), 0.0)
+
+
+@triton.jit
+def settle_kernel(
     # pointers
-    positive_ptr,
+    positive_ptr,  # table of positives out: MISS, WEIGHT, OWN; AP: FIRST; aLRP: SECOND, OTHER
     place_ptr,
-    knot_ptr,  # [7, 2 capacity] out: LEVEL, SLOPE
+    knot_ptr,  # table of knots out: LEVEL, SLOPE
+    sum_ptr,  # table of float64 sums, scratch
+    list_ptr,
     counter_ptr,
     delta_ptr,
+    first_ptr,  # [] float32 out: the first value; and with groups nothing
+    second_ptr,  # [] float32 out: the second
+    scale_ptr,  # [] float32 out: 1
     # shapes
     capacity,
+    num_groups,
     # scalars
     delta,
     # constants
+    HAS_GROUP: tl.constexpr,
+    LOSS: tl.constexpr,
+    INTERPOLATED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """1-D grid over blocks of knots k: the negatives' gradient at the knot, and its slope."""
+    """1-D grid over lists. What follows from the histogram of a list, by scans over its positives
+    and knots. The gradients are those of the list's own mean."""
     capacity = wide(capacity)
-    _, per_unit = load_delta(delta_ptr, delta)
+    delta, per_unit = load_delta(delta_ptr, delta)
+    per_unit = per_unit.to(tl.float64)
     n_pos = count_positives(counter_ptr, capacity)
-    first = tl.program_id(0) * TILE
-    while first < 2 * n_pos:
-        k = first + tl.arange(0, TILE)
-        mask = k < 2 * n_pos
-        high = tl.load(knot_ptr + HIGH * 2 * capacity + k, mask=mask, other=0.0)
-        low = tl.load(knot_ptr + LOW * 2 * capacity + k, mask=mask, other=0.0)
-        level = tl.zeros([TILE], tl.float64)
-        slope = tl.zeros([TILE], tl.float64)
-        other = tl.cast(0, tl.int32)
-        while other < n_pos:
-            i = other + tl.arange(0, TILE)
-            there = i < n_pos
-            score = tl.load(positive_ptr + SCORE * capacity + i, mask=there, other=0.0)[None, :]
-            weight = tl.load(positive_ptr + WEIGHT * capacity + i, mask=there, other=0.0)[None, :]
-            lower = tl.load(place_ptr + LOWER * capacity + i, mask=there, other=0)[None, :]
-            upper = tl.load(place_ptr + UPPER * capacity + i, mask=there, other=0)[None, :]
-            start = tl.load(place_ptr + START * capacity + i, mask=there, other=0)[None, :]
-            size = tl.load(place_ptr + SIZE * capacity + i, mask=there, other=0)[None, :]
-            at_knot = ((high[:, None] - score) + low[:, None]) * per_unit + 0.5
-            at_knot = tl.minimum(tl.maximum(at_knot, 0.0), 1.0)
-            above = (k[:, None] >= upper) & (k[:, None] < 2 * (start + size))
-            within = (k[:, None] >= lower) & (k[:, None] < upper)
-            part = tl.where(within, weight * at_knot, tl.where(above, weight, 0.0))
-            level += tl.sum(part, 1).to(tl.float64)
-            slope += tl.sum(tl.where(within, weight, 0.0), 1).to(tl.float64)
-            other += TILE
-        tl.store(knot_ptr + LEVEL * 2 * capacity + k, level.to(tl.float32), mask=mask)
-        tl.store(knot_ptr + SLOPE * 2 * capacity + k, slope.to(tl.float32), mask=mask)
-        first += tl.num_programs(0) * TILE
+    lane = tl.arange(0, TILE)
+    group = tl.program_id(0)
+    while group < num_groups:
+        start = tl.cast(0, tl.int32)
+        size = n_pos
+        if HAS_GROUP:
+            start = tl.load(list_ptr + group)
+            size = tl.load(list_ptr + num_groups + group)
+        end = start + size
+        each = 1.0 / tl.maximum(size, 1).to(tl.float64)
+
+        # From the highest knot down: RAMP is how far, summed over negatives and in units of
+        # 2 delta, they reach above a knot. With a hard step: how many.
+        over = tl.cast(0.0, tl.float64)
+        reach = tl.cast(0.0, tl.float64)
+        done = tl.cast(0, tl.int32)
+        while done < 2 * size:
+            mask = lane < 2 * size - done
+            k = 2 * end - 1 - done - lane
+            row = knot_ptr + k
+            count = tl.load(row + COUNT * 2 * capacity, mask=mask, other=0.0).to(tl.float64)
+            offset = tl.load(row + OFFSET * 2 * capacity, mask=mask, other=0.0).to(tl.float64)
+            width = width_of(row, per_unit, mask, k == 2 * end - 1, capacity)
+            from_here = tl.cumsum(count, 0) + over
+            part = offset + width * (from_here - count)
+            ramp = tl.cumsum(part, 0) + reach
+            ramp = tl.where(delta > 0, ramp, from_here)
+            tl.store(sum_ptr + RAMP * capacity + k, ramp, mask=mask)
+            over += tl.sum(count, 0)
+            reach += tl.sum(part, 0)
+            done += TILE
+
+        if LOSS != "rank_sort":
+            # From the highest positive down: its distance to it in units of 2 delta, in which a
+            # gap wider than a window counts as one; sums of these, of errors, and of products.
+            distance_above = tl.cast(0.0, tl.float64)
+            sum_above = tl.cast(0.0, tl.float64)
+            error_above = tl.cast(0.0, tl.float64)
+            product_above = tl.cast(0.0, tl.float64)
+            done = tl.cast(0, tl.int32)
+            while done < size:
+                mask = lane < size - done
+                i = end - 1 - done - lane
+                row = positive_ptr + i
+                inner = mask & (i < end - 1)
+                score = tl.load(row + SCORE * capacity, mask=mask, other=0.0).to(tl.float64)
+                following = tl.load(row + SCORE * capacity + 1, mask=inner, other=0.0)
+                gap = (following.to(tl.float64) - score) * per_unit
+                gap = tl.where(inner, tl.minimum(gap, 1.0), 0.0)
+                distance = tl.cumsum(gap, 0) + distance_above
+                distance_above += tl.sum(gap, 0)
+                distance = tl.where(mask, distance, 0.0)
+                sums = sum_ptr + i
+                tl.store(sums + DISTANCE * capacity, distance, mask=mask)
+                total = tl.cumsum(distance, 0) + sum_above
+                sum_above += tl.sum(distance, 0)
+                tl.store(sums + SUM_DISTANCE * capacity, total, mask=mask)
+                if LOSS == "alrp":
+                    error = tl.load(row + VALUE * capacity, mask=mask, other=0.0).to(tl.float64)
+                    total = tl.cumsum(error, 0) + error_above
+                    error_above += tl.sum(error, 0)
+                    tl.store(sums + AHEAD * capacity, total, mask=mask)
+                    total = tl.cumsum(error * distance, 0) + product_above
+                    product_above += tl.sum(error * distance, 0)
+                    tl.store(sums + AHEAD_DISTANCE * capacity, total, mask=mask)
+                done += TILE
+        tl.debug_barrier()
+
+        # Up the positives: ranks, weights; COUNT has served, and holds the change of the slope.
+        value = tl.cast(0.0, tl.float64)
+        second = tl.cast(0.0, tl.float64)
+        inverse_below = tl.cast(0.0, tl.float64)
+        best_below = tl.cast(float("inf"), tl.float32)
+        done = tl.cast(0, tl.int32)
+        while done < size:
+            mask = lane < size - done
+            i = start + done + lane
+            row = positive_ptr + i
+            lower = tl.load(place_ptr + LOWER * capacity + i, mask=mask, other=0)
+            upper = tl.load(place_ptr + UPPER * capacity + i, mask=mask, other=0)
+            ramp = sum_ptr + RAMP * capacity
+            false = tl.load(ramp + upper, mask=mask, other=0.0)
+            false = tl.where(delta > 0, tl.load(ramp + lower, mask=mask, other=0.0) - false, false)
+            if LOSS == "rank_sort":
+                rank_plus = tl.load(row + RANK_PLUS * capacity, mask=mask, other=1.0)
+                rank_plus = rank_plus.to(tl.float64)
+            else:
+                window = tl.load(place_ptr + WINDOW_START * capacity + i, mask=mask, other=0)
+                window_end = tl.load(place_ptr + WINDOW_END * capacity + i, mask=mask, other=0)
+                beyond = mask & (window_end < end)
+                middle = tl.load(sum_ptr + DISTANCE * capacity + i, mask=mask, other=0.0) + 0.5
+                sums = sum_ptr + SUM_DISTANCE * capacity
+                inside = tl.load(sums + window, mask=mask & (window < end), other=0.0)
+                inside -= tl.load(sums + window_end, mask=beyond, other=0.0)
+                self_step = tl.where(delta > 0, 0.5, 1.0)
+                rank_plus = (window_end - window) * middle - inside
+                rank_plus += (end - window_end) + (1.0 - self_step)
+            rank = tl.where(mask, rank_plus + false, 1.0)
+            miss = (false / rank).to(tl.float32)
+            own = -miss * each
+            weight = each / rank
+            if LOSS == "ap":
+                best = miss
+                if INTERPOLATED:
+                    # the smallest 1 - precision at i's score or below
+                    best = tl.where(mask, best, float("inf"))
+                    best = tl.minimum(tl.associative_scan(best, 0, smaller), best_below)
+                    best_below = tl.minimum(best_below, tl.min(best, 0))
+                    factor = best / tl.where(best < miss, miss, 1.0)
+                    weight = tl.where(best < miss, weight * factor, weight)
+                    own = -best * each
+                tl.store(row + FIRST * capacity, best, mask=mask)
+                value += tl.sum(tl.where(mask, best, 0.0).to(tl.float64), 0)
+            else:
+                value += tl.sum(tl.where(mask, miss, 0.0).to(tl.float64), 0)
+            if LOSS == "rank_sort":
+                error = tl.load(row + FIRST * capacity, mask=mask, other=0.0)
+                second += tl.sum(error.to(tl.float64), 0)
+            if LOSS == "alrp":
+                error = tl.load(row + VALUE * capacity, mask=mask, other=0.0).to(tl.float64)
+                sums = sum_ptr + AHEAD * capacity
+                above = tl.load(sums + window_end, mask=beyond, other=0.0)
+                inside = tl.load(sums + window, mask=mask & (window < end), other=0.0) - above
+                ahead = above + inside * middle - self_step * error
+                sums = sum_ptr + AHEAD_DISTANCE * capacity
+                ahead -= tl.load(sums + window, mask=mask & (window < end), other=0.0)
+                ahead += tl.load(sums + window_end, mask=beyond, other=0.0)
+                counts = mask & (false > ALRP_EPS)
+                own = tl.where(counts, -(ahead + false) / rank * each, 0.0)
+                weight = tl.where(counts, -own / tl.where(counts, false, 1.0), 0.0)
+                inverse = tl.where(mask, 1.0 / rank, 0.0)
+                total = tl.cumsum(inverse, 0) + inverse_below
+                inverse_below += tl.sum(inverse, 0)
+                tl.store(row + SECOND * capacity, total.to(tl.float32), mask=mask)
+            weight = weight.to(tl.float32)
+            tl.store(row + MISS * capacity, miss, mask=mask)
+            tl.store(row + WEIGHT * capacity, weight, mask=mask)
+            tl.store(row + OWN * capacity, own.to(tl.float32), mask=mask)
+            tl.store(knot_ptr + COUNT * 2 * capacity + lower, weight, mask=mask)
+            tl.store(knot_ptr + COUNT * 2 * capacity + upper, -weight, mask=mask)
+            done += TILE
+        tl.debug_barrier()
+
+        if LOSS == "alrp":
+            # The coefficient of an error in loc: positives at i's score or below
+            done = tl.cast(0, tl.int32)
+            while done < size:
+                mask = lane < size - done
+                i = start + done + lane
+                tied = tl.load(place_ptr + TIED * capacity + i, mask=mask, other=1)
+                total = tl.load(positive_ptr + SECOND * capacity + tied - 1, mask=mask, other=0.0)
+                total = (total * each).to(tl.float32)
+                tl.store(positive_ptr + OTHER * capacity + i, total, mask=mask)
+                error = tl.load(positive_ptr + VALUE * capacity + i, mask=mask, other=0.0)
+                second += tl.sum(total.to(tl.float64) * error.to(tl.float64), 0) * size
+                done += TILE
+
+        # Up the knots: the gradient of a negative there, and its slope.
+        slope_below = tl.cast(0.0, tl.float64)
+        level_below = tl.cast(0.0, tl.float64)
+        closed_below = tl.cast(0.0, tl.float64)
+        done = tl.cast(0, tl.int32)
+        while done < 2 * size:
+            mask = lane < 2 * size - done
+            k = 2 * start + done + lane
+            row = knot_ptr + k
+            change = tl.load(row + COUNT * 2 * capacity, mask=mask, other=0.0).to(tl.float64)
+            width = width_of(row, per_unit, mask, k == 2 * end - 1, capacity)
+            slope = tl.cumsum(change, 0) + slope_below
+            slope_below += tl.sum(change, 0)
+            rise = slope * width
+            level = tl.cumsum(rise, 0) - rise + level_below
+            level_below += tl.sum(rise, 0)
+            closed = tl.maximum(-change, 0.0)
+            hard_level = tl.cumsum(closed, 0) + closed_below
+            closed_below += tl.sum(closed, 0)
+            level = tl.where(delta > 0, level, hard_level)
+            tl.store(row + LEVEL * 2 * capacity, level.to(tl.float32), mask=mask)
+            tl.store(row + SLOPE * 2 * capacity, slope.to(tl.float32), mask=mask)
+            done += TILE
+
+        if not HAS_GROUP:
+            broken = (tl.load(counter_ptr + 1) > 0) | (tl.load(counter_ptr) > capacity)
+            scale = tl.where(broken, float("nan"), 1.0)
+            tl.store(first_ptr, (value * each * scale).to(tl.float32))
+            tl.store(second_ptr, (second * each * scale).to(tl.float32))
+            tl.store(scale_ptr, scale)
+        group += tl.num_programs(0)
 
 
 @triton.jit

@@ -11,11 +11,16 @@ import triton.language as tl
 SCORE, VALUE, RANK_PLUS, MISS, FIRST, SECOND, WEIGHT, OWN, OTHER = (
     tl.constexpr(k) for k in range(9)
 )
-# int32: the places of its two knots; start, size and id of its list.
-LOWER, UPPER, START, SIZE, LIST = (tl.constexpr(k) for k in range(5))
+# int32: the places of its two knots; start, size and id of its list; the first positive inside its
+# window, the first above it, and the first with a higher score.
+LOWER, UPPER, START, SIZE, LIST, WINDOW_START, WINDOW_END, TIED = (
+    tl.constexpr(k) for k in range(8)
+)
 # Entries of a table of knots, float32, by ascending (list, knot).
 KEY, HIGH, LOW, COUNT, OFFSET, LEVEL, SLOPE = (tl.constexpr(k) for k in range(7))
-POSITIVE_ROWS, PLACE_ROWS, KNOT_ROWS = 9, 5, 7
+# Sums over what is above, float64: RAMP at the knots (two rows), the others at positives.
+RAMP, DISTANCE, SUM_DISTANCE, AHEAD, AHEAD_DISTANCE = (tl.constexpr(k) for k in (0, 2, 3, 4, 5))
+POSITIVE_ROWS, PLACE_ROWS, KNOT_ROWS, SUM_ROWS = 9, 8, 7, 6
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Launches of the ranking losses: exact, without positive-negative pairs, without a host sync.
 
-Forward: ``compact`` finds the positives, ``order`` sorts them, ``pairs`` compares them and places
-the knots, ``negatives`` and ``collect`` count the negatives between knots, ``settle`` and
-``spread`` make ranks and gradients of it, ``tabulate`` prepares the backward, ``means`` the values.
+Forward: ``compact`` finds the positives, ``order`` sorts them, ``pairs`` places the knots and
+compares them, ``negatives`` and ``collect`` count the negatives between knots, ``spread`` and
+``settle`` make gradients, ranks and values of it, ``means`` averages them over lists.
 Backward: ``negatives`` reads the logits once and writes their gradient, ``scatter`` adds the
 positives'. The passes: `_ranking_logits`, `_ranking_positives`; their tables: `_ranking_scratch`.
 """
@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._config import COLLECT, COLLECT_COPIES, PAIRS, RANKING
+from ._config import COLLECT, COLLECT_COPIES, PAIRS, PAIRS_ACROSS, RANKING, SCANS
 from ._logits import walk_over
 from ._numbers import scalar_args
 from ._ranking_logits import collect_kernel, compact_kernel, negatives_kernel, scatter_kernel
@@ -25,9 +25,17 @@ from ._ranking_positives import (
     pairs_kernel,
     settle_kernel,
     spread_kernel,
-    tabulate_kernel,
 )
-from ._ranking_scratch import COUNT, FIRST, KNOT_ROWS, MISS, OFFSET, PLACE_ROWS, POSITIVE_ROWS
+from ._ranking_scratch import (
+    COUNT,
+    FIRST,
+    KNOT_ROWS,
+    MISS,
+    OFFSET,
+    PLACE_ROWS,
+    POSITIVE_ROWS,
+    SUM_ROWS,
+)
 from ._ranking_table import CELL_BLOCKS, WORDS, lookup_words, prepare_kernel
 from ._walk import contiguous_strides, merged_dims
 
@@ -41,16 +49,17 @@ class Spec(NamedTuple):
     name: str  # of the public function
     LOSS: str  # what the passes over positives compute
     sorts_by: str | None = None  # "quality" or "error" at a positive, None: the score alone
-    spreads: bool = True  # positives receive something from each other
+    spreads: bool = False  # positives of lower quality receive a share of the others' errors
+    interpolated: bool = False  # the best precision at a score or below it counts
     first_row: Any = MISS  # whose mean is the first value
     coefficient: bool = False  # the second value is differentiated in the rows' errors
     second_gradient: bool = False  # the second value has a gradient of its own in the logits
 
 
 SPECS = {
-    "rank_sort": Spec("rank_sort_loss", "rank_sort", "quality", second_gradient=True),
-    "ap": Spec("ap_loss", "ap", first_row=FIRST),
-    "ap_plain": Spec("ap_loss", "ap", spreads=False),
+    "rank_sort": Spec("rank_sort_loss", "rank_sort", "quality", spreads=True, second_gradient=True),
+    "ap": Spec("ap_loss", "ap", interpolated=True, first_row=FIRST),
+    "ap_plain": Spec("ap_loss", "ap", first_row=FIRST),
     "alrp": Spec("alrp_loss", "alrp", "error", coefficient=True),
 }
 
@@ -66,7 +75,6 @@ class Kernels(NamedTuple):
     collect: Any = collect_kernel
     settle: Any = settle_kernel
     spread: Any = spread_kernel
-    tabulate: Any = tabulate_kernel
     means: Any = means_kernel
     scatter: Any = scatter_kernel
 
@@ -263,7 +271,8 @@ def launch_forward(
 
     pointer, (number,) = scalar_args(delta, 1)
     grid = (min(triton.cdiv(capacity, PAIRS.block), MAX_PROGRAMS),)
-    tile = {"TILE": PAIRS.block, "num_warps": PAIRS.num_warps}
+    tile = {"HAS_GROUP": group is not None, "TILE": PAIRS.block, "ACROSS": PAIRS_ACROSS,
+            "num_warps": PAIRS.num_warps}  # fmt: skip
     kernels.order[grid](raw, raw_list, raw_item, positives, places, order, counter, capacity,
                         **tile)  # fmt: skip
     kernels.pairs[grid](positives, places, knots, lists, counter, pointer, capacity, num_groups,
@@ -288,15 +297,19 @@ def launch_forward(
         count, offset = whole[:-1].view(2, -1)
         knots[COUNT.value] = count
         knots[OFFSET.value] = offset * 0.5**bits
-    kernels.settle[grid](positives, places, knots, counter, pointer, capacity, number,
-                         LOSS=spec.LOSS, **tile)  # fmt: skip
     if spec.spreads:
-        kernels.spread[grid](positives, places, counter, pointer, capacity, number, LOSS=spec.LOSS,
+        kernels.spread[grid](positives, places, counter, pointer, capacity, number,
                              **tile)  # fmt: skip
-    kernels.tabulate[grid](positives, places, knots, counter, pointer, capacity, number, **tile)
-    kernels.means[(1,)](positives, places, counter, first, second, scale, capacity,
-                         VALUE_ROW=spec.first_row.value, LOSS=spec.LOSS,
-                         TILE=RANKING.block, num_warps=RANKING.num_warps)  # fmt: skip
+    sums = torch.empty(SUM_ROWS, capacity, dtype=torch.float64, device=device)
+    kernels.settle[(min(num_groups, MAX_PROGRAMS),)](
+        positives, places, knots, sums, lists, counter, pointer, first, second, scale, capacity,
+        num_groups, number, HAS_GROUP=group is not None, LOSS=spec.LOSS,
+        INTERPOLATED=spec.interpolated, TILE=SCANS.block, num_warps=SCANS.num_warps,
+    )  # fmt: skip
+    if group is not None:
+        kernels.means[(1,)](positives, places, counter, first, second, scale, capacity,
+                            VALUE_ROW=spec.first_row.value, LOSS=spec.LOSS,
+                            TILE=RANKING.block, num_warps=RANKING.num_warps)  # fmt: skip
 
     coefficient = torch.zeros(0, dtype=torch.float32, device=device)
     if spec.coefficient:

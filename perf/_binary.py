@@ -156,7 +156,8 @@ def _read_amdgcn(text: str, shared: int) -> Figures:
     return Figures(
         registers=field("vgpr_count"),
         stack=field("private_segment_fixed_size"),
-        spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
+        # scalar registers spill to lanes of a vector register, not to memory
+        spills=field("vgpr_spill_count"),
         shared=shared,
         wide_loads=_count(r"^\s+(global|buffer)_load_dwordx4", text),
         wide_stores=_count(r"^\s+(global|buffer)_store_dwordx4", text),

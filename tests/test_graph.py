@@ -216,13 +216,19 @@ def diagnosed(x, labels, diagnosis=tl.Diagnosis()):  # noqa: B008 (one that outl
 
 RANKING = [
     "compact_kernel", "order_kernel", "pairs_kernel", "prepare_kernel", "negatives_kernel",
-    "collect_kernel", "settle_kernel", "spread_kernel", "tabulate_kernel", "means_kernel",
+    "collect_kernel",
 ]  # fmt: skip
 # Loss of (x, labels, quality) -> kernels of its forward
 WHOLE_BATCH = {
-    "rank_sort": (lambda x, l, q: sum(tl.rank_sort_loss(x, (l, q))), RANKING),
-    "ap": (lambda x, l, q: tl.ap_loss(x, l), RANKING),
-    "alrp": (lambda x, l, q: sum(tl.alrp_loss(x, l, q)), [*RANKING, "scatter_kernel"]),
+    "rank_sort": (
+        lambda x, l, q: sum(tl.rank_sort_loss(x, (l, q))),
+        [*RANKING, "spread_kernel", "settle_kernel"],
+    ),
+    "ap": (lambda x, l, q: tl.ap_loss(x, l), [*RANKING, "settle_kernel"]),
+    "alrp": (
+        lambda x, l, q: sum(tl.alrp_loss(x, l, q)),
+        [*RANKING, "settle_kernel", "scatter_kernel"],
+    ),
     "ghm_c": (
         lambda x, l, q: tl.ghm_c_loss(x, l),
         ["region_sums_kernel", "region_totals_kernel", "harmonise_kernel"],

@@ -47,7 +47,6 @@ try:
         scatter_kernel,
         settle_kernel,
         spread_kernel,
-        tabulate_kernel,
     )
 except ImportError:  # no Triton: the eager path alone
     launch_forward = launch_backward = None
@@ -231,8 +230,8 @@ def ranking_forward(
     kernels = Kernels(
         wrap_triton(compact_kernel), wrap_triton(order_kernel), wrap_triton(pairs_kernel),
         wrap_triton(prepare_kernel), wrap_triton(negatives_kernel), wrap_triton(collect_kernel),
-        wrap_triton(settle_kernel), wrap_triton(spread_kernel), wrap_triton(tabulate_kernel),
-        wrap_triton(means_kernel), wrap_triton(scatter_kernel),
+        wrap_triton(settle_kernel), wrap_triton(spread_kernel), wrap_triton(means_kernel),
+        wrap_triton(scatter_kernel),
     )  # fmt: skip
     return launch_forward(
         x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups,
@@ -290,7 +289,7 @@ def _launch_shared(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The launcher with exchanges between its kernels: opaque to a graph."""
     spec = SPECS[loss]
-    more = {"interpolated": spec.spreads} if spec.name == "ap_loss" else {}
+    more = {"interpolated": spec.interpolated} if spec.name == "ap_loss" else {}
     settings = eager.settings(
         spec.name, "triton", x, labels if dense is None else dense,
         value if spec.sorts_by == "quality" else None, delta[0], ignore_index, num_groups, **more,
