@@ -61,7 +61,7 @@ def distribution_focal_forward_kernel(
     count_ptr,  # [programs] int32, or None
     # shapes
     n,
-    n_bins,
+    n_bins: tl.constexpr,  # few values, and what lies beyond the last bin drops out
     size_1,
     size_2,
     size_3,
@@ -120,7 +120,7 @@ def distribution_focal_backward_kernel(
     out_ptr,  # gradient of the logits
     # shapes
     n,
-    n_bins,
+    n_bins: tl.constexpr,  # few values, and what lies beyond the last bin drops out
     size_1,
     size_2,
     size_3,
@@ -186,7 +186,7 @@ def expectation_kernel(
     out_ptr,  # forward: [rows]; backward: gradient of the logits
     # shapes
     n,
-    n_bins,
+    n_bins: tl.constexpr,  # few values, and what lies beyond the last bin drops out
     size_1,
     size_2,
     size_3,

@@ -106,7 +106,8 @@ def softmax_focal_forward_kernel(
     while first < n_classes:
         cls = first + columns
         x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
-        x = tl.load(x_ptrs, mask=by_row(keep) & (cls < n_classes), other=0).to(tl.float32)
+        # in rows not kept, too: the logits need not wait for the labels
+        x = tl.load(x_ptrs, mask=by_row(inside) & (cls < n_classes), other=0).to(tl.float32)
         x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
         here = cls == by_row(label)
         x_label += over_columns(tl.where(here, x, 0.0))
@@ -206,7 +207,7 @@ def softmax_focal_backward_kernel(
     while first < n_classes:
         cls = first + columns
         x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
-        x = tl.load(x_ptrs, mask=by_row(keep) & (cls < n_classes), other=0).to(tl.float32)
+        x = tl.load(x_ptrs, mask=by_row(inside) & (cls < n_classes), other=0).to(tl.float32)
         e = tl.exp(tl.minimum(x - by_row(top), 0.0))
         result = tl.where(cls == by_row(label), by_row(slope), e * by_row(others))
         result = tl.where(by_row(keep), result, 0.0)
