@@ -1,7 +1,7 @@
 """Gradient harmonising: one read of the logits gives the count and the loss of every region.
 
-Each program keeps a table of its own. It counts a tile by a histogram, whose filled regions then
-say which sums to take: mostly few, for nearly all logits of a detector are easy. Tables are added
+Each program keeps a table of its own. Of a tile it asks which regions are filled, mostly few, for
+nearly all logits of a detector are easy; these say which sums to take. Tables are added
 up in a fixed order: no atomics, and the same bits in every run. The backward is
 ``pointwise_kernel`` with the weight of each region.
 """
@@ -29,9 +29,38 @@ def _lowest_bit(bits):
 
 
 @triton.jit
-def _add_by_region(total, region, value, counts, REGIONS: tl.constexpr):
-    """``total`` [REGIONS] plus the sum of the values of each region whose count is not 0."""
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _add_few(total, count, region, value):
+    """``(total, count)`` of 32 regions plus the values of a tile; region -1 is dropped.
+
+    Most tiles of a detector fill a few regions: asking each logit for its bit is less than a
+    histogram of the tile.
+    """
+    regions = tl.arange(0, 32)
+    here = tl.where(region >= 0, 1 << tl.maximum(region, 0), 0)
+    bits = tl.reduce(here, None, _either)
+    while bits != 0:
+        k = _lowest_bit(bits)
+        theirs = region == k
+        amount = tl.sum(tl.where(theirs, value, 0.0))
+        number = tl.sum(theirs.to(tl.int32))
+        total = tl.where(regions == k, total + amount, total)
+        count = tl.where(regions == k, count + number, count)
+        bits = bits & (bits - 1)
+    return total, count
+
+
+@triton.jit
+def _add_many(total, count, region, value, REGIONS: tl.constexpr):
+    """The same for more regions: a histogram counts them, and says which are filled."""
     regions = tl.arange(0, REGIONS)
+    # One reshape, and the mask out of it: of two, each may be compiled to an order of its own.
+    flat = tl.reshape(region, [region.numel])
+    counts = tl.histogram(tl.maximum(flat, 0), REGIONS, mask=flat >= 0)
     word = 0
     while word < REGIONS // 32:
         filled = (counts > 0) & (regions // 32 == word)
@@ -42,7 +71,7 @@ def _add_by_region(total, region, value, counts, REGIONS: tl.constexpr):
             total = tl.where(regions == k, total + amount, total)
             bits = bits & (bits - 1)
         word += 1
-    return total
+    return total, count + counts
 
 
 @triton.jit
@@ -88,10 +117,11 @@ def _add_tile(
     )
     value = pointwise_value(x, y, positive, mu, 0.0, 0.0, 0.0, KIND, False, HARD)
     region = tl.where(keep, region_of(x, y, positive, mu, bins, KIND, HARD), -1)
-    # One reshape, and the mask out of it: of two, each may be compiled to an order of its own.
-    flat = tl.reshape(region, [region.numel])
-    counts = tl.histogram(tl.maximum(flat, 0), REGIONS, mask=flat >= 0)
-    return _add_by_region(total, region, value, counts, REGIONS), count + counts
+    if REGIONS == 32:
+        total, count = _add_few(total, count, region, value)
+    else:
+        total, count = _add_many(total, count, region, value, REGIONS)
+    return total, count
 
 
 @triton.jit
