@@ -51,12 +51,13 @@ class Source:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible_by_16: tuple[str, ...]
+    within_2_gib: tuple[str, ...]  # tensors that AMD's 32-bit buffer offsets reach
     options: tuple[tuple[str, Any], ...]
 
 
 def source_of(launch: Launch, float_type: str = "fp32") -> Source:
     """``float_type``: how Python floats arrive, "fp32" from eager code, "fp64" from Inductor."""
-    signature, constants, divisible = {}, {}, []
+    signature, constants, divisible, near = {}, {}, [], []
     for param in launch.kernel.params:
         value = launch.args[param.name]
         if param.is_constexpr or value is None:
@@ -65,6 +66,8 @@ def source_of(launch: Launch, float_type: str = "fp32") -> Source:
             signature[param.name] = POINTEES[value.dtype]
             if value.storage_offset() * value.element_size() % 16 == 0:
                 divisible.append(param.name)
+            if value.untyped_storage().nbytes() < 2**31:
+                near.append(param.name)
         elif isinstance(value, bool):
             signature[param.name] = "i1"
         elif isinstance(value, float):
@@ -81,6 +84,7 @@ def source_of(launch: Launch, float_type: str = "fp32") -> Source:
         tuple(signature.items()),
         tuple(constants.items()),
         tuple(divisible),
+        tuple(near),
         tuple(launch.options.items()),
     )
 
@@ -101,16 +105,23 @@ class Figures:
     asdict = asdict
 
 
-def compile_for(source: Source, arch: str) -> Figures:
+def compiled_for(source: Source, arch: str):
+    """Triton's compiled kernel."""
     fn = getattr(importlib.import_module(source.module), source.kernel)
-    attrs = {
-        (fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in source.divisible_by_16
-    }
-    compiled = triton.compile(
+    attrs: dict[tuple, list] = {}
+    for name in source.divisible_by_16:
+        attrs.setdefault((fn.arg_names.index(name),), []).append(["tt.divisibility", 16])
+    for name in source.within_2_gib if TARGETS[arch].backend == "hip" else ():
+        attrs.setdefault((fn.arg_names.index(name),), []).append(["tt.pointer_range", 32])
+    return triton.compile(
         ASTSource(fn, dict(source.signature), dict(source.constants), attrs),
         target=TARGETS[arch],
         options=dict(source.options),
     )
+
+
+def compile_for(source: Source, arch: str) -> Figures:
+    compiled = compiled_for(source, arch)
     shared = compiled.metadata.shared
     if TARGETS[arch].backend == "hip":
         return _read_amdgcn(compiled.asm["amdgcn"], shared)

@@ -6,6 +6,7 @@ A new kernel is a line of EXAMPLES, and one of STREAMS if it walks over contiguo
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 
@@ -17,19 +18,86 @@ from ._record import Launch, recorded_launches
 ROWS, CLASSES = 1001, 81
 
 
-def empty(*shape, dtype: str = "float32", grad: bool = False) -> torch.Tensor:
-    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta", requires_grad=grad)
+class Operands:
+    """Makes what an example takes: here on the meta device, where nothing has values."""
+
+    rows = ROWS
+
+    def make(self, kind: str, shape: tuple[int, ...], dtype: str, classes: int) -> torch.Tensor:
+        """An operand of the kind: logits, labels, classes (labels without background), dense
+        (targets), quality, weight, boxes, distances (of a distribution), number."""
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+class Drawn(Operands):
+    """Random numbers, the same in float64 as in the example's dtype; ``logits`` collects leaves."""
+
+    def __init__(self, rows: int, seed: int, double: bool = False):
+        self.rows, self.double, self.logits = rows, double, []
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def share(self, shape) -> torch.Tensor:
+        return torch.rand(shape, generator=self.generator)
+
+    def make(self, kind, shape, dtype, classes):
+        if dtype == "int64":
+            labels = torch.randint(classes, shape, generator=self.generator)
+            chance = self.share(shape)
+            if kind == "labels":  # most rows are background
+                labels = torch.where(chance < 0.7, classes, labels)
+            return torch.where(chance > 0.95, -1, labels)
+        if kind == "logits":
+            values = torch.randn(shape, generator=self.generator) * 3
+        elif kind == "dense":
+            values = self.share(shape)
+            values = torch.where(self.share(shape) < 0.995, 0.0, values)
+        elif kind == "boxes":
+            corner = self.share((*shape[:-1], 2)) * 3 - 2
+            values = torch.cat([corner, corner + self.share((*shape[:-1], 2)) * 3], -1)
+        elif kind == "distances":
+            values = self.share(shape) * (classes - 1)
+        else:
+            values = self.share(shape) + (0.5 if kind == "number" else 0.0)
+        values = values.to(getattr(torch, dtype))
+        return values.double() if self.double else values
+
+
+_operands = Operands()
+
+
+@contextmanager
+def operands(chosen: Operands):
+    """Examples called inside take these."""
+    global _operands
+    before, _operands = _operands, chosen
+    try:
+        yield chosen
+    finally:
+        _operands = before
+
+
+def empty(
+    *shape, dtype: str = "float32", kind: str = "weight", classes: int = CLASSES
+) -> torch.Tensor:
+    return _operands.make(kind, shape, dtype, classes)
 
 
 def logits(rows: int, classes: int, dtype: str, layout: str) -> torch.Tensor:
     """Contiguous, a permuted NCHW head output, or a slice of the columns."""
+
+    def make(*shape):
+        return empty(*shape, dtype=dtype, kind="logits", classes=classes)
+
     if layout == "nchw":
-        x = empty(2, classes, 20, rows // 20, dtype=dtype).permute(0, 2, 3, 1)
+        x = make(2, classes, 20, rows // 20).permute(0, 2, 3, 1)
     elif layout == "sliced":
-        x = empty(rows, classes + 3, dtype=dtype)[:, 1 : classes + 1]
+        x = make(rows, classes + 3)[:, 1 : classes + 1]
     else:
-        x = empty(rows, classes, dtype=dtype)
-    return x.requires_grad_()
+        x = make(rows, classes)
+    x = x.detach().requires_grad_()
+    if isinstance(_operands, Drawn):
+        _operands.logits.append(x)
+    return x
 
 
 def pointwise(
@@ -40,18 +108,24 @@ def pointwise(
     weight: str | None = None,
     class_weight: bool = False,
     classes: int = CLASSES,
+    scheduled: tuple[str, ...] = (),
     **kwargs,
 ) -> Callable:
-    """A call of a pointwise loss; its result is differentiated, if it can be."""
+    """A call of a pointwise loss; its result is differentiated, if it can be.
+
+    ``scheduled`` names the hyper-parameters that arrive as tensors.
+    """
 
     def call():
-        x = logits(ROWS, classes, dtype, layout)
+        x = logits(_operands.rows, classes, dtype, layout)
         rows, options = x.shape[:-1], dict(kwargs)
-        targets = empty(*rows, dtype="int64")
+        options |= {name: empty(kind="number") for name in scheduled}
+        if form == "dense":
+            targets = empty(*x.shape, dtype=dtype, kind="dense")
+        else:
+            targets = empty(*rows, dtype="int64", kind="labels", classes=classes)
         if form == "quality":
-            targets = (targets, empty(*rows))
-        elif form == "dense":
-            targets = empty(*x.shape, dtype=dtype)
+            targets = (targets, empty(*rows, kind="quality"))
         if weight:
             options["weight"] = empty(*(rows if weight == "row" else x.shape))
         if class_weight:
@@ -61,34 +135,60 @@ def pointwise(
     return call
 
 
-def boxes(loss: Callable, dtype: str = "float32", layout: str = "contiguous") -> Callable:
-    return lambda: loss(logits(ROWS, 4, dtype, layout), empty(*_rows(layout), 4))
+def rowwise(
+    loss: Callable,
+    classes: int,
+    kind: str | None,
+    dtype: str = "float32",
+    layout: str = "contiguous",
+    scheduled: str | None = None,
+    **kwargs,
+) -> Callable:
+    """A call of a loss with one value per row; ``kind`` of its targets."""
+
+    def call():
+        x = logits(_operands.rows, classes, dtype, layout)
+        if kind == "boxes":
+            targets = (empty(*x.shape, kind=kind),)
+        elif kind:
+            targets = (empty(*x.shape[:-1], dtype="int64" if kind == "classes" else "float32",
+                             kind=kind, classes=classes),)  # fmt: skip
+        else:
+            targets = ()
+        options = {scheduled: empty(kind="number")} if scheduled else {}
+        return loss(x, *targets, **kwargs, **options)
+
+    return call
 
 
-def softmax(dtype: str = "float32", layout: str = "contiguous", **kwargs) -> Callable:
-    return lambda: tl.softmax_focal_loss(
-        logits(ROWS, CLASSES, dtype, layout), empty(*_rows(layout), dtype="int64"), **kwargs
-    )
+def boxes(loss: Callable, *args, **kwargs) -> Callable:
+    return rowwise(loss, 4, "boxes", *args, **kwargs)
 
 
-def distribution(dtype: str = "float32", layout: str = "contiguous", **kwargs) -> Callable:
-    return lambda: tl.distribution_focal_loss(
-        logits(ROWS, 17, dtype, layout), empty(*_rows(layout)), **kwargs
-    )
+def softmax(*args, **kwargs) -> Callable:
+    return rowwise(tl.softmax_focal_loss, CLASSES, "classes", *args, **kwargs)
+
+
+def distribution(*args, **kwargs) -> Callable:
+    return rowwise(tl.distribution_focal_loss, 17, "distances", *args, **kwargs)
 
 
 def ranking(loss: Callable, form: str = "labels", dtype: str = "float32", layout="contiguous",
-            classes: int = CLASSES, **kwargs) -> Callable:  # fmt: skip
+            classes: int = CLASSES, scheduled: bool = False, **kwargs) -> Callable:  # fmt: skip
     def call():
-        x = logits(ROWS, classes, dtype, layout)
-        labels, value = empty(*x.shape[:-1], dtype="int64"), empty(*x.shape[:-1])
+        x = logits(_operands.rows, classes, dtype, layout)
+        rows, options = x.shape[:-1], dict(kwargs)
+        if scheduled:
+            options["delta"] = empty(kind="number")
         if form == "dense":
-            return loss(x, empty(*x.shape), **kwargs)
+            return loss(x, empty(*x.shape, kind="dense"), **options)
+        labels = empty(*rows, dtype="int64", kind="labels", classes=classes)
+        value = empty(*rows, kind="quality")
         if loss is tl.rank_sort_loss:
-            return sum(loss(x, (labels, value), **kwargs))
+            return sum(loss(x, (labels, value), **options))
         if loss is tl.alrp_loss:
-            return sum(loss(x, labels, value, **kwargs))
-        return loss(x, labels, **kwargs)
+            return sum(loss(x, labels, value, **options))
+        return loss(x, labels, **options)
 
     return call
 
@@ -97,14 +197,6 @@ def diagnosed(x, targets, **options) -> torch.Tensor:
     diagnosis = tl.Diagnosis()
     diagnosis.update(x, targets, **options)
     return diagnosis.counts
-
-
-def regression(loss: Callable) -> Callable:
-    return lambda: loss(logits(ROWS, 4, "float32", "contiguous"), empty(ROWS, 4))
-
-
-def _rows(layout: str) -> tuple[int, ...]:
-    return tuple(logits(ROWS, 1, "float32", layout).shape[:-1])
 
 
 focal = tl.sigmoid_focal_loss
@@ -127,7 +219,7 @@ EXAMPLES: dict[str, Callable] = {
     "focal class weight": pointwise(focal, class_weight=True),
     "focal none": pointwise(focal, reduction="none"),
     "focal avg_factor": pointwise(focal, avg_factor=7.0),
-    "focal scheduled": pointwise(focal, gamma=empty(), avg_factor=empty()),
+    "focal scheduled": pointwise(focal, scheduled=("gamma", "avg_factor")),
     "focal_star": pointwise(tl.focal_star_loss),
     "focal_star dense": pointwise(tl.focal_star_loss, "dense"),
     "quality_focal": pointwise(tl.quality_focal_loss, "quality"),
@@ -140,31 +232,29 @@ EXAMPLES: dict[str, Callable] = {
     "softmax_focal": softmax(),
     "softmax_focal bf16": softmax("bfloat16"),
     "softmax_focal nchw": softmax(layout="nchw"),
-    "softmax_focal scheduled": softmax(gamma=empty()),
+    "softmax_focal scheduled": softmax(scheduled="gamma"),
     "distribution_focal": distribution(),
     "distribution_focal bf16": distribution("bfloat16"),
     "distribution_focal nchw": distribution(layout="nchw"),
     "distribution_focal none": distribution(reduction="none"),
-    "expectation": lambda: tl.distribution_expectation(logits(ROWS, 17, "float32", "contiguous")),
+    "expectation": rowwise(tl.distribution_expectation, 17, None),
     "iou": boxes(tl.iou_loss),
     "giou": boxes(tl.giou_loss),
     "giou nchw": boxes(tl.giou_loss, layout="nchw"),
     "diou": boxes(tl.diou_loss),
     "ciou": boxes(tl.ciou_loss),
     "ciou bf16": boxes(tl.ciou_loss, "bfloat16"),
-    "ciou scheduled": lambda: tl.ciou_loss(
-        logits(ROWS, 4, "float32", "contiguous"), empty(ROWS, 4), alpha_threshold=empty()
-    ),
-    "asl1": regression(tl.authentic_smooth_l1_loss),
+    "ciou scheduled": boxes(tl.ciou_loss, scheduled="alpha_threshold"),
+    "asl1": boxes(tl.authentic_smooth_l1_loss),
     "ghm_c": pointwise(tl.ghm_c_loss, bins=30),
     "ghm_c 80 classes": pointwise(tl.ghm_c_loss, bins=30, classes=80),
     "ghm_c 256 bins": pointwise(tl.ghm_c_loss, bins=256),
     "ghm_c dense bf16": pointwise(tl.ghm_c_loss, "dense", "bfloat16", bins=30),
     "ghm_c nchw, targets nhwc": pointwise(tl.ghm_c_loss, "dense", layout="nchw", bins=30),
-    "ghm_r": regression(tl.ghm_r_loss),
+    "ghm_r": boxes(tl.ghm_r_loss),
     "rank_sort": ranking(tl.rank_sort_loss),
     "rank_sort bf16 nchw": ranking(tl.rank_sort_loss, dtype="bfloat16", layout="nchw"),
-    "rank_sort scheduled": ranking(tl.rank_sort_loss, delta=empty()),
+    "rank_sort scheduled": ranking(tl.rank_sort_loss, scheduled=True),
     "rank_sort 80 classes": ranking(tl.rank_sort_loss, classes=80),
     "ap": ranking(tl.ap_loss),
     "ap dense": ranking(tl.ap_loss, "dense"),
@@ -240,9 +330,20 @@ def wide_accesses(launch: Launch, warp_size: int) -> tuple[int, int]:
     return needed[0], needed[1]
 
 
+def upstream(loss: torch.Tensor) -> torch.Tensor:
+    """The gradient that comes back to an example's result."""
+    return empty(*loss.shape, kind="weight").to(loss.dtype)
+
+
+def run(example: str) -> torch.Tensor:
+    """An example's result, after its backward."""
+    loss = EXAMPLES[example]()
+    if loss.requires_grad:
+        loss.backward(upstream(loss))
+    return loss.detach()
+
+
 def launches_of(example: str) -> list[Launch]:
     with recorded_launches() as launches:
-        loss = EXAMPLES[example]()
-        if loss.requires_grad:
-            loss.backward(torch.empty_like(loss))
+        run(example)
     return launches

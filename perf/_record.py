@@ -1,7 +1,8 @@
-"""Record kernel launches without running them, so that no kernel's arguments are typed twice."""
+"""Get hold of kernel launches, so that no kernel's arguments are typed twice."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,20 +27,27 @@ class Launch:
 
 
 @contextmanager
-def recorded_launches():
-    """Losses of CPU or meta tensors take the kernels' path; launches land in the list."""
-    launches: list[Launch] = []
+def replaced_launches(handle: Callable[[Launch], None]):
+    """Losses of CPU or meta tensors take the kernels' path; ``handle`` gets each launch."""
 
     def run(kernel, *args, grid, warmup, **kwargs):
         names = kernel.arg_names
         bound = dict(zip(names, args, strict=False))
         bound |= {k: v for k, v in kwargs.items() if k in names}
         options = {k: v for k, v in kwargs.items() if k not in names}
-        launches.append(Launch(kernel, grid, bound, options))
+        handle(Launch(kernel, grid, bound, options))
 
     run_before, force_before = JITFunction.run, _dispatch._FORCE_ON_CPU
     JITFunction.run, _dispatch._FORCE_ON_CPU = run, True
     try:
-        yield launches
+        yield
     finally:
         JITFunction.run, _dispatch._FORCE_ON_CPU = run_before, force_before
+
+
+@contextmanager
+def recorded_launches():
+    """Launches land in the list and do not run."""
+    launches: list[Launch] = []
+    with replaced_launches(launches.append):
+        yield launches

@@ -1,0 +1,110 @@
+"""Run the library on CPU tensors with every launch compiled for an absent GPU and interpreted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perf._binary import Source, compiled_for, source_of
+from perf._record import Launch, replaced_launches
+
+from .memory import Fresh, Global
+from .threads import Code, launch
+
+SCALARS = {"i1": np.int8, "i32": np.int32, "i64": np.int64, "fp32": np.float32, "fp64": np.float64}
+
+
+@dataclass
+class Executed:
+    """One launch: warp instructions by class, bytes and sectors of global memory, atomics."""
+
+    launch: Launch
+    counts: Counter[str]
+    hottest: int  # atomics at the address that has most
+
+
+@dataclass
+class Interpreter:
+    """Executes launches. ``edit`` changes the PTX of a kernel of a name first (planted faults)."""
+
+    arch: str
+    noise: float = 0.0  # of approximate instructions, in documented errors
+    contract: bool = False  # fuse products with sums
+    counted: bool = False  # sectors of memory, which takes time
+    float_type: str = "fp32"  # how Python floats arrive; "fp64" from Inductor
+    edit: Callable[[str, str], str] | None = None
+    seed: int = 0
+    executed: list[Executed] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.fresh, self.rng = Fresh(), np.random.default_rng(self.seed)
+
+    def __call__(self, call: Launch) -> None:
+        source = source_of(call, self.float_type)
+        ptx, shared = ptx_of(source, self.arch)
+        if self.edit:
+            ptx = self.edit(call.name, ptx)
+        code = code_of(ptx, self.noise, self.contract)
+        given = [(n, t, call.args[n]) for n, t in source.signature if t != "constexpr"]
+        tensors = {name: value for name, _, value in given if isinstance(value, Tensor)}
+        memory = Global(call.name, tensors, self.fresh, self.rng, self.counted)
+        params = [_raw(type_, value) for _, type_, value in given]
+        params += [bytes(8)] * (len(code.kernel.params) - len(params))  # scratch, not used
+        grid = (*call.grid, 1, 1)[:3]
+        counts = launch(code, grid, params, memory, shared, self.rng)
+        self.executed.append(Executed(call, counts + memory.counts, memory.hottest))
+
+
+def _raw(type_: str, value) -> bytes:
+    if isinstance(value, Tensor):
+        return np.uint64(value.data_ptr()).tobytes()
+    return SCALARS[type_](value).tobytes()
+
+
+@cache
+def ptx_of(source: Source, arch: str) -> tuple[str, int]:
+    compiled = compiled_for(source, arch)
+    return compiled.asm["ptx"], compiled.metadata.shared
+
+
+@cache
+def code_of(ptx: str, noise: float, contract: bool) -> Code:
+    return Code(ptx, noise=noise, contract=contract)
+
+
+@contextmanager
+def interpreted(arch: str, **options):
+    """Losses of CPU tensors run their kernels' PTX; yields the ``Interpreter``."""
+    interpreter = Interpreter(arch, **options)
+    with replaced_launches(interpreter), poisoned_empty(interpreter.fresh.add):
+        yield interpreter
+
+
+@contextmanager
+def poisoned_empty(poison: Callable[[Tensor], Tensor]):
+    """What ``torch.empty*`` hand out goes through ``poison`` first."""
+    names = ("empty", "empty_like", "empty_strided")
+    before = {name: getattr(torch, name) for name in names}
+
+    def poisoned(name):
+        def make(*args, **kwargs):
+            tensor = before[name](*args, **kwargs)
+            plain = type(tensor) is Tensor and tensor.device.type == "cpu"
+            return poison(tensor) if plain and not torch.compiler.is_compiling() else tensor
+
+        return make
+
+    for name in names:
+        setattr(torch, name, poisoned(name))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(torch, name, before[name])

@@ -1,0 +1,92 @@
+"""PTX text to instructions in basic blocks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+
+class Fault(Exception):
+    """A kernel does what it must not, or what the interpreter does not know."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """``@guard opcode operands``; vectors keep their braces, addresses their brackets."""
+
+    opcode: str
+    operands: tuple[str, ...]
+    guard: str | None = None
+    negated: bool = False
+
+    def __str__(self) -> str:
+        guard = f"@{'!' * self.negated}{self.guard} " if self.guard else ""
+        return f"{guard}{self.opcode} {', '.join(self.operands)}"
+
+
+@dataclass
+class Kernel:
+    """A parsed entry point."""
+
+    name: str
+    threads: int
+    params: dict[str, int]  # bytes of each
+    registers: dict[str, str]  # type of each: pred, b16, b32, b64
+    blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
+    labels: dict[str, int] = field(default_factory=dict)  # block that each label begins
+
+    @property
+    def instructions(self) -> list[Instruction]:
+        return [i for block in self.blocks for i in block]
+
+
+IGNORED = re.compile(r"\.(loc|file|pragma)\b[^\n;]*;?")
+CONSTANT = re.compile(r"\.global \.align 1 \.b8 _\$_str\S* = \{[^}]*\};")  # never read
+SHARED = ".extern .shared .align 16 .b8 global_smem[];"
+ENDS_BLOCK = ("bra", "ret", "bar")
+
+
+def parse(text: str) -> Kernel:
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
+    before, entry = text.split(".visible .entry", 1)
+    before = CONSTANT.sub("", before).replace(SHARED, "")
+    header = r"\s*\.version \S+\s+\.target \S+\s+\.address_size 64\s*"
+    if not re.fullmatch(header, before):
+        raise Fault(f"directives not understood: {before.strip()}")
+    signature, rest = entry.split(")", 1)
+    name, params = signature.split("(")
+    head, _, rest = rest.partition("{")
+    threads = re.fullmatch(r"\s*\.reqntid (\d+)\s*(\.maxnreg \d+|\.minnctapersm 1)?\s*", head)
+    if threads is None:
+        raise Fault(f"directives not understood: {head.strip()}")
+    kernel = Kernel(name.strip(), int(threads[1]), {}, {})
+    for param in filter(None, map(str.strip, params.split(","))):
+        m = re.fullmatch(r"\.param \.[usbf](\d+)(?: \.ptr \.global \.align 1)? (\w+)", param)
+        if m is None:
+            raise Fault(f"parameter not understood: {param}")
+        kernel.params[m[2]] = int(m[1]) // 8
+    body = IGNORED.sub("", re.split(r"\n\}", rest, maxsplit=1)[0])
+    for statement in re.split(r";|(?<=:)\s*\n", body):
+        _add(kernel, statement.strip())
+    return kernel
+
+
+def _add(kernel: Kernel, statement: str) -> None:
+    while m := re.match(r"(\$?\w+):\s*", statement):
+        if kernel.blocks[-1]:
+            kernel.blocks.append([])
+        kernel.labels[m[1]] = len(kernel.blocks) - 1
+        statement = statement[m.end() :]
+    if not statement:
+        return
+    if m := re.fullmatch(r"\.reg \.(\w+)\s+(%\w+?)<(\d+)>", statement):
+        kernel.registers.update({f"{m[2]}{i}": m[1] for i in range(int(m[3]))})
+        return
+    m = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)(?:\s+(.*))?", statement, re.S)
+    if m is None:
+        raise Fault(f"cannot parse {statement!r}")
+    operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", m[4] or "")
+    parsed = Instruction(m[3], tuple(o.strip() for o in operands), m[2], bool(m[1]))
+    kernel.blocks[-1].append(parsed)
+    if parsed.opcode.split(".")[0] in ENDS_BLOCK:
+        kernel.blocks.append([])
