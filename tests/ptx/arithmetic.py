@@ -387,15 +387,16 @@ def counts(n, name, bits):
     return Operation("u32", (f"b{bits}",), lambda x: function(x).astype(np.uint32))
 
 
-@form(r"bfe\.(u32|s32)")
-def bit_field(n, type_):
+@form(r"bfe\.([us])(32|64)")
+def bit_field(n, sign_, bits):
+    type_, width, raw = f"{sign_}{bits}", int(bits), UNSIGNED[int(bits)]
+
     def function(x, start, length):
-        start, length = (np.minimum(k & np.uint32(255), np.uint32(32)) for k in (start, length))
-        length = np.minimum(length, np.uint32(32) - start)
+        start, length = (np.minimum(k & np.uint32(255), np.uint32(width)) for k in (start, length))
+        length = np.minimum(length, np.uint32(width) - start)
         # to the top, and down again: zeros or copies of the sign come after it
-        up = (x.astype(np.uint64) << (np.uint64(64) - start - length)).view(numpy_type("s64"))
-        down = (np.uint64(64) - length).astype(np.int64)
-        moved = up >> down if type_[0] == "s" else up.view(np.uint64) >> down.view(np.uint64)
+        up, down = (np.minimum(width - k, width - 1).astype(raw) for k in (start + length, length))
+        moved = (x.view(raw) << up).view(numpy_type(type_)) >> down.view(numpy_type(type_))
         return np.where(length == 0, 0, moved).astype(numpy_type(type_))
 
     return Operation(type_, (type_, "u32", "u32"), function)

@@ -16,6 +16,8 @@ from perf._binary import Source, compiled_for, source_of
 from perf._record import Launch, replaced_launches
 
 from .memory import Fresh, Global
+from .parser import Fault
+from .reshapes import reordered
 from .threads import Code, launch
 
 SCALARS = {"i1": np.int8, "i32": np.int32, "i64": np.int64, "fp32": np.float32, "fp64": np.float64}
@@ -38,6 +40,7 @@ class Interpreter:
     noise: float = 0.0  # of approximate instructions, in documented errors
     contract: bool = False  # fuse products with sums
     counted: bool = False  # sectors of memory, which takes time
+    reshapes: bool = True  # must not reorder what is paired with another operand
     float_type: str = "fp32"  # how Python floats arrive; "fp64" from Inductor
     edit: Callable[[str, str], str] | None = None
     seed: int = 0
@@ -48,7 +51,9 @@ class Interpreter:
 
     def __call__(self, call: Launch) -> None:
         source = source_of(call, self.float_type)
-        ptx, shared = ptx_of(source, self.arch)
+        ptx, shared, pairs = binary_of(source, self.arch)
+        if pairs and self.reshapes:
+            raise Fault(f"{call.name}: a reshape that may reorder is paired: {pairs[0]}")
         if self.edit:
             ptx = self.edit(call.name, ptx)
         code = code_of(ptx, self.noise, self.contract)
@@ -69,9 +74,11 @@ def _raw(type_: str, value) -> bytes:
 
 
 @cache
-def ptx_of(source: Source, arch: str) -> tuple[str, int]:
+def binary_of(source: Source, arch: str) -> tuple[str, int, list[str]]:
+    """PTX, bytes of shared memory, and what ``reordered`` says of the kernel."""
     compiled = compiled_for(source, arch)
-    return compiled.asm["ptx"], compiled.metadata.shared
+    pairs = reordered(compiled.asm["ttir"]) + reordered(compiled.asm["ttgir"])
+    return compiled.asm["ptx"], compiled.metadata.shared, pairs
 
 
 @cache

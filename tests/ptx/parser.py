@@ -43,7 +43,7 @@ class Kernel:
 IGNORED = re.compile(r"\.(loc|file|pragma)\b[^\n;]*;?")
 CONSTANT = re.compile(r"\.global \.align 1 \.b8 _\$_str\S* = \{[^}]*\};")  # never read
 SHARED = ".extern .shared .align 16 .b8 global_smem[];"
-ENDS_BLOCK = ("bra", "ret", "bar")
+ENDS_BLOCK = re.compile(r"bra.*|ret|bar\.sync")
 
 
 def parse(text: str) -> Kernel:
@@ -88,5 +88,5 @@ def _add(kernel: Kernel, statement: str) -> None:
     operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", m[4] or "")
     parsed = Instruction(m[3], tuple(o.strip() for o in operands), m[2], bool(m[1]))
     kernel.blocks[-1].append(parsed)
-    if parsed.opcode.split(".")[0] in ENDS_BLOCK:
+    if ENDS_BLOCK.fullmatch(parsed.opcode):
         kernel.blocks.append([])

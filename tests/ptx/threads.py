@@ -363,6 +363,11 @@ class Code:
 
         return run
 
+    def meet(self, i: Instruction):
+        """A barrier of one warp, within which conflicts are not looked for."""
+        self.source(i.operands[0], "u32")
+        return lambda m, on: m.together(on, i)
+
     def shuffle(self, i: Instruction, mode: str):
         put, values = self.target(i.operands[0], "b32"), self.lanes(i)
         by, clamp = (self.source(o, "u32") for o in i.operands[2:4])
@@ -461,6 +466,7 @@ INSTRUCTIONS: list[tuple[re.Pattern, Callable, int]] = [
         (r"st\.(shared)" + VECTOR, Code.store, 2),
         ("atom" + ATOM, Code.atom, 3),
         ("red" + ATOM, Code.red, 2),
+        (r"bar\.warp\.sync", Code.meet, 1),
         (r"shfl\.sync\.(up|down|bfly|idx)\.b32", Code.shuffle, 5),
         (r"redux\.sync\.(add|min|max|and|or|xor)\.(s32|u32|b32)", Code.reduce_warp, 3),
         (r"redux\.sync\.(min|max)\.(f32)", Code.reduce_warp, 3),
