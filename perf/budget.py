@@ -1,6 +1,6 @@
 """What every kernel costs on GPUs that need not be there: ``python -m perf.budget``.
 
-Without an option the table is printed; ``--write`` commits it to ``results/budget.csv``;
+Without an option the table is printed; ``--write`` puts its rows into ``results/budget.csv``;
 ``--check`` compares with that file and exits 1 past the bounds:
 
 * hard: no spills, no float64 arithmetic (no more of it in kernels that use it on purpose), 16-byte
@@ -117,6 +117,13 @@ def write_table(rows: list[dict], path: Path = TABLE) -> None:
         writer.writerows(rows)
 
 
+def merged(rows: list[dict]) -> list[dict]:
+    """All rows of the table: those measured now, and the others as they were."""
+    known = read_table() | {(r["example"], r["kernel"], r["arch"]): r for r in rows}
+    keys = [binary.key for binary in binaries(EXAMPLES, TARGETS)]
+    return [known[key] for key in keys if key in known]
+
+
 def print_table(rows: list[dict]) -> None:
     widths = {k: max(len(k), *(len(str(r[k])) for r in rows)) for k in rows[0]}
     for row in ({k: k for k in widths}, *rows):
@@ -141,7 +148,7 @@ def main(argv=None) -> int:
     rows = rows_of(todo, figures)
     print_table(rows)
     if args.write:
-        write_table(rows)
+        write_table(merged(rows))
     if not args.check:
         return 0
     committed = read_table()

@@ -13,6 +13,7 @@ import tritonloss
 from tritonloss._dispatch import HAS_TRITON, INTERPRET
 
 torch.set_num_threads(1)
+EMPTY = torch.empty
 
 GPU = HAS_TRITON and torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
@@ -60,6 +61,8 @@ class _PoisonedTorch:
     @staticmethod
     def _poison(tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+            return tensor
+        if torch.empty is not EMPTY:  # the interpreter of PTX has its own poison
             return tensor
         if tensor.dtype.is_floating_point:
             return tensor.fill_(float("nan"))
