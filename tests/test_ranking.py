@@ -22,6 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import tritonloss
 import tritonloss.losses.ranking as ranking
 from tritonloss._dispatch import HAS_TRITON, INTERPRET
+from tritonloss.eager import ranking as eager
 
 if HAS_TRITON:
     import triton
@@ -76,6 +77,22 @@ def test_many_logits(loss, delta):
     got = ours(loss, problem.logits, (problem.labels, problem.quality), problem.quality,
                delta=delta)  # fmt: skip
     assert_agrees(got, expected(loss, problem, delta), problem, 1e-6, 1e-5)
+
+
+@pytest.mark.parametrize("delta", [0, 1e-3, 0.5, 5])
+@pytest.mark.parametrize("kind", INPUTS)
+def test_violators_found_bit_by_bit(kind, delta, monkeypatch):
+    """What the eager path does for many positives gives what it does for few; 0 stays 0."""
+    problem = make(kind, 150, 100, torch.float64)
+    x, positive = problem.logits, problem.positive
+    quality = problem.quality[:, None].expand(x.shape)[positive].double()
+    score, order = x[positive].sort()
+    positives = eager.Positives(score, quality[order])
+    want = eager.sorting(positives, delta)
+    monkeypatch.setattr(eager, "PAIRS_UP_TO", 0)
+    for a, b in zip(eager.sorting(positives, delta), want, strict=True):
+        assert relative_error(a, b) <= 1e-12
+        assert torch.equal(a == 0, b == 0)
 
 
 # ------------------------------------------------------------------------------- known answers

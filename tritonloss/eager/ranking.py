@@ -7,7 +7,9 @@
 are piecewise linear in ``s_j`` with 2P **knots** ``s_i ± δ``. One pass over the negatives counts
 them per segment between two knots and sums their distances to the segment's knot; the second pass
 looks up value and slope of g. `Negatives` is that engine; the three losses differ in the weights
-``w_i`` and in sums over pairs of positives, which `pair_tiles` walks in blocks.
+``w_i`` and in sums over positives, which the same windows give (`sums_above`); those that look at
+a second order too, Rank & Sort's over positives of lower quality, go bit by bit
+(`sums_over_lower`).
 
 Several processes share a batch in two exchanges (`over_lists`): all know all positives, and add up
 what each counted. Alone, the exchanges do nothing.
@@ -19,7 +21,7 @@ functions run inside an opaque op when they are compiled, and read P on the host
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from typing import NamedTuple
 
 import torch
@@ -31,6 +33,8 @@ from tritonloss.distributed import Exchange, Sharing
 CHUNK = 1 << 16
 # Pairs of positives per block.
 PAIR_TILE = 1 << 16
+# Positives up to which looking at all their pairs is quicker than sorting by bits.
+PAIRS_UP_TO = 1000
 # Stands for a hidden logit: below every knot, and finite, for 0 * BELOW is 0.
 BELOW = -1e307
 # Below this FP_i aLRP's published gradient skips positive i.
@@ -244,21 +248,144 @@ def pair_tiles(column: Tensor, delta: float) -> Iterator[tuple[slice, Tensor]]:
             yield part, torch.sub(column, row, out=tile).mul_(0.5 / delta).add_(0.5).clamp_(0, 1)
 
 
+class Steps:
+    """Positives by ascending score, in a coordinate ``at`` in which the step has width 1.
+
+    ``H(s_j - s_i) = clamp(at_j - at_i + self_step, 0, 1)``: a gap wider than a window counts as 1,
+    so that an outlier takes no digits from the others, and with a hard step scores are numbered.
+    """
+
+    def __init__(self, score: Tensor, delta: float):
+        if delta == 0:
+            self.at = torch.searchsorted(score, score).double()
+        else:
+            gaps = (score.diff() / (2 * delta)).clamp_(max=1)
+            self.at = torch.cat([score.new_zeros(1), gaps.cumsum(0)])
+        self.self_step = 1.0 if delta == 0 else 0.5  # H(0)
+
+    def mirrored(self) -> Steps:
+        """With the order of positives reversed: H_ij of these is H_ji of those."""
+        other = object.__new__(Steps)
+        other.at, other.self_step = (self.at[-1] - self.at).flip(0), self.self_step
+        return other
+
+    @cached_property
+    def windows(self) -> Tensor:
+        """(3, P) int64: the first positive inside i's window, the first in the next whole number of
+        ``at``, and the first above the window."""
+        begin = self.at - self.self_step
+        return torch.stack(
+            [torch.searchsorted(self.at, t) for t in (begin, begin.floor() + 1, begin + 1)]
+        )
+
+    def summands(self, weights: Tensor) -> Tensor:
+        """(P, 2K): what `sums` needs sums of, for weights (P, K). All are no larger than these."""
+        return torch.cat([weights, weights * self.at.frac()[:, None]], 1)
+
+    def sums(self, inside: Tensor, next_cell: Tensor, above: Tensor, rows: Tensor) -> Tensor:
+        """Σ_j H_ij weight_j, (rows, K), of the sums of summands over the j inside i's window, over
+        those of them in the next whole number, and over those above."""
+        begin = self.at[rows, None] - self.self_step
+        k = inside.shape[1] // 2
+        start = (begin - begin.floor()) * inside[:, :k]
+        return above[:, :k] + inside[:, k:] + next_cell[:, :k] - start
+
+
+def sums_above(steps: Steps, weights: Tensor) -> Tensor:
+    """Σ_j H_ij weight_j for weights (P, K), j = i among them."""
+    summands = steps.summands(weights)
+    # from the top, where sums may be small
+    down = torch.cat([summands.flip(0).cumsum(0).flip(0), torch.zeros_like(summands[:1])])
+    first, middle, last = (down.index_select(0, place) for place in steps.windows)
+    return steps.sums(first - last, middle - last, last, slice(None))
+
+
 def positive_ranks(positives: Positives, delta: float) -> tuple[Tensor, Tensor | None]:
     """rank⁺ with a self term of 1, and Σ_{j≠i} H_ij value_j."""
     score, value = positives.score, positives.value
-    self_step = 1.0 if delta == 0 else 0.5
-    rank = torch.empty_like(score)
-    ahead = None if value is None else torch.empty_like(score)
-    for part, above in pair_tiles(score, delta):
-        rank[part] = above.sum(1) + (1 - self_step)
-        if value is not None:
-            ahead[part] = above @ value - self_step * value[part]
-    return rank, ahead
+    steps = Steps(score, delta)
+    ones = torch.ones_like(score)
+    weights = torch.stack([ones] if value is None else [ones, value], 1)
+    rank, *ahead = sums_above(steps, weights).unbind(1)
+    rank += 1 - steps.self_step
+    return rank, ahead[0] - steps.self_step * value if ahead else None
+
+
+def sums_over_lower(steps: Steps, level: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_j H_ij weight_j over the j with ``level_j < level_i``, and how many of them are in or above
+    i's window.
+
+    A pair is told apart by the highest bit in which its levels differ. So, from the highest bit on,
+    positives without it and those with it are parted, each half by what came before and the score:
+    those that agree in all higher bits stay side by side. Before, those with the bit look up sums
+    over those without. A range of positives becomes a range of either half, found by counting.
+
+    Args:
+        level: (P,) int64, 0..P-1.
+        weights: (P, K).
+    """
+    n = level.numel()
+    total = torch.zeros_like(weights)
+    reached = torch.zeros_like(level)
+    index = torch.arange(n)
+    summands = steps.summands(weights)
+    sums = torch.cat([summands, summands[:1]]).zero_()
+    below = torch.zeros(n + 1, dtype=torch.int64)
+    # of each: its window's places, and the end of those that agree with it so far
+    places = torch.cat([steps.windows, torch.full((1, n), n)])
+
+    def look_up(table: Tensor, at: Tensor) -> Tensor:
+        return table.index_select(0, at.flatten()).unflatten(0, at.shape)
+
+    for bit in reversed(range((n - 1).bit_length())):
+        has_bit = (level >> bit) & 1
+        without, having = (has_bit == 0).nonzero()[:, 0], has_bit.nonzero()[:, 0]
+        torch.cumsum(1 - has_bit, 0, out=below[1:])
+        torch.cumsum(summands * (1 - has_bit)[:, None], 0, out=sums[1:])
+
+        theirs = places.index_select(1, having)
+        first, middle, last, end = look_up(sums, theirs)
+        i = index.index_select(0, having)
+        found = steps.sums(last - first, last - middle, end - last, i)
+        total.index_add_(0, i, found)
+        counted = look_up(below, theirs)
+        reached.index_add_(0, i, counted[3] - counted[0])
+
+        others = look_up(below, places.index_select(1, without))
+        places = torch.cat([others, theirs.sub_(counted).add_(without.numel())], 1)
+        order = torch.cat([without, having])
+        summands = summands.index_select(0, order)
+        level, index = level.index_select(0, order), index.index_select(0, order)
+    return total, reached
 
 
 def sorting(positives: Positives, delta: float) -> tuple[Tensor, Tensor, Tensor]:
     """Rank & Sort's rank⁺ (self term H(0)), sorting errors, and their gradient times P."""
+    if positives.score.numel() <= PAIRS_UP_TO:
+        return sorting_by_pairs(positives, delta)
+    quality = positives.value
+    level = torch.searchsorted(quality.sort().values, quality)
+    steps = Steps(positives.score, delta)
+    weights = torch.stack([torch.ones_like(quality), 1 - quality], 1)
+    rank, total = sums_above(steps, weights).unbind(1)
+    lower, violators = sums_over_lower(steps, level, weights)
+    wrong, excess = lower.unbind(1)
+    error, share = sorting_error(rank, total, wrong, excess, (violators > 0) & (wrong > 0))
+    opposite = (level.numel() - 1 - level).flip(0)
+    received, _ = sums_over_lower(steps.mirrored(), opposite, share.flip(0)[:, None])
+    return rank, error, received[:, 0].flip(0) - error
+
+
+def sorting_error(rank, total, wrong, excess, violated) -> tuple[Tensor, Tensor]:
+    """Current minus target sorting error, in the form that does not cancel; and its share per
+    violator."""
+    target = (total - excess) / (rank - wrong)
+    error = torch.where(violated, (excess - wrong * target) / rank, 0.0)
+    return error, torch.where(violated, error / wrong, 0.0)
+
+
+def sorting_by_pairs(positives: Positives, delta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`sorting` in P² steps, fewer while P is small."""
     order = positives.value.argsort(stable=True)
     quality = positives.value[order]
     badness = torch.stack([torch.ones_like(quality), 1 - quality], 1)
@@ -270,15 +397,11 @@ def sorting(positives: Positives, delta: float) -> tuple[Tensor, Tensor, Tensor]
         surely = above[:, :all_wrong]
         partly = above[:, all_wrong:some_wrong]
         partly = torch.where(quality[all_wrong:some_wrong] < quality[part, None], partly, 0.0)
-        rank_plus, total = (above @ badness).unbind(1)
+        rank[part], total = (above @ badness).unbind(1)
         wrong, excess = (
             surely @ badness[:all_wrong] + partly @ badness[all_wrong:some_wrong]
         ).unbind(1)
-        # current - target sorting error in the form that does not cancel
-        target = (total - excess) / (rank_plus - wrong)
-        rank[part] = rank_plus
-        error[part] = torch.where(wrong > 0, (excess - wrong * target) / rank_plus, 0.0)
-        share = torch.where(wrong > 0, error[part] / wrong, 0.0)
+        error[part], share = sorting_error(rank[part], total, wrong, excess, wrong > 0)
         grad[:all_wrong] += share @ surely
         grad[all_wrong:some_wrong] += share @ partly
     grad -= error
