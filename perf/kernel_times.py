@@ -17,6 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+import triton
 
 import tritonloss as tl
 
@@ -24,7 +25,7 @@ from . import sweep, workloads
 from .workloads import LOSSES, Point
 
 COLUMNS = ("loss", *Point._fields, "kernel", "launches", "us", "share", "x_floor", "device",
-           "commit")  # fmt: skip
+           "torch", "triton", "commit")  # fmt: skip
 REPETITIONS = 15
 
 
@@ -64,7 +65,7 @@ def host_time(call: workloads.Call, calls: int = 200) -> float:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="CSV to write")
+    parser.add_argument("--out", type=Path, required=True, help="CSV to write or to go on with")
     parser.add_argument("--loss", action="append", choices=LOSSES, help="only this (repeatable)")
     parser.add_argument("--rows", type=int, default=176_000, help="anchors: 8 images of 22k")
     parser.add_argument("--positives", type=int, action="append", help="default 500")
@@ -73,7 +74,8 @@ def main(argv=None) -> int:
     parser.add_argument("--layout", default="contiguous")
     args = parser.parse_args(argv)
     copy = sweep.copy_bandwidth("cuda")
-    device = torch.cuda.get_device_name()
+    versions = (torch.cuda.get_device_name(), torch.__version__, triton.__version__,
+                sweep.gpu_check.commit())  # fmt: skip
     rows = []
     grid = itertools.product(
         args.loss or LOSSES,
@@ -96,11 +98,13 @@ def main(argv=None) -> int:
             rows.append(dict(zip(
                 COLUMNS,
                 (loss, *point, name, launches, f"{us:.2f}", f"{us / total:.3f}",
-                 f"{us / floor:.3f}", device, sweep.gpu_check.commit()), strict=True)))  # fmt: skip
+                 f"{us / floor:.3f}", *versions), strict=True)))  # fmt: skip
             print(f"    {us:10.1f} us  {launches:3}  {us / floor:7.3f} x floor  {name[:70]}")
-    with args.out.open("w", newline="") as file:
+    new = not args.out.exists()
+    with args.out.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
+        if new:
+            writer.writeheader()
         writer.writerows(rows)
     return 0
 

@@ -194,24 +194,71 @@ def swept(name: str) -> str:
     ) + table(("loss", "anchors x columns", "positives", *providers), *rows)
 
 
-def on_gpus() -> str:
-    """The sweeps of GPUs, or that there is none yet."""
-    names = [p.stem for p in sorted(RESULTS.glob("sweep_*.csv")) if p.stem != "sweep_cpu"]
-    if names:
-        return "\n\n".join(swept(name) for name in names)
+def kernels_alone(name: str) -> str:
+    """Time of the kernels of a step on the GPU's own clock, the host left out."""
+    rows = [r for r in read(name) if r["kernel"] == "all"]
+    axes = ("loss", "rows", "classes", "positives", "dtype", "layout")
+    inputs = list(dict.fromkeys(r["inputs"] for r in rows))
+    found: dict[tuple, dict[str, dict]] = {}
+    for r in rows:
+        found.setdefault(tuple(r[k] for k in axes), {})[r["inputs"]] = r
+
+    def cell(row):
+        return f"{float(row['us']):.0f} ({float(row['x_floor']):.2f})" if row else ""
+
+    first, commits = rows[0], ", ".join(dict.fromkeys(r["commit"] for r in rows))
     return (
+        "The kernels of one forward and backward alone, in microseconds on the GPU's clock, in "
+        "brackets as a multiple of reading the logits twice and writing them once at copy speed; "
+        "logits drawn at random, of a trained detector (recorded) and of a new one (initial). "
+        f"{first['device']}, torch {first['torch']}, Triton {first['triton']}, commit {commits} "
+        "(`python -m perf.kernel_times`).\n\n"
+    ) + table(
+        ("loss", "anchors x columns", "positives", "logits", *inputs),
+        *(
+            (loss, f"{rows} x {classes}", positives, f"{dtype}, {layout}",
+             *(cell(cells.get(i)) for i in inputs))
+            for (loss, rows, classes, positives, dtype, layout), cells in found.items()
+        ),
+    )  # fmt: skip
+
+
+def tested_on_gpus() -> str:
+    """What the test suite said on a GPU."""
+    lines = []
+    for path in sorted(RESULTS.glob("gpu_tests_*.csv")):
+        rows = read(path.stem)
+        passed, failed, skipped = (
+            sum(int(r[k]) for r in rows) for k in ("passed", "failed", "skipped")
+        )
+        lines.append(
+            f"The test suite on {rows[0]['device']}, torch {rows[0]['torch']}, commit "
+            f"{rows[0]['commit']}: {passed} passed, {failed} failed, {skipped} skipped "
+            "(`make gpu-check`)."
+        )
+    return "\n\n".join(lines)
+
+
+def on_gpus() -> list[str]:
+    """What was measured on GPUs, or that nothing was yet."""
+    sweeps = [p.stem for p in sorted(RESULTS.glob("sweep_*.csv")) if p.stem != "sweep_cpu"]
+    alone = [p.stem for p in sorted(RESULTS.glob("kernels_*.csv"))]
+    if sweeps or alone:
+        return [tested_on_gpus(), *map(kernels_alone, alone), *map(swept, sweeps)]
+    return [
         "Not yet measured: anything on a GPU. The kernels are checked in Triton's interpreter "
         "against the float64 formulas, and compiled for sm_80, sm_90, sm_100 and gfx942 without a "
         "device (`python -m perf.budget`: at most four spilled accesses, no float64 arithmetic per "
         "logit, 16-byte loads). That proves what they compute, not how fast."
-    )
+    ]
 
 
+GPU = "On a GPU:"
 CPU = "On a CPU, float32, one thread:"
 FILES = {
-    "README.md": lambda: [CPU, pointwise(), in_short(), diagnosing(), on_gpus(), detectors()],
+    "README.md": lambda: [GPU, *on_gpus(), CPU, pointwise(), in_short(), diagnosing(), detectors()],
     "docs/benchmarks.md": lambda: [
-        CPU, ranking(), harmonising(), diagnosing(), swept("sweep_cpu"), on_gpus(), budgets()
+        GPU, *on_gpus(), CPU, ranking(), harmonising(), diagnosing(), swept("sweep_cpu"), budgets()
     ],
 }  # fmt: skip
 
