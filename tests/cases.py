@@ -79,6 +79,8 @@ class Case:
     formula: Callable
     hyper: list[dict] = field(default_factory=lambda: [{}])
     axes: dict[str, list] = field(default_factory=dict)  # instead of AXES' values
+    # of the forward and of the backward; every mean and sum ends in finish_kernel
+    kernels: tuple[str, str] = ("pointwise_kernel", "pointwise_kernel")
 
 
 @cache
@@ -348,6 +350,11 @@ def asl1_formula(x, problem, mu=0.02):
     return d * d / ((d * d + mu * mu).sqrt() + mu)
 
 
+def box_case(kind: str, function: Callable, hyper=({},)) -> Case:
+    kernels = ("box_forward_kernel", "box_backward_kernel")
+    return Case(kind, function, box_problem, box_formula(kind), list(hyper), BOX_AXES, kernels)
+
+
 CASES = [
     Case(
         "authentic_smooth_l1",
@@ -396,6 +403,7 @@ CASES = [
         softmax_formula,
         [{}, {"gamma": 0.0}, {"gamma": 0.5}, {"gamma": 1.5}],
         ROW_AXES | {"labels": ["int64", "int16", "uint8"], "class_weight": [False, True]},
+        ("softmax_focal_forward_kernel", "softmax_focal_backward_kernel"),
     ),
     Case(
         "distribution_focal",
@@ -403,18 +411,12 @@ CASES = [
         distribution_problem,
         distribution_formula,
         axes=ROW_AXES | {"classes": [17, 16, 2, 101]},
+        kernels=("distribution_focal_forward_kernel", "distribution_focal_backward_kernel"),
     ),
-    Case("iou", tl.iou_loss, box_problem, box_formula("iou"), axes=BOX_AXES),
-    Case("giou", tl.giou_loss, box_problem, box_formula("giou"), axes=BOX_AXES),
-    Case("diou", tl.diou_loss, box_problem, box_formula("diou"), axes=BOX_AXES),
-    Case(
-        "ciou",
-        tl.ciou_loss,
-        box_problem,
-        box_formula("ciou"),
-        [{}, {"alpha_threshold": 0.0}, {"alpha_threshold": -1.0}],
-        BOX_AXES,
-    ),
+    box_case("iou", tl.iou_loss),
+    box_case("giou", tl.giou_loss),
+    box_case("diou", tl.diou_loss),
+    box_case("ciou", tl.ciou_loss, [{}, {"alpha_threshold": 0.0}, {"alpha_threshold": -1.0}]),
 ]
 
 

@@ -34,24 +34,6 @@ from perf._record import recorded_launches
 LAUNCHES = ("triton_kernel_wrapper_functional", "triton_kernel_wrapper_mutation")
 COPIES = ("clone", "expand", "copy", "contiguous", "_to_copy", "cat", "constant_pad_nd")
 
-# Kernels of the forward and of the backward, per loss; every mean and sum ends in finish_kernel.
-KERNELS = {
-    "focal": ("pointwise_kernel", "pointwise_kernel"),
-    "focal_star": ("pointwise_kernel", "pointwise_kernel"),
-    "quality_focal": ("pointwise_kernel", "pointwise_kernel"),
-    "varifocal": ("pointwise_kernel", "pointwise_kernel"),
-    "softmax_focal": ("softmax_focal_forward_kernel", "softmax_focal_backward_kernel"),
-    "distribution_focal": (
-        "distribution_focal_forward_kernel",
-        "distribution_focal_backward_kernel",
-    ),
-    "authentic_smooth_l1": ("pointwise_kernel", "pointwise_kernel"),
-    "iou": ("box_forward_kernel", "box_backward_kernel"),
-    "giou": ("box_forward_kernel", "box_backward_kernel"),
-    "diou": ("box_forward_kernel", "box_backward_kernel"),
-    "ciou": ("box_forward_kernel", "box_backward_kernel"),
-}
-
 
 @pytest.fixture
 def cuda_compile(monkeypatch):
@@ -165,7 +147,7 @@ def _variants():
 def test_one_kernel_each_way_and_no_copy(loss, axes, cuda_compile):
     point = plain_axes(loss, **axes)
     forward, backward, problem = capture_both(loss, cuda_compile, point)
-    names = KERNELS[loss.name]
+    names = loss.kernels
     finish = [] if point.reduction == "none" else ["finish_kernel"]
     assert kernels_of(forward) == [names[0], *finish]
     assert kernels_of(backward) == [names[1]]
@@ -288,7 +270,7 @@ def test_eager_launches_the_kernel_itself(loss, monkeypatch):
             torch.Tensor, lambda t: t.to("meta"), (problem.args, problem.kwargs)
         )
         loss.function(x, *args, **kwargs).backward()
-    forward, backward = KERNELS[loss.name]
+    forward, backward = loss.kernels
     assert [launch.name for launch in launches] == [forward, "finish_kernel", backward]
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import generator, recorded
+from cases import CASES, generator, pointwise_problem, recorded
 from conftest import DEVICE
 
 import tritonloss as tl
@@ -126,6 +126,14 @@ FUNCTIONS = {
     "quality b=0": [tl.quality_focal_loss, {"beta": 0.0}],
     "varifocal": [tl.varifocal_loss, {}],
     "varifocal g<1": [tl.varifocal_loss, {"gamma": 0.2}],
+}
+# Every other loss of the table that takes labels
+FUNCTIONS |= {
+    f"{c.name} {hyper}": [c.function, hyper]
+    for c in CASES
+    if c.problem is pointwise_problem and "form" not in c.axes
+    if c.function not in [function for function, _ in FUNCTIONS.values()]
+    for hyper in c.hyper
 }
 every_loss = pytest.mark.parametrize(("function", "hyper"), FUNCTIONS.values(), ids=FUNCTIONS)
 EXTREME = [0.0, 1e-30, 0.5, 18, 40, 90, 104, 1e3, 65504, 1e10, 1e30]

@@ -1,0 +1,103 @@
+"""No public loss lacks what CONTRIBUTING.md asks of it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES
+
+import tritonloss as tl
+from tritonloss._dispatch import HAS_TRITON, INTERPRET
+
+if INTERPRET:
+    pytest.skip("says the same in the plain run", allow_module_level=True)
+
+ROOT = Path(__file__).parent.parent
+FUNCTIONS = [name for name in tl.functional.__all__ if name.islower()]
+LOSSES = [name for name in FUNCTIONS if name.endswith("_loss")]
+# Tested in files of their own, against loops: what they look at is the whole batch.
+OWN_TESTS = {
+    "alrp_loss": "test_ranking.py",
+    "ap_loss": "test_ranking.py",
+    "carl_loss": "test_prime_sample.py",
+    "ghm_c_loss": "test_ghm.py",
+    "ghm_r_loss": "test_ghm.py",
+    "rank_sort_loss": "test_ranking.py",
+}
+# A form to derive losses from; weights of other losses
+PLAIN_TORCH = {"generalized_focal_loss", "carl_loss"}
+# Elements of a box regression that take no module of their own
+NO_MODULE = {"authentic_smooth_l1_loss", "generalized_focal_loss"}
+
+
+def called(run) -> set[str]:
+    """Public functions that ``run`` calls, whatever name it has for them."""
+    names = {getattr(tl, name).__code__: name for name in FUNCTIONS}
+    found = set()
+
+    def watch(frame, event, _):
+        if event == "call" and frame.f_code in names:
+            found.add(names[frame.f_code])
+
+    sys.setprofile(watch)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_formula_is_tested(name):
+    function = getattr(tl, name)
+    if name in OWN_TESTS:
+        assert name in (ROOT / "tests" / OWN_TESTS[name]).read_text()
+    elif name not in PLAIN_TORCH:
+        assert any(case.function is function for case in CASES), f"{name}: a row of tests/cases.py"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_module_is_exported(name):
+    modules = [getattr(tl, exported) for exported in tl.__all__]
+    functions = {
+        getattr(m, "function", None)
+        for m in modules
+        if inspect.isclass(m) and issubclass(m, torch.nn.Module)
+    }
+    stateful = {"ghm_c_loss": tl.GHMCLoss, "ghm_r_loss": tl.GHMRLoss}
+    known = getattr(tl, name) in functions or name in stateful or name in NO_MODULE
+    assert known, f"{name}: a class in tritonloss/modules.py, named in tritonloss/__init__.py"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_readme_has_a_row(name):
+    table = (ROOT / "README.md").read_text().split("## Losses")[1].split("\n## ")[0]
+    assert f"`{name}`" in table, f"{name}: a row of the table in README.md"
+
+
+def test_every_loss_has_a_workload():
+    from perf import workloads
+
+    def run():
+        for loss in workloads.LOSSES:
+            call = workloads.call_of(loss, workloads.Point(12, 3, 2), "cpu")
+            call.loss(call.x)
+
+    missing = set(LOSSES) - called(run) - PLAIN_TORCH
+    assert not missing, f"LOSSES of perf/workloads.py lacks {missing}"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="the kernels are not compiled")
+def test_every_loss_has_a_budget():
+    from perf import _examples
+
+    def run():
+        for example in _examples.EXAMPLES:
+            _examples.launches_of(example)
+
+    missing = set(LOSSES) - called(run) - PLAIN_TORCH
+    assert not missing, f"EXAMPLES of perf/_examples.py lacks {missing}"
