@@ -83,6 +83,16 @@ def each(loss: Callable, *target, **options) -> Callable:
     return call
 
 
+def heat_of(loss: Callable, y: torch.Tensor, **options) -> Callable:
+    """``loss`` of single logits (n,) against one dense target (1,)."""
+
+    def call(x):
+        dense = y.to(x.dtype).expand(len(x), 1)
+        return loss(x.unsqueeze(-1), dense, reduction="none", **options).squeeze(-1)
+
+    return call
+
+
 def shades(name: str, number: int):
     return [plt.get_cmap(name)(0.35 + 0.6 * k / max(number - 1, 1)) for k in range(number)]
 
@@ -203,6 +213,27 @@ def varifocal():
     plot(axes[2:], loss, X, color="k", ls=":", label="γ = 2, weight detached")
     label(axes[:2], "logit x", top=6)
     label(axes[2:], "logit x", top=4.5)
+    return figure
+
+
+@picture
+def gaussian_focal():
+    """Gaussian focal loss on a heat map: a negative counts less, the nearer it lies to a peak."""
+    figure, axes = panels(
+        r"$L = (1-p)^\alpha\,\mathrm{BCE}(x, 1)$ at peaks y = 1, "
+        r"$(1-y)^\beta\,p^\alpha\,\mathrm{BCE}(x, 0)$ elsewhere",
+        rows=2,
+    )
+    for alpha, color in zip((1.0, 2.0, 3.0), shades("Oranges", 3), strict=True):
+        peak = torch.ones(1, dtype=torch.float64)
+        loss = heat_of(tl.gaussian_focal_loss, peak, alpha=alpha)
+        plot(axes[:2], loss, X, color=color, label=f"peak, α = {alpha:g}")
+    for y, color in zip((0.75, 0.5, 0.25, 0.0), shades("Blues", 4), strict=True):
+        target = torch.full((1,), y, dtype=torch.float64)
+        loss = heat_of(tl.gaussian_focal_loss, target)
+        plot(axes[2:], loss, X, color=color, label=f"y = {y:g}, α = 2, β = 4")
+    label(axes[:2], "logit x", top=6)
+    label(axes[2:], "logit x", top=6)
     return figure
 
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 # Which parameter is the power of the modulating factor.
-POWER = {"focal": 2, "quality": 0, "varifocal": 1}
+POWER = {"focal": 2, "quality": 0, "varifocal": 1, "gaussian": 0}
 # Losses with a shorter formula for targets of 0 and 1, ``hard_value``.
-HARD = frozenset({"focal", "focal_star", "quality", "varifocal", "bce"})
+HARD = frozenset({"focal", "focal_star", "quality", "varifocal", "gaussian", "bce"})
 
 
 def is_hard(kind: str, labels, quality) -> bool:
@@ -252,7 +252,7 @@ def hard_value(x, positive, p0, p1, p2, p3, KIND: tl.constexpr, SQUARE: tl.const
         s, _, value, log_s = _hard_parts(x, positive)
         if KIND == "focal":
             value *= tl.where(positive, p0, p1) * power(s, log_s, p2, SQUARE)
-        elif KIND == "quality":
+        elif KIND == "quality" or KIND == "gaussian":
             value *= power(s, log_s, p0, SQUARE)
         elif KIND == "varifocal":
             value *= tl.where(positive, 1.0, p0 * power(s, log_s, p1, SQUARE))
@@ -272,7 +272,7 @@ def hard_derivative(x, positive, p0, p1, p2, p3, KIND: tl.constexpr, SQUARE: tl.
         if KIND == "focal":
             factor = tl.where(positive, p0, p1) * power(s, log_s, p2, SQUARE)
             slope = factor * (p2 * not_s * loss + s)
-        elif KIND == "quality":
+        elif KIND == "quality" or KIND == "gaussian":
             slope = power(s, log_s, p0, SQUARE) * (p0 * not_s * loss + s)
         elif KIND == "varifocal":
             through = p1 * not_s * (1.0 - p3) * loss + s
@@ -281,6 +281,29 @@ def hard_derivative(x, positive, p0, p1, p2, p3, KIND: tl.constexpr, SQUARE: tl.
             tl.static_assert(KIND == "bce", "no formula for targets of 0 and 1")
             slope = s
     return tl.where(positive, -slope, slope)
+
+
+# Gaussian focal loss (Zhou et al. 2019): peaks y = 1: (1-p)^alpha BCE(x, 1); elsewhere
+# (1-y)^beta p^alpha BCE(x, 0).
+
+
+@triton.jit
+def _beside_a_peak(y, beta):
+    """(1 - y)^beta off the peaks, 1 on them."""
+    return tl.where(y == 1.0, 1.0, tl.exp(beta * safe_log(1.0 - y)))
+
+
+@triton.jit
+def gaussian_focal_value(x, y, alpha, beta, SQUARE: tl.constexpr):
+    s, _, bce, log_s = _hard_parts(x, y == 1.0)
+    return _beside_a_peak(y, beta) * power(s, log_s, alpha, SQUARE) * bce
+
+
+@triton.jit
+def gaussian_focal_derivative(x, y, alpha, beta, SQUARE: tl.constexpr):
+    s, not_s, bce, log_s = _hard_parts(x, y == 1.0)
+    slope = power(s, log_s, alpha, SQUARE) * (alpha * not_s * bce + s)
+    return _beside_a_peak(y, beta) * tl.where(y == 1.0, -slope, slope)
 
 
 # The pickers: a string chooses the loss, so that every pointwise loss shares one kernel pair.
@@ -303,6 +326,8 @@ def pointwise_value(
         value = focal_star_value(x, y, p0, p1, p2, p3)
     elif KIND == "quality":
         value = quality_value(x, y, p0, SQUARE)
+    elif KIND == "gaussian":
+        value = gaussian_focal_value(x, y, p0, p1, SQUARE)
     elif KIND == "bce":
         value = bce_value(x, y)
     elif KIND == "asl1":
@@ -326,6 +351,8 @@ def pointwise_derivative(
         slope = focal_star_derivative(x, y, p0, p1, p2, p3)
     elif KIND == "quality":
         slope = quality_derivative(x, y, p0, SQUARE)
+    elif KIND == "gaussian":
+        slope = gaussian_focal_derivative(x, y, p0, p1, SQUARE)
     elif KIND == "bce":
         slope = bce_derivative(x, y)
     elif KIND == "asl1":

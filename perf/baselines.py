@@ -213,6 +213,16 @@ def varifocal(x: Tensor, y: Tensor, alpha: float = 0.75, gamma: float = 2.0) -> 
     return _bce(x, y) * factor
 
 
+def gaussian_focal(x: Tensor, y: Tensor, alpha: float = 2.0, beta: float = 4.0) -> Tensor:
+    p = torch.sigmoid(x).clamp(1e-4, 1 - 1e-4)
+    positive = y.eq(1).to(p.dtype)
+    negative = 1 - positive
+    return -(
+        torch.log(p) * (1 - p) ** alpha * positive
+        + torch.log(1 - p) * p**alpha * (1 - y) ** beta * negative
+    )
+
+
 def softmax_focal(x: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
     log_p = F.log_softmax(x, -1).gather(-1, labels[:, None]).squeeze(-1)
     return -((1 - log_p.exp()) ** gamma) * log_p

@@ -103,6 +103,17 @@ def _focal_dense(point, x, labels, quality):
     )
 
 
+def _gaussian_focal(point, x, labels, quality):
+    """A heat map: peaks of 1, and beside them what falls off."""
+    peaks = baselines.one_hot(labels, x.detach())
+    heat = torch.maximum(peaks, 0.7 * (peaks.roll(1, 0) + peaks.roll(-1, 0)).clamp(max=1))
+    return Call(
+        lambda x: tl.gaussian_focal_loss(x, heat, avg_factor=AVG_FACTOR),
+        x,
+        _summed(lambda x: baselines.gaussian_focal(x, heat)),
+    )
+
+
 def _quality_focal(point, x, labels, quality):
     return Call(
         lambda x: tl.quality_focal_loss(x, (labels, quality), avg_factor=AVG_FACTOR),
@@ -211,6 +222,7 @@ LOSSES: dict[str, Workload] = {
     "focal": Workload(_pointwise(tl.sigmoid_focal_loss, baselines.focal)),
     "focal_dense": Workload(_focal_dense),
     "focal_star": Workload(_pointwise(tl.focal_star_loss, baselines.focal_star)),
+    "gaussian_focal": Workload(_gaussian_focal),
     "quality_focal": Workload(_quality_focal),
     "varifocal": Workload(_varifocal),
     "softmax_focal": Workload(_softmax),

@@ -225,6 +225,14 @@ def varifocal_formula(x, problem, alpha=0.75, gamma=2.0, iou_weighted=True, deta
     return torch.where(problem.positive, positive, alpha * p**gamma * _bce(x, torch.zeros(())))
 
 
+def gaussian_formula(x, problem, alpha=2.0, beta=4.0):
+    y = dense_targets(problem)
+    log = torch.nn.functional.logsigmoid
+    positive = -(torch.sigmoid(-x) ** alpha) * log(x)
+    negative = -((1 - y) ** beta) * torch.sigmoid(x) ** alpha * log(-x)
+    return torch.where(y == 1, positive, negative)
+
+
 def row_weight(axes: Axes, x: Tensor, keep: Tensor, kwargs: dict, g: torch.Generator):
     """Draw the weight of rows, and fill what it removes with NaN: it poisons nothing."""
     if axes.weight:
@@ -384,6 +392,13 @@ CASES = [
         pointwise_problem,
         quality_formula,
         [{}, {"beta": 1.0}, {"beta": 0.0}, {"beta": 2.5}],
+    ),
+    Case(
+        "gaussian_focal",
+        tl.gaussian_focal_loss,
+        pointwise_problem,
+        gaussian_formula,
+        [{}, {"alpha": 0.5, "beta": 1.5}, {"alpha": 0.0, "beta": 0.0}],
     ),
     Case(
         "varifocal",

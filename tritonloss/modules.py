@@ -99,6 +99,15 @@ class VarifocalLoss(_Loss):
     function = staticmethod(pointwise.varifocal_loss)
 
 
+class GaussianFocalLoss(_Loss):
+    """``forward(logits, heat_map, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.gaussian_focal_loss`.
+    """
+
+    function = staticmethod(pointwise.gaussian_focal_loss)
+
+
 class SoftmaxFocalLoss(_Loss):
     """``forward(logits, labels, *, weight=None, avg_factor=None)``.
 

@@ -128,6 +128,20 @@ VARIFOCAL = Pointwise(
 )
 
 
+def _gaussian_dense(x, y, alpha, beta, *_):
+    peak = y == 1
+    z = torch.where(peak, -x, x)
+    beside = torch.where(peak, 1, power(1 - y, beta))
+    return beside * power(torch.sigmoid(z), alpha) * softplus(z)
+
+
+GAUSSIAN = Pointwise(
+    lambda x, alpha, *_: power(torch.sigmoid(x), alpha) * softplus(x),
+    _gaussian_dense,
+    _gaussian_dense,
+)
+
+
 def asl1_radius(d: Tensor, mu) -> Tensor:
     """sqrt(d^2 + mu^2); the square of neither is formed, so that nothing overflows."""
     return torch.hypot(d, torch.as_tensor(mu, dtype=d.dtype, device=d.device))
@@ -145,6 +159,7 @@ KINDS = {
     "asl1": AUTHENTIC_SMOOTH_L1,
     "focal": FOCAL,
     "focal_star": FOCAL_STAR,
+    "gaussian": GAUSSIAN,
     "quality": QUALITY,
     "varifocal": VARIFOCAL,
 }

@@ -363,6 +363,51 @@ def varifocal_loss(
     )  # fmt: skip
 
 
+def gaussian_focal_loss(
+    logits: Tensor,
+    targets: Tensor | tuple[Tensor, Tensor],
+    *,
+    alpha: float | Tensor = 2.0,
+    beta: float | Tensor = 4.0,
+    class_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""Focal loss on heat maps: what lies beside a peak is a negative that counts less.
+
+    .. math:: L = (1-p)^\alpha \, \mathrm{BCE}(x, 1) \ (y = 1), \quad
+              (1-y)^\beta \, p^\alpha \, \mathrm{BCE}(x, 0) \ (y < 1)
+
+    Args:
+        targets: a floating tensor ``(..., C)``, the heat map: 1 at the centre of an object, a
+            Gaussian around it, 0 elsewhere; or integer labels, which give the peaks alone.
+        alpha: focusing power, >= 0.
+        beta: how fast a negative counts again with its distance from the peak, >= 0.
+        avg_factor: the number of objects, as the paper has it.
+
+    The other arguments, result and errors are those of :func:`sigmoid_focal_loss`. A peak is a
+    target of exactly 1.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> heat = torch.tensor([[1.0], [0.5], [0.0]])
+        >>> loss = tritonloss.gaussian_focal_loss(torch.zeros(3, 1), heat, reduction="none")
+        >>> [round(v, 4) for v in loss.squeeze(1).tolist()]
+        [0.1733, 0.0108, 0.1733]
+
+    Reference:
+        Zhou et al., Objects as Points, 2019; Law and Deng, CornerNet, ECCV 2018.
+    """
+    check.is_number("alpha", alpha, 0)
+    check.is_number("beta", beta, 0)
+    return _pointwise(
+        "gaussian", logits, targets, (alpha, beta), weight, class_weight, ignore_index, reduction,
+        avg_factor,
+    )  # fmt: skip
+
+
 def parse_regression(pred, target, weight, mu):
     is_logits(pred, "pred")
     check.is_input("target", target, pred.shape, "as pred", "pred", pred)
