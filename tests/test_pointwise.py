@@ -189,7 +189,7 @@ def test_permutation_of_anchors(backend, function, hyper):
     permuted = function(x[order], labels[order], reduction="none", **hyper)
     # eager: the CPU's vector and scalar code differ in the last bit
     tolerance = 0 if backend == "triton" else 1e-6
-    torch.testing.assert_close(permuted, loss[order], rtol=tolerance, atol=0)
+    torch.testing.assert_close(permuted, loss[order], rtol=tolerance, atol=tolerance / 100)
 
 
 @every_loss
