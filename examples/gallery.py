@@ -238,6 +238,28 @@ def gaussian_focal():
 
 
 @picture
+def asymmetric():
+    """Asymmetric loss: a negative is focused more than a positive; below the margin it is free."""
+    figure, axes = panels(
+        r"$L = (1-p)^{\gamma_+}\,\mathrm{BCE}(x, 1)$ for positives, "
+        r"$-p_m^{\gamma_-}\,\log(1-p_m),\ p_m = \max(p-m, 0)$ for negatives",
+        rows=2,
+    )
+    for gamma, color in zip((0.0, 1.0, 2.0), shades("Oranges", 3), strict=True):
+        loss = each(tl.asymmetric_loss, POSITIVE, gamma_pos=gamma)
+        plot(axes[:2], loss, X, color=color, label=f"positive, γ+ = {gamma:g}")
+    for gamma, color in zip((1.0, 2.0, 4.0), shades("Blues", 3), strict=True):
+        loss = each(tl.asymmetric_loss, NEGATIVE, gamma_neg=gamma)
+        plot(axes[2:], loss, X, color=color, label=f"negative, γ− = {gamma:g}, m = 0.05")
+    for margin, style in ((0.0, ":"), (0.2, "--")):
+        loss = each(tl.asymmetric_loss, NEGATIVE, margin=margin)
+        plot(axes[2:], loss, X, color="k", ls=style, label=f"γ− = 4, m = {margin:g}")
+    label(axes[:2], "logit x", top=6)
+    label(axes[2:], "logit x", top=4)
+    return figure
+
+
+@picture
 def class_balanced():
     """Class-balanced weights: β says from how many samples on more of them say nothing new."""
     figure, axes = panels(r"$w = (1-\beta)\,/\,(1-\beta^n)$", columns=1)

@@ -9,7 +9,7 @@ import triton.language as tl
 # Which parameter is the power of the modulating factor.
 POWER = {"focal": 2, "quality": 0, "varifocal": 1, "gaussian": 0}
 # Losses with a shorter formula for targets of 0 and 1, ``hard_value``.
-HARD = frozenset({"focal", "focal_star", "quality", "varifocal", "gaussian", "bce"})
+HARD = frozenset({"focal", "focal_star", "quality", "varifocal", "gaussian", "asymmetric", "bce"})
 
 
 def is_hard(kind: str, labels, quality) -> bool:
@@ -242,12 +242,52 @@ def _hard_parts(x, positive):
     return s, not_s, tl.maximum(z, 0.0) + log1p_e, tl.minimum(z, 0.0) - log1p_e
 
 
+# Asymmetric loss (Ridnik et al. 2021): y f(-x, gamma_pos, 0) + (1-y) f(x, gamma_neg, margin),
+# f = q^gamma -log(1 - q), q = max(sigmoid(z) - margin, 0).
+
+
+@triton.jit
+def _shifted_focal(z, s, not_s, gamma, margin):
+    """f of a logit z that should be low and its derivative; s = sigmoid(z)."""
+    easy = s <= margin  # in this direction a NaN stays one
+    q = tl.where(easy, 0.0, s - margin)
+    rest = tl.where(easy, 1.0, not_s + margin)  # 1 - q
+    far = rest > 1e-30  # beyond, there is no margin, and -log(1 - q) is z
+    safe = tl.where(far, rest, 1.0)
+    bce = tl.where(q < 0.5, log1p_unit(q / safe), tl.where(far, -tl.log(safe), z))
+    factor = tl.exp(gamma * safe_log(q))
+    through = gamma * not_s * bce / tl.maximum(q, 1e-37) + tl.where(far, not_s / safe, 1.0)
+    return factor * bce, tl.where(easy, 0.0, factor * s * through)
+
+
+@triton.jit
+def asymmetric_value(x, y, gamma_pos, gamma_neg, margin):
+    p, not_p, log1p_e = sigmoid_parts(x)
+    positive = tl.exp(-gamma_pos * (tl.maximum(x, 0.0) + log1p_e))
+    positive *= tl.maximum(-x, 0.0) + log1p_e
+    negative, _ = _shifted_focal(x, p, not_p, gamma_neg, margin)
+    return y * positive + (1.0 - y) * negative
+
+
+@triton.jit
+def asymmetric_derivative(x, y, gamma_pos, gamma_neg, margin):
+    p, not_p, log1p_e = sigmoid_parts(x)
+    positive = tl.exp(-gamma_pos * (tl.maximum(x, 0.0) + log1p_e))
+    positive *= gamma_pos * p * (tl.maximum(-x, 0.0) + log1p_e) + not_p
+    _, negative = _shifted_focal(x, p, not_p, gamma_neg, margin)
+    return (1.0 - y) * negative - y * positive
+
+
 @triton.jit
 def hard_value(x, positive, p0, p1, p2, p3, KIND: tl.constexpr, SQUARE: tl.constexpr):
     """Loss of each logit under labels; parameters as in ``pointwise_value``."""
     if KIND == "focal_star":
         _, _, value, _ = _hard_parts(tl.where(positive, p2 * x + p3, p2 * x - p3), positive)
         value *= tl.where(positive, p0, p1) / p2
+    elif KIND == "asymmetric":
+        s, not_s, _, _ = _hard_parts(x, positive)
+        gamma, margin = tl.where(positive, p0, p1), tl.where(positive, 0.0, p2)
+        value, _ = _shifted_focal(tl.where(positive, -x, x), s, not_s, gamma, margin)
     else:
         s, _, value, log_s = _hard_parts(x, positive)
         if KIND == "focal":
@@ -267,6 +307,10 @@ def hard_derivative(x, positive, p0, p1, p2, p3, KIND: tl.constexpr, SQUARE: tl.
     if KIND == "focal_star":
         slope, _, _, _ = _hard_parts(tl.where(positive, p2 * x + p3, p2 * x - p3), positive)
         slope *= tl.where(positive, p0, p1)
+    elif KIND == "asymmetric":
+        s, not_s, _, _ = _hard_parts(x, positive)
+        gamma, margin = tl.where(positive, p0, p1), tl.where(positive, 0.0, p2)
+        _, slope = _shifted_focal(tl.where(positive, -x, x), s, not_s, gamma, margin)
     else:
         s, not_s, loss, log_s = _hard_parts(x, positive)
         if KIND == "focal":
@@ -326,6 +370,8 @@ def pointwise_value(
         value = focal_star_value(x, y, p0, p1, p2, p3)
     elif KIND == "quality":
         value = quality_value(x, y, p0, SQUARE)
+    elif KIND == "asymmetric":
+        value = asymmetric_value(x, y, p0, p1, p2)
     elif KIND == "gaussian":
         value = gaussian_focal_value(x, y, p0, p1, SQUARE)
     elif KIND == "bce":
@@ -351,6 +397,8 @@ def pointwise_derivative(
         slope = focal_star_derivative(x, y, p0, p1, p2, p3)
     elif KIND == "quality":
         slope = quality_derivative(x, y, p0, SQUARE)
+    elif KIND == "asymmetric":
+        slope = asymmetric_derivative(x, y, p0, p1, p2)
     elif KIND == "gaussian":
         slope = gaussian_focal_derivative(x, y, p0, p1, SQUARE)
     elif KIND == "bce":

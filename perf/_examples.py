@@ -222,6 +222,8 @@ EXAMPLES: dict[str, Callable] = {
     "focal scheduled": pointwise(focal, scheduled=("gamma", "avg_factor")),
     "focal_star": pointwise(tl.focal_star_loss),
     "focal_star dense": pointwise(tl.focal_star_loss, "dense"),
+    "asymmetric": pointwise(tl.asymmetric_loss),
+    "asymmetric dense": pointwise(tl.asymmetric_loss, "dense"),
     "gaussian_focal": pointwise(tl.gaussian_focal_loss, "dense"),
     "quality_focal": pointwise(tl.quality_focal_loss, "quality"),
     "quality_focal 80 classes bf16": pointwise(

@@ -223,6 +223,16 @@ def gaussian_focal(x: Tensor, y: Tensor, alpha: float = 2.0, beta: float = 4.0) 
     )
 
 
+def asymmetric(
+    x: Tensor, y: Tensor, gamma_pos: float = 1.0, gamma_neg: float = 4.0, margin: float = 0.05
+) -> Tensor:
+    p = torch.sigmoid(x)
+    rest = (1 - p + margin).clamp(max=1)
+    loss = y * torch.log(p.clamp(min=1e-8)) + (1 - y) * torch.log(rest.clamp(min=1e-8))
+    p_t = p * y + rest * (1 - y)
+    return -loss * (1 - p_t) ** (gamma_pos * y + gamma_neg * (1 - y))
+
+
 def softmax_focal(x: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
     log_p = F.log_softmax(x, -1).gather(-1, labels[:, None]).squeeze(-1)
     return -((1 - log_p.exp()) ** gamma) * log_p

@@ -219,6 +219,7 @@ class Workload(NamedTuple):
 
 
 LOSSES: dict[str, Workload] = {
+    "asymmetric": Workload(_pointwise(tl.asymmetric_loss, baselines.asymmetric)),
     "focal": Workload(_pointwise(tl.sigmoid_focal_loss, baselines.focal)),
     "focal_dense": Workload(_focal_dense),
     "focal_star": Workload(_pointwise(tl.focal_star_loss, baselines.focal_star)),

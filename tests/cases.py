@@ -233,6 +233,21 @@ def gaussian_formula(x, problem, alpha=2.0, beta=4.0):
     return torch.where(y == 1, positive, negative)
 
 
+def asymmetric_formula(x, problem, gamma_pos=1.0, gamma_neg=4.0, margin=0.05):
+    y = dense_targets(problem)
+    log = torch.nn.functional.logsigmoid
+    positive = -(torch.sigmoid(-x) ** gamma_pos) * log(x)
+    shifted = (torch.sigmoid(x) - margin).clamp(min=0)
+    if margin == 0:
+        log_rest = log(-x)  # 1 - p underflows
+    else:
+        # 1 - p + m where p is large: 1 - (p - m) would cancel
+        near = torch.log1p(-torch.where(shifted < 0.5, shifted, 0))
+        beyond = (torch.sigmoid(-x) + margin).log()
+        log_rest = torch.where(shifted < 0.5, near, beyond)
+    return y * positive - (1 - y) * shifted**gamma_neg * log_rest
+
+
 def row_weight(axes: Axes, x: Tensor, keep: Tensor, kwargs: dict, g: torch.Generator):
     """Draw the weight of rows, and fill what it removes with NaN: it poisons nothing."""
     if axes.weight:
@@ -364,6 +379,17 @@ def box_case(kind: str, function: Callable, hyper=({},)) -> Case:
 
 
 CASES = [
+    Case(
+        "asymmetric",
+        tl.asymmetric_loss,
+        pointwise_problem,
+        asymmetric_formula,
+        [
+            {},
+            {"gamma_pos": 0.0, "gamma_neg": 2.0, "margin": 0.0},
+            {"gamma_pos": 2.0, "gamma_neg": 1.5, "margin": 0.2},
+        ],
+    ),
     Case(
         "authentic_smooth_l1",
         tl.authentic_smooth_l1_loss,

@@ -15,6 +15,7 @@ from .functional import *  # noqa: F403  (the names of functional.__all__)
 from .modules import (
     ALRPLoss,
     APLoss,
+    AsymmetricLoss,
     CARLLoss,
     CIoULoss,
     DIoULoss,
@@ -36,6 +37,7 @@ from .modules import (
 __all__ = [
     "ALRPLoss",
     "APLoss",
+    "AsymmetricLoss",
     "CARLLoss",
     "CIoULoss",
     "DIoULoss",

@@ -4,6 +4,7 @@ from .losses.boxes import ciou_loss, diou_loss, giou_loss, iou_loss
 from .losses.distribution import distribution_expectation, distribution_focal_loss
 from .losses.ghm import ghm_c_loss, ghm_r_loss
 from .losses.pointwise import (
+    asymmetric_loss,
     authentic_smooth_l1_loss,
     class_balanced_weight,
     focal_star_loss,
@@ -29,6 +30,7 @@ __all__ = [
     "RankSort",
     "alrp_loss",
     "ap_loss",
+    "asymmetric_loss",
     "authentic_smooth_l1_loss",
     "carl_loss",
     "ciou_loss",

@@ -108,6 +108,15 @@ class GaussianFocalLoss(_Loss):
     function = staticmethod(pointwise.gaussian_focal_loss)
 
 
+class AsymmetricLoss(_Loss):
+    """``forward(logits, targets, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.asymmetric_loss`.
+    """
+
+    function = staticmethod(pointwise.asymmetric_loss)
+
+
 class SoftmaxFocalLoss(_Loss):
     """``forward(logits, labels, *, weight=None, avg_factor=None)``.
 

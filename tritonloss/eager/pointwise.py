@@ -142,6 +142,32 @@ GAUSSIAN = Pointwise(
 )
 
 
+def _shifted_focal(z, gamma, margin):
+    """q^gamma -log(1 - q), q = max(sigmoid(z) - margin, 0): the focal loss of a shifted score."""
+    high = z > 0
+    smaller = torch.sigmoid(torch.where(high, -z, z))  # whose derivative does not cancel
+    s = torch.where(high, 1 - smaller, smaller)
+    easy = s <= margin
+    q = torch.where(easy, 0, s - margin)
+    near = q < 0.5
+    rest = torch.where(high, smaller, 1 - smaller) + margin  # 1 - q, where not easy
+    far = rest > 1e-30  # beyond, there is no margin, and -log(1 - q) is z
+    beyond = torch.where(far, -torch.where(near | ~far, 1, rest).log(), z)
+    bce = torch.where(near, -torch.log1p(-torch.where(near, q, 0)), beyond)
+    return power(q, gamma) * bce
+
+
+def _asymmetric_dense(x, y, gamma_pos, gamma_neg, margin, *_):
+    return torch.lerp(_shifted_focal(x, gamma_neg, margin), _shifted_focal(-x, gamma_pos, 0), y)
+
+
+ASYMMETRIC = Pointwise(
+    lambda x, gamma_pos, gamma_neg, margin, *_: _shifted_focal(x, gamma_neg, margin),
+    _asymmetric_dense,
+    _asymmetric_dense,
+)
+
+
 def asl1_radius(d: Tensor, mu) -> Tensor:
     """sqrt(d^2 + mu^2); the square of neither is formed, so that nothing overflows."""
     return torch.hypot(d, torch.as_tensor(mu, dtype=d.dtype, device=d.device))
@@ -157,6 +183,7 @@ AUTHENTIC_SMOOTH_L1 = Pointwise(asl1, asl1, asl1)
 
 KINDS = {
     "asl1": AUTHENTIC_SMOOTH_L1,
+    "asymmetric": ASYMMETRIC,
     "focal": FOCAL,
     "focal_star": FOCAL_STAR,
     "gaussian": GAUSSIAN,

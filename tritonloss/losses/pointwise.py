@@ -363,6 +363,53 @@ def varifocal_loss(
     )  # fmt: skip
 
 
+def asymmetric_loss(
+    logits: Tensor,
+    targets: Tensor | tuple[Tensor, Tensor],
+    *,
+    gamma_pos: float | Tensor = 1.0,
+    gamma_neg: float | Tensor = 4.0,
+    margin: float | Tensor = 0.05,
+    class_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""Asymmetric loss: negatives are focused more than positives, and the easiest are dropped.
+
+    .. math:: L = -y \, (1-p)^{\gamma_+} \log p - (1-y) \, p_m^{\gamma_-} \log(1-p_m),
+              \quad p_m = \max(p - m, 0)
+
+    The gradient flows through the modulating factors.
+
+    Args:
+        gamma_pos: focusing power of positives, >= 0.
+        gamma_neg: focusing power of negatives, >= 0.
+        margin: m, in [0, 1): a negative whose score is not above it costs nothing.
+
+    The other arguments, result and errors are those of :func:`sigmoid_focal_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> logits = torch.tensor([[0.0, 0.0, -4.0]])
+        >>> loss = tritonloss.asymmetric_loss(logits, torch.tensor([0]), reduction="none")
+        >>> [round(v, 4) for v in loss[0].tolist()]
+        [0.3466, 0.0245, 0.0]
+
+    Reference:
+        Ridnik et al., Asymmetric Loss For Multi-Label Classification, ICCV 2021.
+    """
+    check.is_number("gamma_pos", gamma_pos, 0)
+    check.is_number("gamma_neg", gamma_neg, 0)
+    check.is_number("margin", margin, 0, 1, open_high=True)
+    params = (gamma_pos, gamma_neg, margin)
+    return _pointwise(
+        "asymmetric", logits, targets, params, weight, class_weight, ignore_index, reduction,
+        avg_factor,
+    )  # fmt: skip
+
+
 def gaussian_focal_loss(
     logits: Tensor,
     targets: Tensor | tuple[Tensor, Tensor],
