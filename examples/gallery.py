@@ -330,11 +330,13 @@ def boxes():
     """Box losses as a box leaves its target, and as it grows around or inside it.
 
     IoU alone is flat from afar. While sides and shape stay as they are, DIoU and CIoU are one; of
-    boxes around one centre, one inside the other, all agree but for CIoU's small α v.
+    boxes around one centre, one inside the other, all agree but for CIoU's small α v and
+    EIoU, which counts the width itself.
     """
     figure, axes = panels(
         "IoU: 1 − IoU      GIoU: 1 − IoU + (hull − union) / hull\n"
-        "DIoU: 1 − IoU + distance² / diagonal²      CIoU: DIoU + α v",
+        "DIoU: 1 − IoU + distance² / diagonal²      CIoU: DIoU + α v\n"
+        "EIoU: DIoU + (difference of widths / width of the hull)², the same for heights",
         rows=2,
     )
     target = torch.tensor([-0.5, -0.5, 0.5, 0.5], dtype=torch.float64)
@@ -353,6 +355,7 @@ def boxes():
         "GIoU": (tl.giou_loss, "-"),
         "DIoU": (tl.diou_loss, "--"),
         "CIoU": (tl.ciou_loss, ":"),
+        "EIoU": (tl.eiou_loss, (0, (5, 1))),
         "CIoU, also for IoU < 0.5": (partial(tl.ciou_loss, alpha_threshold=-1), "-."),
     }
     for name, (function, style) in losses.items():

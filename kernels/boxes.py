@@ -1,4 +1,4 @@
-"""IoU, GIoU, DIoU and CIoU loss: one forward and one backward kernel, the loss chosen by KIND.
+"""IoU, GIoU, DIoU, CIoU and EIoU loss: a forward and a backward kernel, the loss chosen by KIND.
 
 Boxes that lie in memory one after the other are read as a stream of 16-byte words and taken apart
 in registers; all others through their strides.
@@ -85,6 +85,14 @@ def share_if_smaller(a, b):
 
 
 @triton.jit
+def side_difference(p1, p2, t1, t2):
+    """Side of p minus side of t, or distances of corners where those are smaller and round less."""
+    p, t, low, high = tl.maximum(p2 - p1, 0.0), tl.maximum(t2 - t1, 0.0), p1 - t1, p2 - t2
+    near = tl.abs(low) + tl.abs(high) < p + t
+    return tl.where(near & (p2 >= p1) & (t2 >= t1), high - low, p - t)
+
+
+@triton.jit
 def box_loss(p, t, eps, alpha_threshold, KIND: tl.constexpr):
     """Loss of each pair of boxes, and its derivatives by the corners of p: ``(loss, corners)``."""
     px1, py1, px2, py2 = p
@@ -131,7 +139,7 @@ def box_loss(p, t, eps, alpha_threshold, KIND: tl.constexpr):
         d_hull = tl.where(open_hull, union / hull / hull, 0.0)
         d_wc = d_hull * hc
         d_hc = d_hull * wc
-    if KIND == "diou" or KIND == "ciou":
+    if KIND == "diou" or KIND == "ciou" or KIND == "eiou":
         d_x = ((px1 - tx1) + (px2 - tx2)) * 0.5
         d_y = ((py1 - ty1) + (py2 - ty2)) * 0.5
         far = wc * wc + hc * hc >= eps
@@ -142,6 +150,18 @@ def box_loss(p, t, eps, alpha_threshold, KIND: tl.constexpr):
         d_hc = tl.where(far, -2.0 * penalty / diagonal, 0.0) * hc
         d_x = d_x / diagonal
         d_y = d_y / diagonal
+    if KIND == "eiou":
+        wide, high = wc * wc >= eps, hc * hc >= eps
+        width, height = tl.where(wide, wc * wc, eps), tl.where(high, hc * hc, eps)
+        wider = side_difference(px1, px2, tx1, tx2)
+        higher = side_difference(py1, py2, ty1, ty2)
+        d_wp = wider / width
+        d_hp = higher / height
+        loss += d_wp * wider + d_hp * higher
+        d_wc -= tl.where(wide, 2.0 * d_wp * d_wp, 0.0) * wc
+        d_hc -= tl.where(high, 2.0 * d_hp * d_hp, 0.0) * hc
+        d_wp *= 2.0
+        d_hp *= 2.0
     if KIND == "ciou":
         angle, angle_wp, angle_hp = aspect_angle(wp, hp, wt, ht)
         v = 0.40528473 * angle * angle

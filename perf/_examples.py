@@ -245,6 +245,7 @@ EXAMPLES: dict[str, Callable] = {
     "giou": boxes(tl.giou_loss),
     "giou nchw": boxes(tl.giou_loss, layout="nchw"),
     "diou": boxes(tl.diou_loss),
+    "eiou": boxes(tl.eiou_loss),
     "ciou": boxes(tl.ciou_loss),
     "ciou bf16": boxes(tl.ciou_loss, "bfloat16"),
     "ciou scheduled": boxes(tl.ciou_loss, scheduled="alpha_threshold"),

@@ -261,7 +261,7 @@ def authentic_smooth_l1(pred: Tensor, target: Tensor, mu: float = 0.02) -> Tenso
 
 
 def box(pred: Tensor, target: Tensor, kind: str, eps: float = 1e-7) -> Tensor:
-    """1 - IoU, GIoU, DIoU or CIoU of boxes (..., 4)."""
+    """1 - IoU, GIoU, DIoU, EIoU or CIoU of boxes (..., 4)."""
     (wp, hp), (wt, ht) = ((b[..., 2:] - b[..., :2]).unbind(-1) for b in (pred, target))
     low, high = torch.minimum(pred, target), torch.maximum(pred, target)
     wi, hi = (low[..., 2:] - high[..., :2]).clamp(min=0).unbind(-1)
@@ -277,6 +277,8 @@ def box(pred: Tensor, target: Tensor, kind: str, eps: float = 1e-7) -> Tensor:
     loss = 1 - iou + (apart**2).sum(-1) / (wc**2 + hc**2 + eps)
     if kind == "diou":
         return loss
+    if kind == "eiou":
+        return loss + (wp - wt) ** 2 / (wc**2 + eps) + (hp - ht) ** 2 / (hc**2 + eps)
     v = 4 / math.pi**2 * (torch.atan(wt / (ht + eps)) - torch.atan(wp / (hp + eps))) ** 2
     with torch.no_grad():
         alpha = (iou > 0.5) * v / (1 - iou + v + eps)

@@ -240,7 +240,7 @@ LOSSES: dict[str, Workload] = {
         ),
         4,
     ),
-    **{kind: Workload(_box(kind), 4) for kind in ("iou", "giou", "diou", "ciou")},
+    **{kind: Workload(_box(kind), 4) for kind in ("iou", "giou", "diou", "eiou", "ciou")},
 }
 
 

@@ -347,6 +347,9 @@ def box_formula(kind: str):
         loss = 1 - iou + centres.square().sum(-1) / (wc**2 + hc**2).clamp(min=eps)
         if kind == "diou":
             return loss
+        if kind == "eiou":
+            width, height = (wc * wc).clamp(min=eps), (hc * hc).clamp(min=eps)
+            return loss + (wp - wt) ** 2 / width + (hp - ht) ** 2 / height
         v = 4 / torch.pi**2 * (torch.atan2(wt, ht) - torch.atan2(wp, hp)) ** 2
         v = torch.where((wp == 0) & (hp == 0), 0, v)  # no size, no aspect ratio
         alpha = (v / (1 - iou + v).clamp(min=eps)).detach()
@@ -457,6 +460,7 @@ CASES = [
     box_case("iou", tl.iou_loss),
     box_case("giou", tl.giou_loss),
     box_case("diou", tl.diou_loss),
+    box_case("eiou", tl.eiou_loss),
     box_case("ciou", tl.ciou_loss, [{}, {"alpha_threshold": 0.0}, {"alpha_threshold": -1.0}]),
 ]
 

@@ -1,4 +1,4 @@
-"""IoU, GIoU, DIoU and CIoU loss: formula, known answers, degenerate boxes."""
+"""IoU, GIoU, DIoU, CIoU and EIoU loss: formula, known answers, degenerate boxes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ LOSSES = {
     "iou": tl.iou_loss,
     "giou": tl.giou_loss,
     "diou": tl.diou_loss,
+    "eiou": tl.eiou_loss,
     "ciou": tl.ciou_loss,
     "ciou everywhere": partial(tl.ciou_loss, alpha_threshold=-1),
 }
@@ -36,13 +37,15 @@ def written_out(p, t, kind, alpha_threshold=0.5, eps=1e-7):
         return 1 - iou + (max(wc * hc, eps) - union) / max(wc * hc, eps)
     dx, dy = (p[0] + p[2] - t[0] - t[2]) / 2, (p[1] + p[3] - t[1] - t[3]) / 2
     loss = 1 - iou + (dx**2 + dy**2) / max(wc**2 + hc**2, eps)
+    if kind == "eiou":
+        loss += (wp - wt) ** 2 / max(wc * wc, eps) + (hp - ht) ** 2 / max(hc * hc, eps)
     if kind == "ciou" and iou > alpha_threshold:
         v = 4 / math.pi**2 * (math.atan2(wt, ht) - math.atan2(wp, hp)) ** 2
         loss += v * v / max(1 - iou + v, eps)
     return loss
 
 
-@pytest.mark.parametrize("kind", ["iou", "giou", "diou", "ciou"])
+@pytest.mark.parametrize("kind", ["iou", "giou", "diou", "eiou", "ciou"])
 def test_written_out(kind, backend):
     g = torch.Generator().manual_seed(3)
     target = torch.rand(60, 4, generator=g) * 10

@@ -1,6 +1,6 @@
 """The loss functions: the same objects as in ``tritonloss`` itself."""
 
-from .losses.boxes import ciou_loss, diou_loss, giou_loss, iou_loss
+from .losses.boxes import ciou_loss, diou_loss, eiou_loss, giou_loss, iou_loss
 from .losses.distribution import distribution_expectation, distribution_focal_loss
 from .losses.ghm import ghm_c_loss, ghm_r_loss
 from .losses.pointwise import (
@@ -38,6 +38,7 @@ __all__ = [
     "diou_loss",
     "distribution_expectation",
     "distribution_focal_loss",
+    "eiou_loss",
     "focal_star_loss",
     "gaussian_focal_loss",
     "generalized_focal_loss",

@@ -171,6 +171,15 @@ class DIoULoss(_Loss):
     function = staticmethod(boxes.diou_loss)
 
 
+class EIoULoss(_Loss):
+    """``forward(pred, target, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.eiou_loss`.
+    """
+
+    function = staticmethod(boxes.eiou_loss)
+
+
 class CIoULoss(_Loss):
     """``forward(pred, target, *, weight=None, avg_factor=None)``.
 

@@ -1,4 +1,4 @@
-"""IoU, GIoU, DIoU and CIoU loss in plain torch.
+"""IoU, GIoU, DIoU, CIoU and EIoU loss in plain torch.
 
 1 - IoU and its like are computed in two ways. Where boxes are close, differences of areas are sums
 of products of differences of sides, which are exactly 0 for equal boxes; where they are apart, the
@@ -17,6 +17,13 @@ from ._entry import entered, reduced
 
 def _side(low: Tensor, high: Tensor) -> Tensor:
     return (high - low).clamp(min=0)
+
+
+def _side_difference(p1, p2, t1, t2) -> Tensor:
+    """Side of p minus side of t, or distances of corners where those are smaller and round less."""
+    p, t, low, high = _side(p1, p2), _side(t1, t2), p1 - t1, p2 - t2
+    near = low.abs() + high.abs() < p + t
+    return torch.where(near & (p2 >= p1) & (t2 >= t1), high - low, p - t)
 
 
 def _area_minus(w, h, inner_w, inner_h) -> Tensor:
@@ -74,6 +81,12 @@ def box_values(pred: Tensor, target: Tensor, eps, alpha_threshold, kind: str) ->
     penalised = loss + (dx * dx + dy * dy) / (wc * wc + hc * hc).clamp(min=eps)
     if kind == "diou":
         return penalised
+
+    if kind == "eiou":
+        width, height = (wc * wc).clamp(min=eps), (hc * hc).clamp(min=eps)
+        wider = _side_difference(px1, px2, tx1, tx2)
+        higher = _side_difference(py1, py2, ty1, ty2)
+        return penalised + wider / width * wider + higher / height * higher
 
     v = _aspect_penalty(wp, hp, wt, ht)
     alpha = v.detach() / (loss + v).detach().clamp(min=eps)

@@ -1,4 +1,4 @@
-"""IoU, GIoU, DIoU and CIoU loss."""
+"""IoU, GIoU, DIoU, CIoU and EIoU loss."""
 
 from __future__ import annotations
 
@@ -202,6 +202,37 @@ def diou_loss(
         Zheng et al., Distance-IoU Loss, AAAI 2020.
     """
     return _box_loss("diou", pred, target, eps, 0.0, weight, reduction, avg_factor)
+
+
+def eiou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    eps: float | Tensor = 1e-7,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""DIoU loss with a penalty for the difference of each side.
+
+    .. math:: L = 1 - \mathrm{IoU} + \rho^2 / c^2 + (w_p - w_t)^2 / w_c^2 + (h_p - h_t)^2 / h_c^2
+
+    with :math:`w_c, h_c` the sides of the smallest box around both, c its diagonal and
+    :math:`\rho` the distance of the centres. The arguments, result and errors are those of
+    :func:`iou_loss`; eps is the smallest :math:`c^2, w_c^2` and :math:`h_c^2`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> pred = torch.tensor([[0.0, 0.0, 4.0, 2.0]])
+        >>> target = torch.tensor([[0.0, 0.0, 4.0, 4.0]])
+        >>> loss = tritonloss.eiou_loss(pred, target) - tritonloss.diou_loss(pred, target)
+        >>> loss.item()
+        0.25
+
+    Reference:
+        Zhang et al., Focal and Efficient IOU Loss, Neurocomputing 2022.
+    """
+    return _box_loss("eiou", pred, target, eps, 0.0, weight, reduction, avg_factor)
 
 
 def ciou_loss(
