@@ -9,15 +9,14 @@ are timed; ratios hold within one run.
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
 
 import tritonloss as tl
 
-from . import baselines, gpu_check
-from .sweep import cpu_name, quantiles
+from . import baselines
+from ._measure import machine, quantiles, timed_in_turn, write_rows
 from .workloads import Point, draw
 
 
@@ -50,9 +49,8 @@ def measure(rows: int, dtype: str, form: str, device: str) -> list[dict]:
         "focal, forward + backward": focal,
         "diagnosis, one update": lambda: diagnosis.update(x, targets),
     }
-    # In turn, round after round: what changes the machine's speed hits both.
-    rounds = {name: [quantiles(f, device)[0] for _ in range(3)] for name, f in candidates.items()}
-    best = {name: min(times) for name, times in rounds.items()}
+    runs = {name: lambda f=f: quantiles(f, device)[0] for name, f in candidates.items()}
+    best = {name: min(times) for name, times in timed_in_turn(runs, 3).items()}
     focal_ms = best["focal, forward + backward"]
     return [
         {
@@ -81,16 +79,8 @@ def main(argv=None) -> None:
             args.anchors or (176_000 if on_gpu else 100_000), dtype, form, args.device
         )
     ]
-    machine = {
-        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
-        "torch": torch.__version__,
-        "commit": gpu_check.commit(),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *machine], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | machine for row in rows)
+    where = machine(args.device)
+    write_rows(args.out, [row | where for row in rows])
     for row in rows:
         print(
             *(f"{v!s:>{w}}" for v, w in zip(row.values(), (7, 4, 9, 7, 26, 9, 6, 7), strict=True))

@@ -13,7 +13,6 @@ one collective. ``perf/scaling.py`` holds its model against this table.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import socket
@@ -26,6 +25,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import tritonloss as tl
+
+from ._measure import write_rows
 
 CLASSES = 4
 MANY = 1200  # positives of one process alone, to tell pairs from positives
@@ -200,10 +201,7 @@ def main() -> None:
             print(*(f"{k} {v}" for k, v in rows[-1].items() if v != ""), sep="  ", flush=True)
     if options.out:
         machine = {"cores": os.cpu_count(), "torch": torch.__version__, "cpu": platform.machine()}
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, *machine], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row | machine for row in rows)
+        write_rows(options.out, [row | machine for row in rows])
 
 
 if __name__ == "__main__":

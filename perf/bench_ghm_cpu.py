@@ -8,7 +8,6 @@ One thread, all candidates of a shape in turn, minimum over the rounds: read the
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 import tritonloss as tl
 from tritonloss.diagnose import recorded
 
+from ._measure import gate, timed_in_turn, write_rows
 from .baselines import ghm_c_loop, isr_p_loop
 
 
@@ -45,20 +45,6 @@ def step(function, *args):
     return time.process_time() - start, loss.detach(), x.grad
 
 
-def interleaved(candidates: dict, rounds: int) -> dict[str, float]:
-    best = dict.fromkeys(candidates, float("inf"))
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            best[name] = min(best[name], run())
-    return best
-
-
-def gate(name, got, want, tolerance):
-    error = ((got - want).norm() / want.norm()).item()
-    if not error <= tolerance:
-        raise SystemExit(f"{name}: relative error {error:.1e} > {tolerance:.0e}, not timed")
-
-
 def ghm(kind, anchors, classes, bins, rounds):
     x, labels = logits_like(kind, anchors, classes)
     y = F.one_hot(labels, classes + 1)[:, :classes].float()
@@ -77,7 +63,7 @@ def ghm(kind, anchors, classes, bins, rounds):
         "ghm_c dense": lambda: step(ours, x, y)[0],
         "loop over bins": lambda: step(lambda x, y: ghm_c_loop(x, y, bins), x, y)[0],
     }
-    best = interleaved(candidates, rounds)
+    best = {name: min(found) for name, found in timed_in_turn(candidates, rounds).items()}
     shape = f"{anchors}x{classes} {kind} {bins} bins"
     return [(shape, name, s, s / best["bce"]) for name, s in best.items()]
 
@@ -95,9 +81,8 @@ def isr(positives, rounds):
         function(loss, iou, gt_index, labels)
         return time.process_time() - start
 
-    best = interleaved(
-        {"isr_p": lambda: timed(tl.isr_p_weight), "loops": lambda: timed(isr_p_loop)}, rounds
-    )
+    candidates = {"isr_p": lambda: timed(tl.isr_p_weight), "loops": lambda: timed(isr_p_loop)}
+    best = {name: min(found) for name, found in timed_in_turn(candidates, rounds).items()}
     return [(f"{positives} positives", k, s, s / best["isr_p"]) for k, s in best.items()]
 
 
@@ -118,13 +103,12 @@ def main():
         rows += isr(positives, args.rounds)
     for shape, name, seconds, ratio in rows:
         print(f"{shape:32} {name:16} {seconds * 1e3:9.2f} ms  {ratio:7.2f} x")
-    machine = platform.machine() + ", 1 thread"
-    with args.out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["shape", "what", "cpu_ms", "ratio", "torch", "machine"])
-        for shape, name, seconds, ratio in rows:
-            figures = [f"{seconds * 1e3:.3f}", f"{ratio:.2f}"]
-            writer.writerow([shape, name, *figures, torch.__version__, machine])
+    where = {"torch": torch.__version__, "machine": platform.machine() + ", 1 thread"}
+    write_rows(args.out, [
+        {"shape": shape, "what": name, "cpu_ms": f"{1e3 * seconds:.3f}", "ratio": f"{ratio:.2f}"}
+        | where
+        for shape, name, seconds, ratio in rows
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ hits them alike; the ratio is that of the fastest rounds. Each is first checked 
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import time
 from pathlib import Path
@@ -17,9 +16,10 @@ from pathlib import Path
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import tritonloss as tl
+
+from ._measure import gate, timed_in_turn, write_rows
 
 
 def inputs(anchors: int, classes: int):
@@ -61,15 +61,13 @@ def candidates(x, labels, quality, dense) -> dict:
     return found
 
 
-def check(call, x) -> None:
+def check(name, call, x) -> None:
     """A wrong candidate is not timed."""
     reference = x.detach().double().requires_grad_()
     call(reference).backward()
     x.grad = None
     call().backward()
-    error = (x.grad - reference.grad).norm() / reference.grad.norm()
-    if not error < 1e-5:
-        raise SystemExit(f"gradient off by {float(error):.1e}")
+    gate(f"{name}, gradient", x.grad, reference.grad, 1e-5)
 
 
 def main() -> None:
@@ -84,20 +82,21 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 100  # one graph per candidate of the same lambda
     x, labels, quality, dense = inputs(options.anchors, options.classes)
     calls = candidates(x, labels, quality, dense)
-    for call in calls.values():
-        check(call, x)
+    for name, call in calls.items():
+        check(name, call, x)
     runs = {("bce", "torch"): lambda: F.binary_cross_entropy_with_logits(x, dense)}
     for name, call in calls.items():
         runs[name, "eager"] = call
         runs[name, "compiled"] = torch.compile(lambda c=call: c(), fullgraph=True)
         runs[name, "compiled"]().backward()
-    times = {key: [] for key in runs}
-    for _ in tqdm(range(options.rounds), unit="round"):
-        for key, run in runs.items():
-            x.grad = None
-            start = time.perf_counter()
-            run().backward()
-            times[key].append(time.perf_counter() - start)
+
+    def seconds(run):
+        x.grad = None
+        start = time.perf_counter()
+        run().backward()
+        return time.perf_counter() - start
+
+    times = timed_in_turn({k: lambda r=r: seconds(r) for k, r in runs.items()}, options.rounds)
     base = min(times["bce", "torch"])
     machine = {
         "anchors": options.anchors,
@@ -106,15 +105,15 @@ def main() -> None:
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["loss", "provider", "best_ms", "median_ms", "times_bce", *machine])
-        for (name, provider), seconds in times.items():
-            middle = sorted(seconds)[len(seconds) // 2]
-            row = [f"{1e3 * min(seconds):.1f}", f"{1e3 * middle:.1f}", f"{min(seconds) / base:.2f}"]
-            writer.writerow([name, provider, *row, *machine.values()])
-            print(f"{name:26s}{provider:10s}{row[0]:>8} ms{row[2]:>7} x BCE")
+    rows = []
+    for (name, provider), found in times.items():
+        best, middle = min(found), sorted(found)[len(found) // 2]
+        rows.append({
+            "loss": name, "provider": provider, "best_ms": f"{1e3 * best:.1f}",
+            "median_ms": f"{1e3 * middle:.1f}", "times_bce": f"{best / base:.2f}", **machine,
+        })  # fmt: skip
+        print(f"{name:26s}{provider:10s}{1e3 * best:>8.1f} ms{best / base:>7.2f} x BCE")
+    write_rows(options.out, rows)
 
 
 if __name__ == "__main__":

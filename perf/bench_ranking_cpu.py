@@ -10,7 +10,6 @@ within one run: the machine's speed changes between runs.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from torch.utils.benchmark import Timer
 from tritonloss.losses import ranking
 
 from . import baselines
-from .sweep import peak_bytes
+from ._measure import peak_bytes, write_rows
 
 HERE = Path(__file__).parent
 # The loop over positives takes seconds at 1e6 logits: timed up to here.
@@ -139,11 +138,7 @@ def growth(options) -> list[dict]:
 
 def write(path: Path, rows: list[dict], threads: int) -> None:
     machine = {"torch": torch.__version__, "threads": threads, "cpu": platform.machine()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *machine], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | machine for row in rows)
+    write_rows(path, [row | machine for row in rows])
 
 
 def main():

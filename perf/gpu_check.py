@@ -14,7 +14,6 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -24,10 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
+from ._measure import ROOT, commit, cuda_tool, device_name
+
 SKIPPED = 77
 OPTIONAL = ("hypothesis", "matplotlib", "numpy", "pandas", "pycocotools", "pytest",
             "ruff", "sklearn", "tqdm", "xdist")  # fmt: skip
-ROOT = Path(__file__).parent.parent
 
 
 class Skip(Exception):
@@ -353,32 +353,10 @@ def expect_close(name: str, expected, found) -> None:
     print("equal:", name)
 
 
-def cuda_tool(name: str) -> str | None:
-    """Path of a tool of CUDA or of Nsight Compute, if it is installed."""
-    places = [shutil.which(name), f"/usr/local/cuda/bin/{name}"]
-    places += sorted(map(str, Path("/opt/nvidia").glob(f"nsight-compute/*/{name}")), reverse=True)
-    return next((place for place in places if place and Path(place).exists()), None)
-
-
-def commit() -> str:
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        return ""
-
-
 def torch_version() -> str:
     import torch
 
     return torch.__version__
-
-
-def device_name(device: str) -> str:
-    import torch
-
-    name = platform.machine() if device == "cpu" else torch.cuda.get_device_name()
-    return "".join(c if c.isalnum() else "_" for c in name).lower()
 
 
 # Seconds each step may take; their usual sum is far below the sum of the limits.

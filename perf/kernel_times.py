@@ -21,7 +21,8 @@ import triton
 
 import tritonloss as tl
 
-from . import sweep, workloads
+from . import workloads
+from ._measure import commit, copy_bandwidth
 from .workloads import LOSSES, Point
 
 COLUMNS = ("loss", *Point._fields, "kernel", "launches", "us", "share", "x_floor", "device",
@@ -73,9 +74,9 @@ def main(argv=None) -> int:
     parser.add_argument("--inputs", action="append", help="random, recorded or initial")
     parser.add_argument("--layout", default="contiguous")
     args = parser.parse_args(argv)
-    copy = sweep.copy_bandwidth("cuda")
+    copy = copy_bandwidth("cuda")
     versions = (torch.cuda.get_device_name(), torch.__version__, triton.__version__,
-                sweep.gpu_check.commit())  # fmt: skip
+                commit())  # fmt: skip
     rows = []
     grid = itertools.product(
         args.loss or LOSSES,

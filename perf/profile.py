@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .gpu_check import ROOT, cuda_tool
+from ._measure import ROOT, cuda_tool
 from .workloads import Point
 
 SMALLEST = 10_000_000  # logits: below, launches take the time

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ._measure import write_rows
+
 MEASURED = Path(__file__).parent / "results/distributed_cpu.csv"
 HEADER = 2 * 18 * 8
 RANKING = ("rank_sort", "ap", "alrp")
@@ -230,10 +232,10 @@ def main() -> int:
     for loss in sorted({p.loss for p in found}):
         print(loss, fitted_computation(rows_of(options.measured), loss))
     if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(Prediction._fields)
-            writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in p] for p in found)
+        write_rows(options.out, [
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in p._asdict().items()}
+            for p in found
+        ])  # fmt: skip
     return 1 if wrong else 0
 
 

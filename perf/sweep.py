@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import datetime
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +24,8 @@ import triton
 
 import tritonloss as tl
 
-from . import gpu_check, workloads
+from . import workloads
+from ._measure import commit, copy_bandwidth, cpu_name, peak_bytes, quantiles
 from .workloads import LOSSES, Call, Point
 
 try:
@@ -111,26 +110,6 @@ def is_right(loss, backend: str, call: Call) -> bool:
     return True
 
 
-def quantiles(function, device: str) -> tuple[float, float, float]:
-    """Median, p20 and p80 in milliseconds; the L2 cache is cold on a GPU."""
-    if device != "cpu":
-        return tuple(triton.testing.do_bench(function, quantiles=[0.5, 0.2, 0.8]))
-    timer = torch.utils.benchmark.Timer("f()", globals={"f": function})
-    timer.timeit(2)
-    times = sorted(1e3 * t for t in timer.blocked_autorange(min_run_time=0.2).times)
-    if len(times) < 5:
-        times = sorted(1e3 * timer.timeit(1).median for _ in range(5))
-    return statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5]
-
-
-def copy_bandwidth(device: str) -> float:
-    """GB/s of a copy, read and write counted."""
-    source = torch.empty((512 if device != "cpu" else 64) * 2**20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    ms, *_ = quantiles(lambda: target.copy_(source), device)
-    return 2 * source.numel() / ms / 1e6
-
-
 def measure(loss, backend: str, call: Call, mode: str, device: str) -> dict:
     x = call.x
     with tl.backend(backend):
@@ -152,25 +131,6 @@ def measure(loss, backend: str, call: Call, mode: str, device: str) -> dict:
         peak = peak_bytes(function, device) / 1e6
         ms, low, high = quantiles(function, device)
     return {"ms": ms, "ms_p20": low, "ms_p80": high, "peak_mb": peak}
-
-
-def peak_bytes(function, device: str) -> int:
-    """Most memory in use during a call above what was before; on the CPU resident, in pages."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept would hide what the call takes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    function()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def free_memory(device: str) -> float:
@@ -196,7 +156,7 @@ class Sweep:
             "device": torch.cuda.get_device_name() if device != "cpu" else cpu_name(),
             "torch": torch.__version__,
             "triton": triton.__version__,
-            "commit": gpu_check.commit(),
+            "commit": commit(),
             "date": datetime.date.today().isoformat(),
         }
 
@@ -218,13 +178,6 @@ class Sweep:
             if (key[0], key[1], mode, *key[2:]) not in self.done:
                 self.write((key[0], key[1], mode, *key[2:]), "crashed")
         return True
-
-
-def cpu_name() -> str:
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    threads = torch.get_num_threads()
-    return f"{names[0] if names else 'CPU'}, {threads} thread{'s' * (threads > 1)}"
 
 
 def providers_of(point: Point, quick: bool, device: str) -> list[str]:
