@@ -29,6 +29,11 @@ DISTRIBUTION = Config(block=2048, num_warps=4)
 LANES_OF_ROW = 8
 # Two boxes a thread: four 16-byte loads in flight, and the gradient still fits in registers.
 BOXES = Config(block=256, num_warps=4)
+# Pairs of queries and objects: four a thread, each with two boxes in registers. Objects of a tile
+# at most: the queries' boxes are read once for all of them. Classes read at once for the softmax.
+MATCHING = Config(block=512, num_warps=4)
+MATCHING_OBJECTS = 32
+MATCHING_CLASSES = 32
 # One program sums all partial results in a fixed order.
 FINISH = Config(block=1024, num_warps=4)
 # Pairs of positives: so many i, one a lane, beside so many j, eight a thread. Sums stay in the

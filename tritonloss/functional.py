@@ -3,6 +3,7 @@
 from .losses.boxes import ciou_loss, diou_loss, eiou_loss, giou_loss, iou_loss
 from .losses.distribution import distribution_expectation, distribution_focal_loss
 from .losses.ghm import ghm_c_loss, ghm_r_loss
+from .losses.matching import assign, matching_cost
 from .losses.pointwise import (
     asymmetric_loss,
     authentic_smooth_l1_loss,
@@ -15,6 +16,7 @@ from .losses.pointwise import (
     varifocal_loss,
 )
 from .losses.prime_sample import carl_loss, iou_hlr, isr_p_weight
+from .losses.quality import bce_loss, iou_aware_bce_loss, mal_loss
 from .losses.ranking import (
     ALRP,
     RankSort,
@@ -30,8 +32,10 @@ __all__ = [
     "RankSort",
     "alrp_loss",
     "ap_loss",
+    "assign",
     "asymmetric_loss",
     "authentic_smooth_l1_loss",
+    "bce_loss",
     "carl_loss",
     "ciou_loss",
     "class_balanced_weight",
@@ -45,9 +49,12 @@ __all__ = [
     "ghm_c_loss",
     "ghm_r_loss",
     "giou_loss",
+    "iou_aware_bce_loss",
     "iou_hlr",
     "iou_loss",
     "isr_p_weight",
+    "mal_loss",
+    "matching_cost",
     "quality_focal_loss",
     "rank_sort_loss",
     "self_balanced_weight",

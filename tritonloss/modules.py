@@ -13,7 +13,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .losses import boxes, distribution, ghm, pointwise, prime_sample, ranking, softmax_focal
+from .losses import (
+    boxes,
+    distribution,
+    ghm,
+    pointwise,
+    prime_sample,
+    quality,
+    ranking,
+    softmax_focal,
+)
 
 # Arguments that belong to a batch, not to the module.
 PER_CALL = ("weight", "avg_factor", "group", "state")
@@ -115,6 +124,33 @@ class AsymmetricLoss(_Loss):
     """
 
     function = staticmethod(pointwise.asymmetric_loss)
+
+
+class BCELoss(_Loss):
+    """``forward(logits, targets, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.bce_loss`.
+    """
+
+    function = staticmethod(quality.bce_loss)
+
+
+class MALLoss(_Loss):
+    """``forward(logits, (labels, quality), *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.mal_loss`.
+    """
+
+    function = staticmethod(quality.mal_loss)
+
+
+class IoUAwareBCELoss(_Loss):
+    """``forward(logits, (labels, quality), *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.iou_aware_bce_loss`.
+    """
+
+    function = staticmethod(quality.iou_aware_bce_loss)
 
 
 class SoftmaxFocalLoss(_Loss):

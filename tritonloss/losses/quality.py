@@ -1,0 +1,156 @@
+"""Cross entropy towards a quality: special cases of the focal and the varifocal loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonloss import _checks as check
+from tritonloss._targets import is_logits
+
+from .pointwise import sigmoid_focal_loss, varifocal_loss
+
+
+def _pair(logits: Tensor, targets) -> tuple[Tensor, Tensor]:
+    """Labels and quality, of shapes that fit: what is computed from them may broadcast."""
+    if not isinstance(targets, (tuple, list)) or len(targets) != 2:
+        raise TypeError(f"targets must be a pair (labels, quality); got {type(targets).__name__}")
+    is_logits(logits)
+    labels, quality = targets
+    rows = logits.shape[:-1]
+    check.is_integer("labels", labels)
+    check.has_shape("labels", labels, rows, "logits without the classes")
+    check.on_device_of("labels", labels, "logits", logits)
+    check.is_input("quality", quality, rows, "logits without the classes", "logits", logits)
+    return labels, quality
+
+
+def bce_loss(
+    logits: Tensor,
+    targets: Tensor | tuple[Tensor, Tensor],
+    *,
+    class_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""Binary cross entropy of every logit.
+
+    .. math:: L = \mathrm{BCE}(x, y)
+
+    y is the quality at the labelled class (1 for labels alone), 0 elsewhere. The arguments, result
+    and errors are those of :func:`sigmoid_focal_loss`, whose case gamma = 0 it is.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> targets = torch.tensor([1, 2]), torch.tensor([0.5, 0.0])
+        >>> loss = tritonloss.bce_loss(torch.zeros(2, 2), targets, reduction="sum")
+        >>> round(loss.item(), 4)
+        2.7726
+
+    Reference:
+        Redmon and Farhadi, YOLOv3: An Incremental Improvement, 2018.
+    """
+    return sigmoid_focal_loss(
+        logits, targets, alpha=None, gamma=0.0, class_weight=class_weight, weight=weight,
+        ignore_index=ignore_index, reduction=reduction, avg_factor=avg_factor,
+    )  # fmt: skip
+
+
+def mal_loss(
+    logits: Tensor,
+    targets: tuple[Tensor, Tensor],
+    *,
+    gamma: float | Tensor = 1.5,
+    alpha: float | Tensor | None = None,
+    class_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""Matchability-aware loss: a matched query learns a power of its IoU, at full weight.
+
+    .. math:: L = \mathrm{BCE}(x, u^\gamma) \ \text{(positive)}, \quad
+              \alpha p^\gamma \, \mathrm{BCE}(x, 0) \ \text{(negative)}
+
+    :math:`p^\gamma` is not differentiated.
+
+    Args:
+        targets: a pair ``(labels, quality)``, the IoU u in [0, 1].
+        gamma: power of the IoU and of the negatives' weight, >= 0.
+        alpha: weight of negatives, >= 0; None is 1.
+
+    The other arguments, result and errors are those of :func:`sigmoid_focal_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> targets = torch.tensor([0]), torch.tensor([0.25])
+        >>> loss = tritonloss.mal_loss(torch.zeros(1, 2), targets, reduction="none")
+        >>> [round(v, 3) for v in loss[0].tolist()]
+        [0.693, 0.245]
+
+    Reference:
+        Huang et al., DEIM: DETR with Improved Matching for Fast Convergence, CVPR 2025.
+    """
+    check.is_number("gamma", gamma, 0)
+    labels, quality = _pair(logits, targets)
+    return varifocal_loss(
+        logits, (labels, quality**gamma), alpha=1.0 if alpha is None else alpha, gamma=gamma,
+        iou_weighted=False, detach_weight=True, class_weight=class_weight, weight=weight,
+        ignore_index=ignore_index, reduction=reduction, avg_factor=avg_factor,
+    )  # fmt: skip
+
+
+def iou_aware_bce_loss(
+    logits: Tensor,
+    targets: tuple[Tensor, Tensor],
+    *,
+    alpha: float | Tensor = 0.25,
+    gamma: float | Tensor = 2.0,
+    class_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""IoU-aware cross entropy: a matched query learns a mean of its own score and its IoU.
+
+    .. math:: L = \mathrm{BCE}(x, t), \ t = \max(p^\alpha u^{1-\alpha}, 0.01)
+              \ \text{(positive)}, \quad p^\gamma \, \mathrm{BCE}(x, 0) \ \text{(negative)}
+
+    t is not differentiated; :math:`p^\gamma` is.
+
+    Args:
+        targets: a pair ``(labels, quality)``, the IoU u in [0, 1].
+        alpha: the score's part in the target, in [0, 1].
+        gamma: focusing power of the negatives, >= 0.
+
+    The other arguments, result and errors are those of :func:`sigmoid_focal_loss`.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> targets = torch.tensor([0]), torch.tensor([0.5])
+        >>> loss = tritonloss.iou_aware_bce_loss(torch.zeros(1, 2), targets, reduction="none")
+        >>> [round(v, 3) for v in loss[0].tolist()]
+        [0.693, 0.173]
+
+    Reference:
+        Cai et al., Align-DETR: Improving DETR with Simple IoU-aware BCE Loss, 2023.
+    """
+    check.is_number("alpha", alpha, 0, 1)
+    labels, quality = _pair(logits, targets)
+    with torch.no_grad():
+        # rows without a class read column 0, and their target is not looked at
+        known = (labels >= 0) & (labels < logits.shape[-1])
+        column = torch.where(known, labels.long(), 0).unsqueeze(-1)
+        score = logits.detach().gather(-1, column).squeeze(-1)
+        score = score.to(torch.promote_types(score.dtype, torch.float32)).sigmoid()
+        target = (score**alpha * quality ** (1 - alpha)).clamp(min=0.01)
+        target = torch.where(known, target, 0)
+    return varifocal_loss(
+        logits, (labels, target), alpha=1.0, gamma=gamma, iou_weighted=False,
+        class_weight=class_weight, weight=weight, ignore_index=ignore_index, reduction=reduction,
+        avg_factor=avg_factor,
+    )  # fmt: skip

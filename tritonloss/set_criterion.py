@@ -1,0 +1,282 @@
+"""The criterion of set prediction (DETR and its relatives), over all decoder layers at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks as check
+from .distributed import reduce_avg_factor
+from .losses.boxes import giou_loss, iou_loss
+from .losses.matching import (
+    BOX_FORMATS,
+    CLASS_COSTS,
+    assign,
+    is_choice,
+    matching_cost,
+    parse_objects,
+    parse_queries,
+)
+from .losses.pointwise import sigmoid_focal_loss, varifocal_loss
+from .losses.quality import iou_aware_bce_loss, mal_loss
+from .losses.softmax_focal import softmax_focal_loss
+
+# Class loss: its default parameters, and the class cost that goes with it.
+CLASS_LOSSES = {
+    "focal": ({"alpha": 0.25, "gamma": 2.0}, "focal"),
+    "varifocal": ({"alpha": 0.75, "gamma": 2.0}, "focal"),
+    "mal": ({"alpha": None, "gamma": 1.5}, "focal"),
+    "iou_aware_bce": ({"alpha": 0.25, "gamma": 2.0}, "focal"),
+    "softmax": ({"no_object_weight": 0.1}, "softmax"),
+}
+TERMS = ("class", "l1", "giou")
+
+
+def _corners(boxes: Tensor, box_format: str) -> Tensor:
+    if box_format == "xyxy":
+        return boxes
+    centre, size = boxes.split(2, -1)
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], -1)
+
+
+class SetCriterion(nn.Module):
+    r"""Match queries with objects, then class, L1 and GIoU loss of every decoder layer.
+
+    .. math:: L = \sum_l w_l \left( w_1 L_{class} + w_2 \sum \lVert b_\sigma - b \rVert_1 / n
+              + w_3 \sum (1 - \mathrm{GIoU}(b_\sigma, b)) / n \right)
+
+    n is the number of objects (times the number of groups), the class loss is a sum over n, too;
+    that of ``"softmax"`` is the mean weighted by class.
+
+    Args:
+        class_loss: ``"focal"``, ``"varifocal"`` (the weight of negatives is detached, as in RT-DETR
+            and D-FINE), ``"mal"``, ``"iou_aware_bce"`` or ``"softmax"``, whose logits have a last
+            column for no object.
+        class_params: parameters of that loss by name: ``alpha`` and ``gamma``, for softmax
+            ``no_object_weight``.
+        loss_weights: of class, L1 and GIoU loss in the total.
+        cost_weights: of class, L1 and GIoU cost, see :func:`tritonloss.matching_cost`.
+        class_cost: None takes ``"softmax"`` for softmax and ``"focal"`` for the others.
+        cost_alpha, cost_gamma: parameters of the class cost.
+        box_format: ``"cxcywh"`` or ``"xyxy"``.
+        groups: equal groups of neighbouring queries, each of which is matched with all objects.
+        layer_weights: one number per layer, in the total; None: 1 each.
+        process_group: n is summed over its processes.
+        gradients_averaged: n is averaged instead, as DistributedDataParallel needs it.
+
+    ``forward(logits, boxes, labels, target_boxes, sizes=None, *, indices=None, num_boxes=None)``
+    takes logits ``(L, B, Q, C)`` and boxes ``(L, B, Q, 4)`` of L layers, the objects as
+    :func:`tritonloss.matching_cost` takes them, and
+
+        indices: int64 ``(L, B, T)``, or ``(L, B, groups, T)`` with groups: the query (of its group)
+            of each object, -1 for none. None matches. Denoising queries come with theirs: repeat
+            the objects where several queries belong to one. With indices nothing waits for the
+            device, and the call compiles as one graph.
+        num_boxes: n, a number or 0-d tensor; None counts.
+
+    and returns a dict of ``class``, ``l1`` and ``giou``, each ``(L,)`` and not weighted, ``total``,
+    the weighted sum of all, and ``indices``. All stay on the device.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> criterion = tritonloss.SetCriterion("focal")
+        >>> logits = torch.zeros(6, 2, 10, 3, requires_grad=True)  # layers, images, queries
+        >>> boxes = torch.rand(6, 2, 10, 4)
+        >>> labels = [torch.tensor([0, 2]), torch.tensor([], dtype=torch.int64)]
+        >>> losses = criterion(logits, boxes, labels, [torch.rand(2, 4), torch.rand(0, 4)])
+        >>> losses["total"].backward()
+        >>> losses["class"].shape, losses["indices"].shape
+        (torch.Size([6]), torch.Size([6, 2, 2]))
+
+    Reference:
+        Carion et al., End-to-End Object Detection with Transformers, ECCV 2020; Chen et al., Group
+        DETR, ICCV 2023.
+    """
+
+    def __init__(
+        self,
+        class_loss: str = "focal",
+        *,
+        class_params: dict | None = None,
+        loss_weights: tuple[float, float, float] = (1.0, 5.0, 2.0),
+        cost_weights: tuple[float, float, float] = (2.0, 5.0, 2.0),
+        class_cost: str | None = None,
+        cost_alpha: float = 0.25,
+        cost_gamma: float = 2.0,
+        box_format: str = "cxcywh",
+        groups: int = 1,
+        layer_weights: tuple[float, ...] | None = None,
+        process_group=None,
+        gradients_averaged: bool = False,
+    ):
+        super().__init__()
+        is_choice("class_loss", class_loss, tuple(CLASS_LOSSES))
+        params, cost = CLASS_LOSSES[class_loss]
+        unknown = sorted(set(class_params or {}) - set(params))
+        if unknown:
+            raise ValueError(
+                f"class_params of {class_loss} are {', '.join(params)}; got {', '.join(unknown)}"
+            )
+        is_choice("class_cost", class_cost or cost, CLASS_COSTS)
+        is_choice("box_format", box_format, BOX_FORMATS)
+        check.is_index("groups", groups)
+        check.is_number("groups", groups, 1)
+        for name, weights in (("loss_weights", loss_weights), ("cost_weights", cost_weights)):
+            if len(weights) != 3:
+                raise ValueError(f"{name} must be three numbers (class, L1, GIoU); got {weights}")
+            for weight in weights:
+                check.is_number(name, weight)
+        self.class_loss = class_loss
+        self.class_params = params | (class_params or {})
+        self.loss_weights = tuple(loss_weights)
+        self.cost_weights = tuple(cost_weights)
+        self.class_cost = class_cost or cost
+        self.cost_alpha, self.cost_gamma = cost_alpha, cost_gamma
+        self.box_format = box_format
+        self.groups = groups
+        self.layer_weights = layer_weights
+        self.process_group, self.gradients_averaged = process_group, gradients_averaged
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """(L, B, Q, D) as (L, groups, B, Q / groups, D), a view."""
+        return x.unflatten(2, (self.groups, -1)).movedim(2, 1)
+
+    def match(self, logits, boxes, labels, target_boxes, sizes=None) -> Tensor:
+        """The query of each object: ``indices`` as ``forward`` takes them."""
+        last = logits.shape[-1] - (2 if self.class_loss == "softmax" else 1)
+        labels, target_boxes, sizes = parse_objects(logits, labels, target_boxes, sizes, last)
+        grouped = self.groups > 1
+        cost = matching_cost(
+            self._by_group(logits) if grouped else logits,
+            self._by_group(boxes) if grouped else boxes,
+            labels,
+            target_boxes,
+            sizes,
+            class_cost=self.class_cost,
+            weights=self.cost_weights,
+            alpha=self.cost_alpha,
+            gamma=self.cost_gamma,
+            box_format=self.box_format,
+        )
+        indices = assign(cost, sizes)
+        return indices.movedim(1, 2) if grouped else indices
+
+    def _class_loss(self, logits, labels, quality, divisor) -> Tensor:
+        """Class loss of one layer."""
+        shared = {"reduction": "mean", "avg_factor": divisor}
+        if self.class_loss == "softmax":
+            weight = logits.new_ones(logits.shape[-1], dtype=torch.float32)
+            weight[-1] = self.class_params["no_object_weight"]
+            shared["avg_factor"] = weight[labels].sum()
+            return softmax_focal_loss(logits, labels, alpha=weight, gamma=0.0, **shared)
+        if self.class_loss == "focal":
+            return sigmoid_focal_loss(logits, labels, **self.class_params, **shared)
+        targets = labels, quality
+        if self.class_loss == "varifocal":
+            return varifocal_loss(
+                logits, targets, detach_weight=True, **self.class_params, **shared
+            )
+        function = mal_loss if self.class_loss == "mal" else iou_aware_bce_loss
+        return function(logits, targets, **self.class_params, **shared)
+
+    def forward(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        labels: Tensor | list[Tensor],
+        target_boxes: Tensor | list[Tensor],
+        sizes: Tensor | None = None,
+        *,
+        indices: Tensor | None = None,
+        num_boxes: float | Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        parse_queries(logits, boxes)
+        if logits.dim() != 4:
+            raise ValueError(f"logits must have shape (L, B, Q, C); got {tuple(logits.shape)}")
+        layers, images, queries, columns = logits.shape
+        if queries % self.groups:
+            raise ValueError(f"{queries} queries do not make {self.groups} equal groups")
+        weights = self.layer_weights
+        if weights is not None and len(weights) != layers:
+            raise ValueError(f"layer_weights must be {layers} numbers; got {len(weights)}")
+        background = columns - 1 if self.class_loss == "softmax" else columns
+        labels, target_boxes, sizes = parse_objects(
+            logits, labels, target_boxes, sizes, background - 1
+        )
+        objects = labels.shape[1]
+        if indices is None:
+            indices = self.match(logits, boxes, labels, target_boxes, sizes)
+        shape = (layers, images, self.groups, objects)
+        check.is_integer("indices", indices)
+        check.has_shape(
+            "indices", indices, shape if self.groups > 1 else shape[:2] + shape[3:], "as matched"
+        )
+        check.on_device_of("indices", indices, "logits", logits)
+        per_group = queries // self.groups
+        if check.values_checked(logits):
+            valid = (indices >= -1) & (indices < per_group)
+            check.require(valid, f"indices must lie in -1..{per_group - 1}", indices)
+
+        known = torch.arange(objects, device=labels.device) < sizes.unsqueeze(1)  # (B, T)
+        place = indices.reshape(shape).long()
+        valid = (place >= 0) & known.unsqueeze(1)
+        first = torch.arange(self.groups, device=place.device) * per_group
+        place = torch.where(valid, place + first.unsqueeze(1), queries).flatten(2)
+        valid = valid.flatten(2)  # (L, B, groups T)
+        wanted = target_boxes.to(boxes.dtype).repeat(1, self.groups, 1)  # (B, groups T, 4)
+        wanted = wanted.expand(layers, -1, -1, -1)
+        chosen = torch.where(valid, place, 0).unsqueeze(-1).expand(-1, -1, -1, 4)
+        if queries == 0:
+            chosen = boxes.new_zeros(wanted.shape)
+        else:
+            chosen = boxes.gather(2, chosen)
+        # a pair that does not exist has the loss 0, whatever stands there
+        chosen = torch.where(valid.unsqueeze(-1), chosen, 0)
+        wanted = torch.where(valid.unsqueeze(-1), wanted, 0)
+
+        if num_boxes is None:
+            num_boxes = sizes.sum() * self.groups
+            num_boxes = reduce_avg_factor(
+                num_boxes, self.process_group, gradients_averaged=self.gradients_averaged
+            )
+        if isinstance(num_boxes, Tensor):
+            divisor = num_boxes.detach().to(logits.device, torch.float32).clamp(min=1)
+        else:
+            divisor = max(float(num_boxes), 1.0)
+
+        paired = torch.promote_types(boxes.dtype, torch.float32)
+        l1 = (chosen.to(paired) - wanted.to(paired)).abs().sum((1, 2, 3)) / divisor
+        corners = _corners(chosen.to(paired), self.box_format)
+        target_corners = _corners(wanted.to(paired), self.box_format)
+        apart = giou_loss(corners, target_corners, weight=valid.to(paired), reduction="none")
+        giou = apart.sum((1, 2)) / divisor
+
+        # column Q takes what belongs to no query
+        query_labels = place.new_full((layers, images, queries + 1), background)
+        repeated = labels.long().repeat(1, self.groups).expand(layers, -1, -1)
+        query_labels = query_labels.scatter(2, place, repeated)[..., :queries]
+        quality = None
+        if self.class_loss not in ("focal", "softmax"):
+            with torch.no_grad():
+                overlap = 1 - iou_loss(corners.detach(), target_corners, reduction="none")
+                quality = overlap.new_zeros(layers, images, queries + 1)
+                quality = quality.scatter(2, place, overlap.clamp(0, 1))[..., :queries]
+        by_layer = [
+            self._class_loss(
+                logits[i], query_labels[i], None if quality is None else quality[i], divisor
+            )
+            for i in range(layers)
+        ]
+        terms = {
+            "class": torch.stack(by_layer) if by_layer else l1.new_zeros(0),
+            "l1": l1,
+            "giou": giou,
+        }
+        total = sum(w * terms[t] for w, t in zip(self.loss_weights, TERMS, strict=True))
+        if weights is not None:
+            # one number after the other: a tensor of them would be copied to the device
+            total = torch.stack([total[i] * weight for i, weight in enumerate(weights)])
+        return terms | {"total": total.sum(), "indices": indices}
