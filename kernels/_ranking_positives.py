@@ -6,10 +6,10 @@ With ``H`` the step of half-width delta, ``s`` scores, ``y`` qualities, ``e`` lo
 * ``pairs``  places the 2P knots s_i - delta, s_i + delta by searches among the sorted scores; for
   Rank & Sort also the sums over the positives j above i, split into those of lower quality (the
   violators) and the others.
-* ``spread`` Rank & Sort's sorting gradient: what a positive receives as violator of others.
 * ``settle`` a program a list, which scans: the negatives above each knot and from them
   FP_i = sum_j H(s_j - s_i); ranks, precisions, the weight w_i of i's negatives; and at each knot
-  value and slope of the negatives' gradient, sum_i w_i H(s - s_i).
+  value and slope of the negatives' gradient, sum_i w_i H(s - s_i). Beside them the other programs
+  ``spread`` Rank & Sort's sorting gradient: what a positive receives as violator of others.
 * ``means``  over the lists, where there are several.
 
 Only ``order``, ``pairs`` and ``spread`` walk over pairs, and the latter two skip what lies outside
@@ -299,26 +299,13 @@ def store_knot(knot_ptr, capacity, place, score, shift, mask):
 
 
 @triton.jit
-def spread_kernel(
-    # pointers
-    positive_ptr,  # table of positives out: OTHER
-    place_ptr,
-    counter_ptr,
-    delta_ptr,
-    # shapes
-    capacity,
-    # scalars
-    delta,
-    # constants
-    HAS_GROUP: tl.constexpr,
-    TILE: tl.constexpr,
-    ACROSS: tl.constexpr,
-):
-    """The sorting gradient: i receives a share from each j of its list whose order it violates."""
-    capacity = wide(capacity)
-    delta, per_unit = load_delta(delta_ptr, delta)
-    n_pos = count_positives(counter_ptr, capacity)
-    first = tl.program_id(0) * TILE
+def spread(
+    positive_ptr, place_ptr, capacity, n_pos, delta, per_unit, program, programs,
+    HAS_GROUP: tl.constexpr, TILE: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """The sorting gradient, OTHER: i receives a share from each j of its list whose order it
+    violates."""
+    first = program * TILE
     while first < n_pos:
         i = first + tl.arange(0, TILE)
         mask = i < n_pos
@@ -351,7 +338,7 @@ def spread_kernel(
         error = tl.load(positive_ptr + FIRST * capacity + i, mask=mask, other=0.0)
         received = (received - error) / size.to(tl.float32)
         tl.store(positive_ptr + OTHER * capacity + i, received.to(tl.float32), mask=mask)
-        first += tl.num_programs(0) * TILE
+        first += programs * TILE
 
 
 @triton.jit
@@ -373,7 +360,8 @@ def width_of(knot, per_unit, mask, last, capacity):
 @triton.jit
 def settle_kernel(
     # pointers
-    positive_ptr,  # table of positives out: MISS, WEIGHT, OWN; AP: FIRST; aLRP: SECOND, OTHER
+    positive_ptr,  # table of positives out: MISS, WEIGHT, OWN; AP: FIRST; aLRP: SECOND, OTHER;
+    # rank_sort: OTHER
     place_ptr,
     knot_ptr,  # table of knots out: LEVEL, SLOPE
     sum_ptr,  # table of float64 sums, scratch
@@ -386,6 +374,7 @@ def settle_kernel(
     # shapes
     capacity,
     num_groups,
+    scanners,
     # scalars
     delta,
     # constants
@@ -393,15 +382,35 @@ def settle_kernel(
     LOSS: tl.constexpr,
     INTERPOLATED: tl.constexpr,
     TILE: tl.constexpr,
+    PAIR_TILE: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):
-    """1-D grid over lists. What follows from the histogram of a list, by scans over its positives
-    and knots. The gradients are those of the list's own mean."""
+    """1-D grid: ``scanners`` programs over lists, the others over blocks of positives to spread.
+
+    What follows from the histogram of a list, by scans over its positives and knots. The gradients
+    are those of the list's own mean."""
     capacity = wide(capacity)
     delta, per_unit = load_delta(delta_ptr, delta)
-    per_unit = per_unit.to(tl.float64)
     n_pos = count_positives(counter_ptr, capacity)
     lane = tl.arange(0, TILE)
     group = tl.program_id(0)
+    if LOSS == "rank_sort":  # noqa: SIM102 (decided when compiled)
+        if group >= scanners:
+            spread(
+                positive_ptr,
+                place_ptr,
+                capacity,
+                n_pos,
+                delta,
+                per_unit,
+                group - scanners,
+                tl.num_programs(0) - scanners,
+                HAS_GROUP,
+                PAIR_TILE,
+                ACROSS,
+            )
+            group = num_groups
+    per_unit = per_unit.to(tl.float64)
     while group < num_groups:
         start = tl.cast(0, tl.int32)
         size = n_pos
@@ -587,7 +596,7 @@ def settle_kernel(
             tl.store(first_ptr, (value * each * scale).to(tl.float32))
             tl.store(second_ptr, (second * each * scale).to(tl.float32))
             tl.store(scale_ptr, scale)
-        group += tl.num_programs(0)
+        group += scanners
 
 
 @triton.jit

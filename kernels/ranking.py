@@ -1,8 +1,8 @@
 """Launches of the ranking losses: exact, without positive-negative pairs, without a host sync.
 
 Forward: ``compact`` finds the positives, ``order`` sorts them, ``pairs`` places the knots and
-compares them, ``negatives`` and ``collect`` count the negatives between knots, ``spread`` and
-``settle`` make gradients, ranks and values of it, ``means`` averages them over lists.
+compares them, ``prepare``, ``negatives`` and ``collect`` count the negatives between knots,
+``settle`` makes ranks, gradients and values of it, ``means`` averages them over lists.
 Backward: ``negatives`` reads the logits once and writes their gradient, ``scatter`` adds the
 positives'. The passes: `_ranking_logits`, `_ranking_positives`; their tables: `_ranking_scratch`.
 """
@@ -24,7 +24,6 @@ from ._ranking_positives import (
     order_kernel,
     pairs_kernel,
     settle_kernel,
-    spread_kernel,
 )
 from ._ranking_scratch import (
     COUNT,
@@ -74,7 +73,6 @@ class Kernels(NamedTuple):
     negatives: Any = negatives_kernel
     collect: Any = collect_kernel
     settle: Any = settle_kernel
-    spread: Any = spread_kernel
     means: Any = means_kernel
     scatter: Any = scatter_kernel
 
@@ -257,7 +255,10 @@ def launch_forward(
         torch.empty(KNOT_ROWS, 2 * capacity, dtype=torch.float32, device=device),
         torch.empty(lookup_words(capacity), dtype=torch.int64, device=device),
         torch.empty(capacity, dtype=torch.int64, device=device),
-        torch.zeros(2, num_groups, dtype=torch.int32, device=device),
+        # without groups nobody looks for an empty list
+        (torch.empty if group is None else torch.zeros)(
+            2, num_groups, dtype=torch.int32, device=device
+        ),
         counter,
         torch.empty((), dtype=torch.float32, device=device),
     )
@@ -297,14 +298,13 @@ def launch_forward(
         count, offset = whole[:-1].view(2, -1)
         knots[COUNT.value] = count
         knots[OFFSET.value] = offset * 0.5**bits
-    if spec.spreads:
-        kernels.spread[grid](positives, places, counter, pointer, capacity, number,
-                             **tile)  # fmt: skip
     sums = torch.empty(SUM_ROWS, capacity, dtype=torch.float64, device=device)
-    kernels.settle[(min(num_groups, MAX_PROGRAMS),)](
+    scanners = min(num_groups, MAX_PROGRAMS)
+    kernels.settle[(scanners + (grid[0] if spec.spreads else 0),)](
         positives, places, knots, sums, lists, counter, pointer, first, second, scale, capacity,
-        num_groups, number, HAS_GROUP=group is not None, LOSS=spec.LOSS,
-        INTERPOLATED=spec.interpolated, TILE=SCANS.block, num_warps=SCANS.num_warps,
+        num_groups, scanners, number, HAS_GROUP=group is not None, LOSS=spec.LOSS,
+        INTERPOLATED=spec.interpolated, TILE=SCANS.block, PAIR_TILE=PAIRS.block,
+        ACROSS=PAIRS_ACROSS, num_warps=SCANS.num_warps,
     )  # fmt: skip
     if group is not None:
         kernels.means[(1,)](positives, places, counter, first, second, scale, capacity,
@@ -317,7 +317,7 @@ def launch_forward(
         coefficient = torch.zeros(shape, dtype=torch.float32, device=device)
         items = _items(x, dense, labels, weight, group, coefficient)
         _scatter(kernels.scatter, scratch, items, None, coefficient, (None, None), 0, True)
-        coefficient = coefficient.sum(-1)
+        coefficient = coefficient.sum(-1) if labels is None else coefficient[..., 0]
     return first, second, coefficient, *scratch
 
 

@@ -204,7 +204,7 @@ RANKING = [
 WHOLE_BATCH = {
     "rank_sort": (
         lambda x, l, q: sum(tl.rank_sort_loss(x, (l, q))),
-        [*RANKING, "spread_kernel", "settle_kernel"],
+        [*RANKING, "settle_kernel"],
     ),
     "ap": (lambda x, l, q: tl.ap_loss(x, l), [*RANKING, "settle_kernel"]),
     "alrp": (

@@ -46,7 +46,6 @@ try:
         prepare_kernel,
         scatter_kernel,
         settle_kernel,
-        spread_kernel,
     )
 except ImportError:  # no Triton: the eager path alone
     launch_forward = launch_backward = None
@@ -230,8 +229,7 @@ def ranking_forward(
     kernels = Kernels(
         wrap_triton(compact_kernel), wrap_triton(order_kernel), wrap_triton(pairs_kernel),
         wrap_triton(prepare_kernel), wrap_triton(negatives_kernel), wrap_triton(collect_kernel),
-        wrap_triton(settle_kernel), wrap_triton(spread_kernel), wrap_triton(means_kernel),
-        wrap_triton(scatter_kernel),
+        wrap_triton(settle_kernel), wrap_triton(means_kernel), wrap_triton(scatter_kernel),
     )  # fmt: skip
     return launch_forward(
         x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups,
