@@ -1,6 +1,7 @@
 # make demo       train a small detector on aerial photos (CPU, about two minutes)
 # make test       everything that CI runs
 # make test-full  the whole product of the test axes
+# make test-ptx   the kernels' tests on the interpreted code of a GPU (PTX=sm_90)
 # make gpu-check  test and time everything on the GPU of this machine
 # make lint       ruff alone
 
@@ -12,7 +13,7 @@ CONSTRAINTS ?= -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-full lint gpu-check clean
+.PHONY: demo test test-full test-ptx lint gpu-check clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,11 +30,17 @@ lint: $(VENV)/installed
 # Twice: Triton decides at import whether its kernels are interpreted.
 test: lint
 	$(PYTEST) tests -m "not slow"
-	TRITON_INTERPRET=1 $(PYTEST) tests -m "not slow" --ignore=tests/test_example.py
+	TRITON_INTERPRET=1 $(PYTEST) tests -m "not slow" --ignore=tests/test_example.py \
+		--ignore=tests/test_ptx.py
 
 test-full: lint
 	$(PYTEST) tests --full
 	TRITON_INTERPRET=1 $(PYTEST) tests --full
+
+# Compiled code, executed without a GPU: test_ptx.py, which compiles for itself, is in `make test`.
+PTX ?= sm_90
+test-ptx: lint
+	PTX=$(PTX) $(PYTEST) tests --ignore=tests/test_example.py --ignore=tests/test_ptx.py
 
 # Needs an installed torch with CUDA or ROCm, and nothing else: no venv, no network.
 gpu-check:

@@ -1,4 +1,4 @@
-"""Fixtures for both runs of the suite: plain (eager) and TRITON_INTERPRET=1 (the kernels)."""
+"""Fixtures for all runs of the suite: plain (eager), TRITON_INTERPRET=1 and PTX=sm_90 (kernels)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pkgutil
 
 import pytest
 import torch
+from ptx.switch import PTX
 from torch import Tensor
 
 import tritonloss
@@ -25,8 +26,18 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="the product of the test axes")
 
 
+# What makes launches of its own, or asks for Triton's interpreter in another process.
+NOT_ON_PTX = {
+    "test_lockstep": "trains models: too slow here",
+    "test_distributed": "its processes have no interpreter of PTX",
+    "test_compile": "Inductor makes its own launches",
+}
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        if PTX and (reason := NOT_ON_PTX.get(item.module.__name__)):
+            item.add_marker(pytest.mark.skip(reason=reason))
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU"))
 
@@ -42,6 +53,18 @@ def backend(request):
     """Run the test on every backend that this process offers."""
     with tritonloss.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True, scope="session" if not PTX else "function")
+def compiled_kernels():
+    """With PTX=..., every launch of the test is compiled, checked and interpreted."""
+    if not PTX:
+        yield
+        return
+    from ptx.harness import interpreted
+
+    with interpreted(PTX):
+        yield
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ if not HAS_TRITON or INTERPRET:
 import triton
 import triton.language as tl
 
-from perf import _examples, budget
+from perf import _examples, budget, executed
 from perf._binary import source_of
 from perf._record import recorded_launches
 
@@ -25,6 +25,22 @@ def test_the_kernels_keep_their_budget():
 def test_the_table_is_complete():
     todo = budget.binaries(_examples.EXAMPLES, budget.TARGETS)
     assert {b.key for b in todo} == set(budget.read_table()), "python -m perf.budget --write"
+
+
+def test_the_kernels_execute_no_more_than_committed():
+    assert executed.main(["--check", "--loss", "focal", "--loss", "distribution_focal"]) == 0
+
+
+@pytest.mark.slow
+def test_no_kernel_executes_more_than_committed():
+    assert executed.main(["--check"]) == 0
+
+
+def test_more_instructions_than_committed_are_found():
+    row = dict(next(iter(executed.read_table().values())))
+    assert executed.grown(row, row) == []
+    assert "integer" in executed.grown(row | {"integer": float(row["integer"]) * 1.2}, row)[0]
+    assert "not in the committed" in executed.grown(row, None)[0]
 
 
 @triton.jit
