@@ -116,7 +116,8 @@ def box_loss(p, t, eps, alpha_threshold, KIND: tl.constexpr):
     loss = one_minus_iou
     # derivatives by the areas of p and of the intersection, through IoU and union
     d_pred = tl.where(solid, iou / union, 0.0)
-    d_inter = -1.0 / union - d_pred
+    # 1 / eps is no slope: where it divides, what is divided is a constant
+    d_inter = tl.where(solid, -1.0 / union - d_pred, 0.0)
     # derivatives by the sides of p alone, by the sides of the hull, by the centre of p
     d_wp = tl.zeros(px1.shape, tl.float32)
     d_hp = d_wp
@@ -148,8 +149,8 @@ def box_loss(p, t, eps, alpha_threshold, KIND: tl.constexpr):
         loss += penalty
         d_wc = tl.where(far, -2.0 * penalty / diagonal, 0.0) * wc
         d_hc = tl.where(far, -2.0 * penalty / diagonal, 0.0) * hc
-        d_x = d_x / diagonal
-        d_y = d_y / diagonal
+        d_x = tl.where(far, d_x / diagonal, 0.0)
+        d_y = tl.where(far, d_y / diagonal, 0.0)
     if KIND == "eiou":
         wide, high = wc * wc >= eps, hc * hc >= eps
         width, height = tl.where(wide, wc * wc, eps), tl.where(high, hc * hc, eps)
@@ -160,8 +161,8 @@ def box_loss(p, t, eps, alpha_threshold, KIND: tl.constexpr):
         loss += d_wp * wider + d_hp * higher
         d_wc -= tl.where(wide, 2.0 * d_wp * d_wp, 0.0) * wc
         d_hc -= tl.where(high, 2.0 * d_hp * d_hp, 0.0) * hc
-        d_wp *= 2.0
-        d_hp *= 2.0
+        d_wp = tl.where(wide, 2.0 * d_wp, 0.0)
+        d_hp = tl.where(high, 2.0 * d_hp, 0.0)
     if KIND == "ciou":
         angle, angle_wp, angle_hp = aspect_angle(wp, hp, wt, ht)
         v = 0.40528473 * angle * angle

@@ -355,7 +355,7 @@ ERRORS = {
     "quality range": (ValueError, "quality", (ONES, (LABELS, torch.tensor([0.5, 1.5]))), {}),
     "target grad": (ValueError, "requires grad", (ONES, torch.ones(2, 3).requires_grad_()), {}),
     "weight shape": (ValueError, "weight", GIVEN, {"weight": torch.ones(3)}),
-    "weight dtype": (TypeError, "weight", GIVEN, {"weight": torch.ones(2).int()}),
+    "weight dtype": (TypeError, "weight", GIVEN, {"weight": torch.ones(2).cfloat()}),
     "class weight": (ValueError, "class_weight", GIVEN, {"class_weight": torch.ones(2)}),
     "device": (ValueError, "meta", (ONES, torch.tensor([0, 1], device="meta")), {}),
     "gamma range": (ValueError, "gamma", GIVEN, {"gamma": -1}),

@@ -15,8 +15,14 @@ REDUCTIONS = ("none", "sum", "mean")
 
 
 def is_tensor(name: str, value) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    if isinstance(value, Tensor):
+        return
+    hint = ""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        hint = ", one for all levels: flatten and concatenate them"
+    elif type(value).__module__ == "numpy":
+        hint = ": torch.from_numpy makes one"
+    raise TypeError(f"{name} must be a tensor{hint}; got {type(value).__name__}")
 
 
 def is_floating(name: str, value: Tensor) -> None:
@@ -30,7 +36,8 @@ def is_floating(name: str, value: Tensor) -> None:
 def is_integer(name: str, value: Tensor) -> None:
     is_tensor(name, value)
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor; got {str(value.dtype)[6:]}")
+        hint = f" ({name}.long() makes one)" if value.dtype.is_floating_point else ""
+        raise TypeError(f"{name} must be an integer tensor{hint}; got {str(value.dtype)[6:]}")
 
 
 def has_shape(name: str, value: Tensor, shape, meaning: str) -> None:
@@ -64,28 +71,48 @@ def is_index(name: str, value) -> None:
 
 
 def is_number(name: str, value, low=None, high=None, *, open_low=False, open_high=False) -> None:
-    """A finite number (or a 0-d tensor, whose value is not read) from low to high."""
+    """A finite number from low to high, or a 0-d tensor, whose value is read on the CPU alone."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor; got {tuple(value.shape)}")
         is_constant(name, value)
-        return
+        if value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be a real number; got {str(value.dtype)[6:]}")
+        if not values_checked(value):
+            return
+        if value.is_cuda:
+            _is_number_on_device(name, value, low, high, open_low, open_high)
+            return
+        value = value.item()
     # A scheduled value is symbolic while compiling: comparisons are guards, isfinite is not
     compiling = torch.compiler.is_compiling()
     if not compiling and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a number or a 0-d tensor; got {type(value).__name__}")
-    left = "any number" if low is None else f"{'>' if open_low else '>='} {low}"
-    right = "" if high is None else f" and {'<' if open_high else '<='} {high}"
     if (
         (not compiling and not math.isfinite(value))
         or (low is not None and (value <= low if open_low else value < low))
         or (high is not None and (value >= high if open_high else value > high))
     ):
-        raise ValueError(f"{name} must be finite and {left}{right}; got {value}")
+        raise ValueError(f"{_range(name, low, high, open_low, open_high)}; got {value}")
+
+
+def _range(name: str, low, high, open_low: bool, open_high: bool) -> str:
+    left = "" if low is None else f" and {'>' if open_low else '>='} {low}"
+    right = "" if high is None else f" and {'<' if open_high else '<='} {high}"
+    return f"{name} must be finite{left}{right}"
+
+
+def _is_number_on_device(name: str, value: Tensor, low, high, open_low, open_high) -> None:
+    valid = value.isfinite()
+    if low is not None:
+        valid = valid & (value > low if open_low else value >= low)
+    if high is not None:
+        valid = valid & (value < high if open_high else value <= high)
+    require(valid, _range(name, low, high, open_low, open_high), value)
 
 
 def is_reduction(reduction: str, avg_factor) -> None:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if avg_factor is None:
         return
@@ -94,9 +121,17 @@ def is_reduction(reduction: str, avg_factor) -> None:
     is_number("avg_factor", avg_factor)
 
 
+def _holds_values(x: Tensor) -> bool:
+    """False for fake tensors and their like; a plain subclass holds values as a tensor does."""
+    kind = type(x)
+    return kind in (Tensor, torch.nn.Parameter) or (
+        kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and not torch._is_functional_tensor(x)
+    )
+
+
 def values_checked(x: Tensor) -> bool:
     """True where values may be looked at: plain eager CPU tensors, or TRITONLOSS_CHECK=1."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or not _holds_values(x):
         return False
     if x.device.type == "cpu":
         return not _transforms_active()
@@ -112,4 +147,15 @@ def require(valid: Tensor, sentence: str, values: Tensor) -> None:
         torch._assert_async(valid.all(), sentence)
     elif not valid.all():
         wrong = values[~valid].unique()[:5].tolist()
-        raise ValueError(f"{sentence}; got {', '.join(f'{v:g}' for v in wrong)}")
+        raise ValueError(f"{sentence}; got {', '.join(_in_full(v, values.dtype) for v in wrong)}")
+
+
+def _in_full(value, dtype: torch.dtype) -> str:
+    """The shortest decimals that are this value in its dtype."""
+    if not isinstance(value, float):
+        return str(value)
+    for digits in range(6, 18):
+        text = f"{value:.{digits}g}"
+        if value != value or torch.tensor(float(text), dtype=dtype, device="cpu").item() == value:
+            break
+    return text

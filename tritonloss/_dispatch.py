@@ -6,8 +6,10 @@ traces and guards it. It is never cached.
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
+import threading
 
 import torch
 
@@ -16,9 +18,31 @@ try:
 except ImportError:  # the eager path needs no Triton
     triton = None
 
-HAS_TRITON = triton is not None
+KERNELS = ("boxes", "diagnose", "distribution", "ghm", "pointwise", "ranking", "softmax_focal")
+
+
+def _import_kernels() -> str:
+    """Why there are none; empty where there are."""
+    if triton is None:
+        return "Triton cannot be imported"
+    try:
+        for name in KERNELS:
+            importlib.import_module(f"tritonloss.kernels.{name}")
+    except ImportError as error:  # all or none: half of them would fail at the first call
+        return f"the kernels cannot be imported ({error})"
+    return ""
+
+
+def _interpret_asked() -> bool:
+    """As Triton reads its variable."""
+    value = os.environ.get("TRITON_INTERPRET", "0").lower()
+    return value in ("1", "true", "yes", "on", "y")
+
+
+_NO_KERNELS = _import_kernels()
+HAS_TRITON = not _NO_KERNELS
 # Read once: Triton decides at import whether its decorator builds interpreted kernels.
-INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRET = HAS_TRITON and _interpret_asked()
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BACKENDS = ("auto", "triton", "eager")
 
@@ -32,7 +56,9 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_mode = _checked(os.environ.get("TRITONLOSS_BACKEND", "auto"), "TRITONLOSS_BACKEND")
+_mode = _outside = _checked(os.environ.get("TRITONLOSS_BACKEND", "auto"), "TRITONLOSS_BACKEND")
+_open_blocks: list[list[str]] = []
+_lock = threading.Lock()
 
 
 class backend:
@@ -54,17 +80,24 @@ class backend:
 
     def __init__(self, name: str):
         self.name = _checked(name, "backend")
-        self._previous: list[str] = []
+        self._entered: list[list[str]] = []
 
     def __enter__(self) -> backend:
         global _mode
-        self._previous.append(_mode)
-        _mode = self.name
+        block = [self.name]  # a list, to be found again by identity
+        self._entered.append(block)
+        with _lock:
+            _open_blocks.append(block)
+            _mode = self.name
         return self
 
     def __exit__(self, *exc) -> None:
         global _mode
-        _mode = self._previous.pop()
+        block = self._entered.pop()
+        with _lock:
+            # Blocks of several threads may end in any order
+            _open_blocks[:] = [b for b in _open_blocks if b is not block]
+            _mode = _open_blocks[-1][0] if _open_blocks else _outside
 
 
 def _transforms_active() -> bool:
@@ -82,12 +115,12 @@ def use_triton(x: torch.Tensor) -> bool:
     if _mode == "auto":
         return on_device and not _transforms_active()
     if not HAS_TRITON:
-        raise RuntimeError("backend 'triton' was asked for, but Triton cannot be imported")
+        raise RuntimeError(f"backend 'triton' was asked for, but {_NO_KERNELS}")
     if not on_device and not (INTERPRET and x.device.type == "cpu"):
         raise RuntimeError(
             f"backend 'triton' was asked for, but the tensor is on {x.device}: the kernels run on "
             "CUDA or ROCm devices (and on CPU tensors if TRITON_INTERPRET=1 is set before Python "
-            "starts)"
+            f"starts{', not after tritonloss was imported' if _interpret_asked() else ''})"
         )
     if _transforms_active():
         raise RuntimeError(
@@ -112,7 +145,7 @@ def show_config() -> str:
     else:
         device = "no CUDA or ROCm device"
     if not HAS_TRITON:
-        why = "eager torch: Triton cannot be imported"
+        why = f"eager torch: {_NO_KERNELS}"
     elif _mode == "eager":
         why = "eager torch: asked for"
     elif _mode == "triton":
@@ -126,7 +159,7 @@ def show_config() -> str:
             f"tritonloss {__version__}",
             f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
             f"torch      {torch.__version__}",
-            f"triton     {triton.__version__ if HAS_TRITON else 'not installed'}"
+            f"triton     {triton.__version__ if triton else 'not installed'}"
             + (" (interpreting)" if INTERPRET else ""),
             f"device     {device}",
             f"backend    {_mode} -> {why}",

@@ -84,7 +84,7 @@ def scalars(x: Tensor, *values: float | Tensor) -> Tensor | tuple[float, ...]:
     ]
     if len(values) == 1 and isinstance(values[0], Tensor):
         return tensors[0].reshape(1)
-    one = torch.ones((), device=x.device)
+    one = torch.ones((), dtype=torch.float32, device=x.device)
     # A product, because Dynamo keeps a scheduled number symbolic there, unlike in torch.full
     return torch.stack([(v * one).float() for v in tensors])
 

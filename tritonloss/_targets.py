@@ -36,10 +36,14 @@ def parse_targets(
     check.is_index("ignore_index", ignore_index)
     rows, n_classes = logits.shape[:-1], logits.shape[-1]
     if isinstance(targets, Tensor):
+        if _one_hot(targets, logits):
+            targets = targets.to(logits.dtype)
         if not targets.dtype.is_floating_point:
             labels = parse_labels("targets", targets, logits, ignore_index, n_classes)
             return Targets(labels, None, None)
         meaning = "dense, as logits; background has no column"
+        if targets.shape == logits.shape[:-1] and targets.shape != logits.shape:
+            meaning += "; labels are integers: targets.long() makes them"
         check.is_input("targets", targets, logits.shape, meaning, "logits", logits)
         if check.values_checked(logits):
             _check_dense(targets, weight, dense_low)
@@ -53,7 +57,9 @@ def parse_targets(
     quality = targets[1]
     check.is_input("quality", quality, rows, "logits without the classes", "logits", logits)
     if check.values_checked(logits):
-        read = (labels >= 0) & (labels < n_classes) & (labels != ignore_index)
+        # compared in 64 bits: fewer may not hold ignore_index
+        wide = labels.long()
+        read = (wide >= 0) & (wide < n_classes) & (wide != ignore_index)
         if weight is not None and weight.dim() == labels.dim():
             read &= weight > 0
         valid = ~read | ((quality >= 0) & (quality <= 1))
@@ -65,10 +71,11 @@ def parse_labels(name: str, labels: Tensor, logits: Tensor, ignore_index: int, l
     """Integer labels of the logits' rows, contiguous; accepted are 0..last and ignore_index."""
     check.is_integer(name, labels)
     meaning = "logits without the classes"
-    if labels.shape == logits.shape:
-        meaning += "; targets with a value per logit must be floating"
+    if labels.dim() > 1 and labels.shape == (*logits.shape[:1], *logits.shape[2:]):
+        meaning += "; classes come last: logits.movedim(1, -1) puts them there"
     check.has_shape(name, labels, logits.shape[:-1], meaning)
     check.on_device_of(name, labels, "logits", logits)
+    labels = widened(labels)
     if check.values_checked(logits):
         wide = labels.long()
         known = ((wide >= 0) & (wide <= last)) | (wide == ignore_index)
@@ -79,6 +86,30 @@ def parse_labels(name: str, labels: Tensor, logits: Tensor, ignore_index: int, l
             wide,
         )
     return labels.contiguous()
+
+
+def widened(integers: Tensor) -> Tensor:
+    """At least 32 bits, signed: a comparison with a number that a dtype cannot hold wraps."""
+    return integers if integers.dtype in (torch.int32, torch.int64) else integers.long()
+
+
+def _one_hot(targets: Tensor, logits: Tensor) -> bool:
+    """Integers or bools with a value per logit; of one class they might be misplaced labels."""
+    return (
+        not targets.dtype.is_floating_point
+        and not targets.dtype.is_complex
+        and targets.shape == logits.shape
+        and logits.shape[-1] > 1
+    )
+
+
+def as_weight(weight):
+    """Masks and counts are weights, too."""
+    if isinstance(weight, Tensor) and not (
+        weight.dtype.is_floating_point or weight.dtype.is_complex
+    ):
+        return weight.float()
+    return weight
 
 
 def _check_dense(targets: Tensor, weight: Tensor | None, lowest: float) -> None:
@@ -101,6 +132,7 @@ def parse_weight(logits: Tensor, weight: Tensor | None) -> Tensor | None:
     """Weight per row (contiguous) or per logit (any strides)."""
     if weight is None:
         return None
+    weight = as_weight(weight)
     check.is_floating("weight", weight)
     if tuple(weight.shape) not in (tuple(logits.shape), tuple(logits.shape[:-1])):
         raise ValueError(
@@ -116,6 +148,7 @@ def parse_row_weight(x: Tensor, weight: Tensor | None, x_name: str = "logits") -
     """Weight per row, contiguous."""
     if weight is None:
         return None
+    weight = as_weight(weight)
     check.is_input("weight", weight, x.shape[:-1], "one per row", x_name, x)
     return weight.contiguous()
 

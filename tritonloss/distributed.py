@@ -58,7 +58,7 @@ def parse_sharing(process_group, gradients_averaged, capacity: int | None = None
             raise ValueError(f"capacity must be >= 1 positives of one process; got {capacity}")
     if process_group is None:
         return ALONE
-    if ProcessGroup is None or not isinstance(process_group, ProcessGroup):
+    if not is_group(process_group):
         outside = ProcessGroup and process_group is dist.GroupMember.NON_GROUP_MEMBER
         raise TypeError(
             "process_group must be a torch.distributed.ProcessGroup that this process belongs to, "
@@ -68,6 +68,10 @@ def parse_sharing(process_group, gradients_averaged, capacity: int | None = None
         raise RuntimeError("process_group does not go together with torch.func transforms")
     scale = process_group.size() if gradients_averaged else 1
     return Sharing(process_group.group_name, capacity or 0, scale)
+
+
+def is_group(value) -> bool:
+    return ProcessGroup is not None and isinstance(value, ProcessGroup)
 
 
 def group_of(name: str) -> ProcessGroup:
@@ -349,6 +353,7 @@ def reduce_avg_factor(
 
     .. math:: \sum_{k=1}^{K} x_k \quad \text{or, for averaged gradients,} \quad
               \frac{1}{K} \sum_{k=1}^{K} x_k
+              \quad \text{(a sum} \le 0 \text{ counts as 1)}
 
     With it as ``avg_factor`` the losses of the processes add up (or average) to the loss of one
     process with the whole batch, and so do their gradients.
@@ -380,4 +385,7 @@ def reduce_avg_factor(
     if not sharing.group:
         return x
     total = all_reduce(x, "the normaliser", process_group)
-    return total / process_group.size() if gradients_averaged else total
+    if not gradients_averaged:
+        return total
+    # A step without positives divides by 1, as one process would, before the mean is formed
+    return torch.where(total <= 0, 1, total) / process_group.size()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ._dispatch import backend
+from .distributed import group_of, is_group, parse_sharing
 from .losses import (
     boxes,
     distribution,
@@ -24,8 +26,34 @@ from .losses import (
     softmax_focal,
 )
 
+
+class _GroupName(NamedTuple):
+    """Stands for a process group in a copy or a file."""
+
+    name: str
+
+    def exists(self) -> bool:
+        try:
+            group_of(self.name)
+        except (RuntimeError, LookupError, AttributeError):
+            return False
+        return True
+
+    def found(self):
+        if not self.exists():
+            raise RuntimeError(
+                f"process_group {self.name!r}, with which this module was saved, does not exist "
+                "in this process: call init_process_group first, or set module.process_group"
+            )
+        return group_of(self.name)
+
+
 # Arguments that belong to a batch, not to the module.
 PER_CALL = ("weight", "avg_factor", "group", "state")
+
+
+def _pair_of_no_rows(width: int, device) -> tuple[Tensor, Tensor]:
+    return torch.zeros(0, width, device=device), torch.zeros(0, width, device=device)
 
 
 class _Loss(nn.Module):
@@ -44,8 +72,13 @@ class _Loss(nn.Module):
         cls._hyper = {p.name: p.default for p in own}
         cls.__signature__ = inspect.Signature(own)
 
-    def __init__(self, **hyper):
+    def __init__(self, *positional, **hyper):
         super().__init__()
+        if positional:
+            raise TypeError(
+                f"{type(self).__name__} takes its arguments by name ({', '.join(self._hyper)}); "
+                f"got {', '.join(map(repr, positional))} without one"
+            )
         unknown = sorted(set(hyper) - set(self._hyper))
         if unknown:
             raise TypeError(
@@ -56,14 +89,57 @@ class _Loss(nn.Module):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        """Errors of hyper-parameters when the module is built: a call without any row."""
+        hyper = {name: getattr(self, name) for name in self._hyper}
+        tensors = [v for v in hyper.values() if isinstance(v, Tensor)]
+        if "process_group" in hyper:
+            group, averaged = hyper.pop("process_group"), hyper["gradients_averaged"]
+            parse_sharing(group, averaged, hyper.get("capacity"))
+        device = next((t.device for t in tensors if t.dim()), torch.device("cpu"))
+        if device.type == "meta":
+            return
+        n_classes = next((t.numel() for t in tensors if t.dim()), 8)
+        with backend("eager"), torch.no_grad():
+            type(self).function(*self._no_rows(n_classes, device), **self._no_state(), **hyper)
+
+    def _no_rows(self, n_classes: int, device) -> tuple:
+        """Inputs of no row: logits and labels."""
+        labels = torch.zeros(0, dtype=torch.long, device=device)
+        return torch.zeros(0, n_classes, dtype=torch.float32, device=device), labels
+
+    def _no_state(self) -> dict:
+        return {}
 
     def forward(self, *inputs: Tensor, **per_call) -> Tensor:
         hyper = {name: getattr(self, name) for name in self._hyper}
-        return type(self).function(*inputs, **per_call, **hyper)
+        if isinstance(hyper.get("process_group"), _GroupName):
+            hyper["process_group"] = self.process_group = hyper["process_group"].found()
+        return type(self).function(*inputs, **hyper | per_call)
+
+    def __getstate__(self) -> dict:
+        # A process group is a live handle: its name is copied and saved, and looked up again
+        state = self.__dict__.copy()
+        if is_group(state.get("process_group")):
+            state["process_group"] = _GroupName(state["process_group"].group_name)
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        group = self.__dict__.get("process_group")
+        if isinstance(group, _GroupName) and group.exists():
+            self.process_group = group.found()
 
     def extra_repr(self) -> str:
         values = ((name, getattr(self, name)) for name in self._hyper)
         return ", ".join(f"{k}={v}" for k, v in values if not isinstance(v, Tensor))
+
+
+class _OfBoxes:
+    def _no_rows(self, n_classes, device) -> tuple:
+        return _pair_of_no_rows(4, device)
 
 
 class FocalLoss(_Loss):
@@ -115,6 +191,9 @@ class GaussianFocalLoss(_Loss):
     """
 
     function = staticmethod(pointwise.gaussian_focal_loss)
+
+    def _no_rows(self, n_classes, device) -> tuple:
+        return _pair_of_no_rows(n_classes, device)
 
 
 class AsymmetricLoss(_Loss):
@@ -170,6 +249,9 @@ class DistributionFocalLoss(_Loss):
 
     function = staticmethod(distribution.distribution_focal_loss)
 
+    def _no_rows(self, n_classes, device) -> tuple:
+        return torch.zeros(0, 2, device=device), torch.zeros(0, device=device)
+
 
 class Integral(_Loss):
     """``forward(logits)``: the mean bin of each distribution.
@@ -179,8 +261,12 @@ class Integral(_Loss):
 
     function = staticmethod(distribution.distribution_expectation)
 
+    def _no_rows(self, n_classes, device) -> tuple:
+        n_bins = self.sides if isinstance(self.sides, int) and self.sides > 0 else 1
+        return (torch.zeros(0, 2 * n_bins, device=device),)
 
-class IoULoss(_Loss):
+
+class IoULoss(_OfBoxes, _Loss):
     """``forward(pred, target, *, weight=None, avg_factor=None)``.
 
     See :func:`tritonloss.iou_loss`.
@@ -189,7 +275,7 @@ class IoULoss(_Loss):
     function = staticmethod(boxes.iou_loss)
 
 
-class GIoULoss(_Loss):
+class GIoULoss(_OfBoxes, _Loss):
     """``forward(pred, target, *, weight=None, avg_factor=None)``.
 
     See :func:`tritonloss.giou_loss`.
@@ -198,7 +284,7 @@ class GIoULoss(_Loss):
     function = staticmethod(boxes.giou_loss)
 
 
-class DIoULoss(_Loss):
+class DIoULoss(_OfBoxes, _Loss):
     """``forward(pred, target, *, weight=None, avg_factor=None)``.
 
     See :func:`tritonloss.diou_loss`.
@@ -207,7 +293,7 @@ class DIoULoss(_Loss):
     function = staticmethod(boxes.diou_loss)
 
 
-class EIoULoss(_Loss):
+class EIoULoss(_OfBoxes, _Loss):
     """``forward(pred, target, *, weight=None, avg_factor=None)``.
 
     See :func:`tritonloss.eiou_loss`.
@@ -216,7 +302,7 @@ class EIoULoss(_Loss):
     function = staticmethod(boxes.eiou_loss)
 
 
-class CIoULoss(_Loss):
+class CIoULoss(_OfBoxes, _Loss):
     """``forward(pred, target, *, weight=None, avg_factor=None)``.
 
     See :func:`tritonloss.ciou_loss`.
@@ -268,6 +354,9 @@ class ALRPLoss(_Loss):
 
     function = staticmethod(ranking.alrp_loss)
 
+    def _no_rows(self, n_classes, device) -> tuple:
+        return *super()._no_rows(n_classes, device), torch.zeros(0, device=device)
+
 
 def _recomputing() -> bool:
     """True inside a backward: a checkpoint runs its forward once more."""
@@ -282,11 +371,16 @@ class _Harmonised(nn.Module):
         updates: ``(bins,)`` float32, how often it was updated.
     """
 
-    def __init__(self, **hyper):
-        super().__init__(**hyper)
+    def __init__(self, *positional, **hyper):
+        super().__init__(*positional, **hyper)
         self.register_buffer("amount", torch.zeros(self.bins, dtype=torch.float32))
         self.register_buffer("updates", torch.zeros(self.bins, dtype=torch.float32))
         self._before = None  # the state that the last training step began with
+
+    def _no_state(self) -> dict:
+        if not isinstance(self.bins, int) or not 1 <= self.bins <= 256:
+            return {}  # said by the loss
+        return {"state": (torch.zeros(self.bins, device="cpu"),) * 2}
 
     def _apply(self, fn, recurse=True):
         # half() and its like move the counts, but do not round them.
@@ -341,6 +435,9 @@ class GHMRLoss(_Harmonised, _Loss):
 
     function = staticmethod(ghm.ghm_r_loss)
 
+    def _no_rows(self, n_classes, device) -> tuple:
+        return _pair_of_no_rows(n_classes, device)
+
 
 class CARLLoss(_Loss):
     """``forward(logits, labels, box_loss, *, avg_factor=None)``.
@@ -349,3 +446,6 @@ class CARLLoss(_Loss):
     """
 
     function = staticmethod(prime_sample.carl_loss)
+
+    def _no_rows(self, n_classes, device) -> tuple:
+        return *super()._no_rows(n_classes, device), torch.zeros(0, device=device)

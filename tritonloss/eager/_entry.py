@@ -40,4 +40,9 @@ def reduced(loss: Tensor, count, reduction: str, avg_factor) -> Tensor:
     if reduction == "none":
         return loss
     total = loss.sum()
-    return total if reduction == "sum" else total / mean_divisor(count, avg_factor)
+    return total if reduction == "sum" else divided_by(total, mean_divisor(count, avg_factor))
+
+
+def divided_by(total: Tensor, divisor) -> Tensor:
+    """In the dtype of the total: a 0-d float64 divisor would promote it."""
+    return total / (divisor.to(total.dtype) if isinstance(divisor, Tensor) else divisor)

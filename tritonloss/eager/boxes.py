@@ -26,6 +26,11 @@ def _side_difference(p1, p2, t1, t2) -> Tensor:
     return torch.where(near & (p2 >= p1) & (t2 >= t1), high - low, p - t)
 
 
+def _passing(x: Tensor, solid: Tensor) -> Tensor:
+    """x, without its gradient where what divides it is below eps: 1 / eps is no slope."""
+    return torch.where(solid, x, x.detach())
+
+
 def _area_minus(w, h, inner_w, inner_h) -> Tensor:
     """w h - inner_w inner_h, for sides that are at least the inner ones."""
     return w * (h - inner_h) + inner_h * (w - inner_w)
@@ -61,6 +66,7 @@ def box_values(pred: Tensor, target: Tensor, eps, alpha_threshold, kind: str) ->
     area = wp * hp + wt * ht - inter
     union = area.clamp(min=eps)
     solid = area >= eps
+    inter = _passing(inter, solid)
     target_alone = _area_minus(wt, ht, wi, hi)
     either_alone = _area_minus(wp, hp, wi, hi) + target_alone
     close = solid & (2 * inter > union)
@@ -78,14 +84,17 @@ def box_values(pred: Tensor, target: Tensor, eps, alpha_threshold, kind: str) ->
 
     dx = ((px1 - tx1) + (px2 - tx2)) / 2
     dy = ((py1 - ty1) + (py2 - ty2)) / 2
-    penalised = loss + (dx * dx + dy * dy) / (wc * wc + hc * hc).clamp(min=eps)
+    diagonal = wc * wc + hc * hc
+    distance = _passing(dx * dx + dy * dy, diagonal >= eps)
+    penalised = loss + distance / diagonal.clamp(min=eps)
     if kind == "diou":
         return penalised
 
     if kind == "eiou":
-        width, height = (wc * wc).clamp(min=eps), (hc * hc).clamp(min=eps)
-        wider = _side_difference(px1, px2, tx1, tx2)
-        higher = _side_difference(py1, py2, ty1, ty2)
+        width, height = wc * wc, hc * hc
+        wider = _passing(_side_difference(px1, px2, tx1, tx2), width >= eps)
+        higher = _passing(_side_difference(py1, py2, ty1, ty2), height >= eps)
+        width, height = width.clamp(min=eps), height.clamp(min=eps)
         return penalised + wider / width * wider + higher / height * higher
 
     v = _aspect_penalty(wp, hp, wt, ht)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._entry import mean_divisor, upcast
+from ._entry import divided_by, mean_divisor, upcast
 
 
 def _run_starts(*keys: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def carl_loss(
             weighted = weighted * torch.where(
                 value > 0, plain / torch.where(value > 0, value, 1), 1
             )
-        return weighted / mean_divisor(count, avg_factor)
+        return divided_by(weighted, mean_divisor(count, avg_factor))
 
 
 def _log_mix(log_p: Tensor, bias) -> Tensor:

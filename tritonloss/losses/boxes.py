@@ -78,6 +78,13 @@ def _reference(pred, target, weight, avg_factor, params, kind, reduction):
 _kernels = _op.differentiable(_forward, _backward, _reference)
 
 
+def _check_boxes(target, weight) -> None:
+    wrong = (target[..., 2:] < target[..., :2]).any(-1)
+    if weight is not None:
+        wrong = wrong & (weight > 0)
+    check.require(~wrong, "target must be boxes x1, y1, x2, y2 with x2 >= x1 and y2 >= y1", target)
+
+
 def _box_loss(kind, pred, target, eps, alpha_threshold, weight, reduction, avg_factor) -> Tensor:
     """Checks, choice of the implementation, call: the same for every box loss."""
     check.is_floating("pred", pred)
@@ -88,6 +95,8 @@ def _box_loss(kind, pred, target, eps, alpha_threshold, weight, reduction, avg_f
     check.is_number("alpha_threshold", alpha_threshold)
     check.is_reduction(reduction, avg_factor)
     weight = parse_row_weight(pred, weight, "pred")
+    if check.values_checked(pred):
+        _check_boxes(target, weight)
     if use_triton(pred) and pred.numel() > 0 and rows_walkable(pred, target):
         return _kernels(
             pred,

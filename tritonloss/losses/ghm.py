@@ -171,6 +171,11 @@ def _check_parameters(x, bins, momentum, state, normalize) -> None:
     if normalize not in NORMALIZE:
         raise ValueError(f"normalize must be one of {', '.join(NORMALIZE)}; got {normalize!r}")
     if state is None:
+        if isinstance(momentum, Tensor) or momentum > 0:
+            raise ValueError(
+                f"state must be the pair (A, t) where momentum is above 0 (GHMCLoss and GHMRLoss "
+                f"keep it); got None with momentum {momentum}"
+            )
         return
     if not isinstance(state, (tuple, list)) or len(state) != 2:
         raise TypeError(f"state must be a pair (A, t) of tensors; got {type(state).__name__}")

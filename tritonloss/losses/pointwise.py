@@ -168,6 +168,8 @@ def _balance(alpha) -> tuple:
     """``(weight of y = 1, weight of y = 0)``."""
     if alpha is None:
         return 1.0, 1.0
+    if isinstance(alpha, (int, float)) and alpha == -1:
+        raise ValueError("alpha must lie in [0, 1], and None turns balancing off; got -1")
     check.is_number("alpha", alpha, 0, 1)
     return alpha, 1 - alpha
 

@@ -14,7 +14,7 @@ from tritonloss import _checks as check
 from tritonloss import _op
 from tritonloss._dispatch import _transforms_active, use_triton
 from tritonloss._op import wrap_triton
-from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
+from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight, widened
 from tritonloss.distributed import (
     KernelExchange,
     ProcessGroup,
@@ -406,6 +406,7 @@ def _parse_group(logits: Tensor, group: Tensor | None, num_groups: int | None) -
             f"group must broadcast to the logits' shape {tuple(logits.shape)}; got "
             f"{tuple(group.shape)}"
         )
+    group = widened(group)
     if check.values_checked(logits):
         check.require(
             (group >= 0) & (group < num_groups),

@@ -1,0 +1,206 @@
+"""Inputs that users did pass, and once got a wrong number, or a failure, for."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import DEVICE
+
+import tritonloss as tl
+
+ROWS = 3
+INTEGERS = (
+    torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
+    torch.uint64,
+)  # fmt: skip
+LABELLED = {
+    "focal": lambda x, y: tl.sigmoid_focal_loss(x, y),
+    "focal star": lambda x, y: tl.focal_star_loss(x, y),
+    "quality": lambda x, y: tl.quality_focal_loss(x, (y, torch.full(y.shape, 0.5))),
+    "varifocal": lambda x, y: tl.varifocal_loss(x, (y, torch.full(y.shape, 0.5))),
+    "softmax": lambda x, y: tl.softmax_focal_loss(x, y),
+    "ghm": lambda x, y: tl.ghm_c_loss(x, y),
+    "rank & sort": lambda x, y: sum(tl.rank_sort_loss(x, y)),
+    "ap": lambda x, y: tl.ap_loss(x, y),
+    "alrp": lambda x, y: sum(tl.alrp_loss(x, y, torch.full(y.shape, 0.5))),
+    "carl": lambda x, y: tl.carl_loss(x, y, torch.ones(y.shape)),
+}
+BOX_LOSSES = (tl.iou_loss, tl.giou_loss, tl.diou_loss, tl.ciou_loss, tl.eiou_loss)
+MODULES = [
+    value for value in vars(tl).values()
+    if isinstance(value, type) and issubclass(value, tl.modules._Loss)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", [100, 127, 128, 200, 255, 256, 300, 1203])
+@pytest.mark.parametrize("loss", LABELLED)
+def test_labels_of_every_integer_dtype_mean_the_same(loss, classes, backend, on_device):
+    x = torch.randn(ROWS, classes)
+    labels = torch.tensor([3, 99, 7])
+    expected = LABELLED[loss](x, labels)
+    assert expected > 0
+    for dtype in INTEGERS:
+        assert LABELLED[loss](x, labels.to(dtype)) == expected, dtype
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on the CPU")
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_quality_is_checked_for_labels_of_every_dtype(dtype):
+    targets = torch.tensor([3, 7], dtype=dtype), torch.tensor([0.5, 1.5])
+    with pytest.raises(ValueError, match="quality must lie in"):
+        tl.quality_focal_loss(torch.zeros(2, 300), targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.uint16], ids=str)
+def test_lists_of_every_integer_dtype(dtype, backend, on_device):
+    x, labels = torch.randn(4, 2), torch.tensor([0, 1, 0, 1])
+    group = torch.tensor([[0], [1], [0], [1]])
+    expected = tl.ap_loss(x, labels, group=group, num_groups=200)
+    assert tl.ap_loss(x, labels, group=group.to(dtype), num_groups=200) == expected
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_default_dtype_does_not_round_scalars(default, backend, on_device):
+    x, labels = torch.randn(4, 5), torch.tensor([0, 5, 2, 5])
+    alpha, divisor = torch.tensor(0.3), torch.tensor(70001.0)
+    expected = tl.sigmoid_focal_loss(x, labels, alpha=alpha, gamma=1.7, avg_factor=divisor)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        loss = tl.sigmoid_focal_loss(x, labels, alpha=alpha, gamma=1.7, avg_factor=divisor)
+    finally:
+        torch.set_default_dtype(before)
+    assert loss == expected
+
+
+@pytest.mark.parametrize("rows", [4, 30_000])
+def test_float64_divisor_keeps_the_dtype(rows, backend, on_device):
+    labels = torch.zeros(rows, dtype=torch.long)
+    divisor = torch.tensor(2.0, dtype=torch.float64)
+    logits, boxes = torch.zeros(rows, 4), torch.rand(rows, 4).cumsum(-1)
+    for loss in (
+        tl.sigmoid_focal_loss(logits, labels, avg_factor=divisor),
+        tl.softmax_focal_loss(logits, labels, avg_factor=divisor),
+        tl.distribution_focal_loss(logits, labels.float(), avg_factor=divisor),
+        tl.iou_loss(boxes, boxes.flip(0).sort(-1).values, avg_factor=divisor),
+        tl.carl_loss(logits, labels, torch.ones(rows), avg_factor=divisor),
+    ):
+        assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("loss", BOX_LOSSES, ids=lambda f: f.__name__)
+def test_flat_boxes_on_one_line_have_a_bounded_gradient(loss, dtype, backend, on_device):
+    flat = [[0.0, 0, 10, 0], [0, 0, 0, 10], [3, 3, 3, 3], [0, 0, 10, 0], [1, 1, 1, 1]]
+    other = [[2.0, 0, 8, 0], [0, 2, 0, 8], [3, 3, 3, 3], [20, 0, 30, 0], [1, 1, 5, 1]]
+    pred = torch.tensor(flat, dtype=dtype, requires_grad=True)
+    value = loss(pred, torch.tensor(other, dtype=dtype), reduction="sum")
+    (gradient,) = torch.autograd.grad(value, pred)
+    assert value.isfinite()
+    assert gradient.abs().max() <= 10
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on the CPU")
+@pytest.mark.parametrize("loss", BOX_LOSSES, ids=lambda f: f.__name__)
+def test_targets_that_are_no_corners(loss):
+    pred, target = (
+        torch.tensor([[0.0, 0, 4, 4]] * 2),
+        torch.tensor([[0.0, 0, 4, 4], [10, 10, 4, 4]]),
+    )
+    with pytest.raises(ValueError, match="target must be boxes x1, y1, x2, y2"):
+        loss(pred, target)
+    assert loss(pred, target, weight=torch.tensor([True, False])) == 0
+
+
+def test_masks_and_counts_are_weights(backend, on_device):
+    x, labels, mask = torch.randn(4, 3), torch.tensor([0, 3, 1, 3]), torch.tensor([1, 0, 1, 0])
+    expected = tl.sigmoid_focal_loss(x, labels, weight=mask.float())
+    for weight in (mask, mask.bool(), mask.to(torch.uint8)):
+        assert tl.sigmoid_focal_loss(x, labels, weight=weight) == expected
+        assert tl.softmax_focal_loss(x, labels % 3, weight=weight).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64], ids=str)
+def test_one_hot_targets(dtype, backend, on_device):
+    x, hot = torch.randn(4, 3), torch.eye(4, 3)
+    for loss in (tl.sigmoid_focal_loss, tl.quality_focal_loss, tl.varifocal_loss, tl.ghm_c_loss):
+        assert loss(x, hot.to(dtype)) == loss(x, hot)
+
+
+class Named(torch.Tensor):
+    """A plain subclass: it holds values as a tensor does."""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on the CPU")
+@pytest.mark.parametrize("loss", LABELLED)
+def test_subclassed_logits_are_checked(loss):
+    with pytest.raises(ValueError, match="got 77"):
+        LABELLED[loss](torch.zeros(2, 4).as_subclass(Named), torch.tensor([1, 77]))
+
+
+def test_blocks_of_two_threads_leave_the_process_as_it_was():
+    before = tl.show_config()
+    entered, left = threading.Event(), threading.Event()
+
+    def outer():
+        with tl.backend("eager"):
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=outer)
+    thread.start()
+    entered.wait(10)
+    with tl.backend("auto"):
+        left.set()
+        thread.join()
+        assert "auto ->" in tl.show_config()
+    assert tl.show_config() == before
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+SHARED = [m for m in MODULES if "process_group" in m.__signature__.parameters]
+
+
+@pytest.mark.parametrize("module", SHARED, ids=lambda m: m.__name__)
+def test_modules_with_a_process_group_can_be_copied_and_saved(module, group):
+    loss = module(process_group=group)
+    assert copy.deepcopy(loss).process_group is group
+    torch.optim.swa_utils.AveragedModel(torch.nn.Sequential(loss))
+    file = io.BytesIO()
+    torch.save(loss, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False).process_group is group
+    dist.destroy_process_group()
+    file.seek(0)
+    orphan = torch.load(file, weights_only=False)
+    with pytest.raises(RuntimeError, match=r"process_group .* does not exist in this process"):
+        orphan(torch.zeros(2, 3), torch.tensor([1, 2]))
+
+
+def test_a_step_without_positives_is_that_of_one_process(group):
+    none = torch.zeros((), dtype=torch.long)
+    assert tl.reduce_avg_factor(none, group, gradients_averaged=True) == 1 / group.size()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_modules_take_arguments_by_name(module):
+    with pytest.raises(TypeError, match=f"{module.__name__} takes its arguments by name"):
+        module(0.25)
+
+
+def test_reduction_of_one_call():
+    loss, x, y = tl.FocalLoss(), torch.zeros(2, 3), torch.tensor([1, 3])
+    assert loss(x, y, reduction="none").shape == (2, 3)
+    assert loss(x, y).shape == ()
