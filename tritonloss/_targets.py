@@ -89,8 +89,10 @@ def parse_labels(name: str, labels: Tensor, logits: Tensor, ignore_index: int, l
 
 
 def widened(integers: Tensor) -> Tensor:
-    """At least 32 bits, signed: a comparison with a number that a dtype cannot hold wraps."""
-    return integers if integers.dtype in (torch.int32, torch.int64) else integers.long()
+    """In 64 bits where neither torch nor the kernels compare the dtype. Narrow ones stay: the
+    kernels widen them in registers, and eager code widens them before it compares."""
+    wide = integers.dtype in (torch.uint16, torch.uint32, torch.uint64)
+    return integers.long() if wide else integers
 
 
 def _one_hot(targets: Tensor, logits: Tensor) -> bool:

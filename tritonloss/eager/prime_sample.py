@@ -96,8 +96,9 @@ def carl_loss(
         n_classes = x.shape[-1]
         if box_loss.dim() > labels.dim():
             box_loss = box_loss.sum(-1)
+        labels = labels.long()  # a narrow one may not hold n_classes
         positive = (labels >= 0) & (labels < n_classes)
-        index = labels.long().clamp(0, n_classes - 1).unsqueeze(-1)
+        index = labels.clamp(0, n_classes - 1).unsqueeze(-1)
         count = positive.sum()
         # Rows that do not count are emptied first: what stands there reaches nothing.
         if activation == "sigmoid":

@@ -14,7 +14,7 @@ from tritonloss import _checks as check
 from tritonloss import _op
 from tritonloss._dispatch import _transforms_active, use_triton
 from tritonloss._op import wrap_triton
-from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight, widened
+from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
 from tritonloss.distributed import (
     KernelExchange,
     ProcessGroup,
@@ -406,10 +406,12 @@ def _parse_group(logits: Tensor, group: Tensor | None, num_groups: int | None) -
             f"group must broadcast to the logits' shape {tuple(logits.shape)}; got "
             f"{tuple(group.shape)}"
         )
-    group = widened(group)
+    if group.dtype not in (torch.int32, torch.int64):
+        group = group.long()  # a narrow one may not hold num_groups
     if check.values_checked(logits):
+        wide = group.long()
         check.require(
-            (group >= 0) & (group < num_groups),
+            (wide >= 0) & (wide < num_groups),
             f"group must lie in 0..{num_groups - 1} (num_groups - 1)",
             group,
         )

@@ -1,0 +1,257 @@
+"""What users pass by mistake: the type of the error, and a sentence that names the argument."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE
+
+import tritonloss as tl
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on the CPU")
+
+X = torch.zeros(2, 4)
+Y = torch.tensor([1, 3])
+HALF = torch.tensor([0.5, 0.5])
+BOX = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 4]])
+GRAD = torch.ones(2, requires_grad=True)
+STATE = torch.zeros(10), torch.zeros(10)
+
+# name of the loss -> (function, its inputs)
+CLASSIFIERS = {
+    "sigmoid_focal_loss": (tl.sigmoid_focal_loss, (X, Y)),
+    "focal_star_loss": (tl.focal_star_loss, (X, Y)),
+    "quality_focal_loss": (tl.quality_focal_loss, (X, (Y, HALF))),
+    "varifocal_loss": (tl.varifocal_loss, (X, (Y, HALF))),
+    "softmax_focal_loss": (tl.softmax_focal_loss, (X, Y)),
+    "ghm_c_loss": (tl.ghm_c_loss, (X, Y)),
+    "rank_sort_loss": (tl.rank_sort_loss, (X, Y)),
+    "ap_loss": (tl.ap_loss, (X, Y)),
+    "alrp_loss": (tl.alrp_loss, (X, Y, HALF)),
+    "carl_loss": (tl.carl_loss, (X, Y, HALF)),
+}
+BOX_LOSSES = {f.__name__: f for f in (tl.iou_loss, tl.giou_loss, tl.diou_loss, tl.ciou_loss)}
+REDUCED = ("sigmoid_focal_loss", "focal_star_loss", "quality_focal_loss", "varifocal_loss",
+           "softmax_focal_loss")  # fmt: skip
+
+WRONG = {}
+
+
+def wrong(name, error, words, function, *args, **kwargs):
+    assert name not in WRONG
+    WRONG[name] = error, words, function, args, kwargs
+
+
+for loss, (function, (_, targets, *more)) in CLASSIFIERS.items():
+    labels, quality = targets if isinstance(targets, tuple) else (targets, None)
+
+    def given(labels, quality=quality):
+        return labels if quality is None else (labels, quality)
+
+    def case(name, error, words, x, y, function=function, more=more, loss=loss, **kwargs):
+        wrong(f"{loss}: {name}", error, words, function, x, y, *more, **kwargs)
+
+    case("a list of levels", TypeError, "logits must be a tensor, one for all levels", [X], targets)
+    case("numpy", TypeError, "logits must be a tensor: torch.from_numpy", np.zeros((2, 4)), targets)
+    case("integer logits", TypeError, "logits must be float16", X.long(), targets)
+    case("no class", ValueError, "logits must have shape", torch.zeros(2, 0), targets)
+    case("label too large", ValueError, "got 77", X, given(torch.tensor([1, 77])))
+    case("negative label", ValueError, "got -5", X, given(torch.tensor([1, -5])))
+    case("fewer labels", ValueError, r"must have shape \(2,\)", X, given(Y[:1]))
+    case("labels elsewhere", ValueError, "is on meta, but logits is on cpu", X, given(Y.to("meta")))
+    case("channels first", ValueError, "classes come last", torch.zeros(2, 4, 5, 6),
+         given(torch.zeros(2, 5, 6).long()))  # fmt: skip
+    case("misspelt argument", TypeError, "unexpected keyword argument 'gama'", X, targets, gama=2)
+    if loss not in ("softmax_focal_loss", "carl_loss"):
+        case("targets None", TypeError, "targets must be integer labels", X, None)
+        case("three targets", TypeError, "targets must be integer labels", X, (Y, HALF, HALF))
+        case("float labels", ValueError, r"targets\.long\(\)", X, Y.float())
+        case("quality as integers", TypeError, "quality must be float16", X, (Y, Y))
+        case(
+            "quality above 1",
+            ValueError,
+            r"quality must lie in \[0, 1\].*got 1.5",
+            X,
+            (Y, HALF + 1),
+        )
+        case("quality with a gradient", ValueError, "quality requires grad", X, (Y, GRAD))
+        case("ignore_index", TypeError, "ignore_index must be an int", X, targets, ignore_index=1.5)
+    if loss != "carl_loss":
+        case(
+            "complex weight", TypeError, "weight must be float16", X, targets, weight=HALF.cfloat()
+        )
+        case(
+            "shape of weight",
+            ValueError,
+            "weight must have shape",
+            X,
+            targets,
+            weight=torch.ones(3),
+        )
+        case("weight with a gradient", ValueError, "weight requires grad", X, targets, weight=GRAD)
+        case(
+            "weight is a list", TypeError, "weight must be a tensor", X, targets, weight=[1.0, 1.0]
+        )
+    if loss in REDUCED:
+        case("reduction", ValueError, "reduction must be one of", X, targets, reduction="average")
+        case("reduction False", ValueError, "reduction must be one of", X, targets, reduction=False)
+        case("avg_factor of a sum", ValueError, "avg_factor divides", X, targets, reduction="sum",
+             avg_factor=2)  # fmt: skip
+        case("avg_factor nan", ValueError, "avg_factor must be finite; got nan", X, targets,
+             avg_factor=float("nan"))  # fmt: skip
+        case("avg_factor of rows", ValueError, "avg_factor must be a number", X, targets,
+             avg_factor=HALF)  # fmt: skip
+
+for dense in (tl.sigmoid_focal_loss, tl.quality_focal_loss, tl.varifocal_loss, tl.ghm_c_loss):
+    wrong(f"{dense.__name__}: just above 1", ValueError, "got 1.0000001", dense, X,
+          torch.full((2, 4), 1.0000001))  # fmt: skip
+    wrong(f"{dense.__name__}: dense below 0", ValueError, "got -1", dense, X, -torch.ones(2, 4))
+
+for name, bad, words in (
+    ("alpha", -1, "None turns balancing off"),
+    ("alpha", torch.tensor(7.0), "alpha must be finite and >= 0 and <= 1; got 7.0"),
+    ("gamma", -1, "gamma must be finite and >= 0; got -1"),
+    ("gamma", torch.tensor(float("inf")), "gamma must be finite and >= 0; got inf"),
+    ("gamma", torch.tensor(True), "gamma must be a real number; got bool"),
+    ("gamma", "2", "gamma must be a number or a 0-d tensor; got str"),
+    ("gamma", None, "gamma must be a number or a 0-d tensor; got NoneType"),
+    ("gamma", True, "gamma must be a number or a 0-d tensor; got bool"),
+    ("class_weight", torch.ones(3), "class_weight must have shape"),
+):
+    error = (
+        TypeError
+        if "got str" in words or "NoneType" in words or "got bool" in words
+        else ValueError
+    )
+    wrong(f"focal {name} {bad!r}", error, words, tl.sigmoid_focal_loss, X, Y, **{name: bad})
+    wrong(
+        f"FocalLoss {name} {bad!r}",
+        error,
+        words,
+        lambda n, b: tl.FocalLoss(**{n: b})(X, Y),
+        name,
+        bad,
+    )
+
+for loss, function in BOX_LOSSES.items():
+    wrong(f"{loss}: xywh", ValueError, "target must be boxes x1, y1, x2, y2", function, BOX,
+          torch.tensor([[10.0, 10, 4, 4], [1, 1, 3, 4]]))  # fmt: skip
+    wrong(f"{loss}: three numbers", ValueError, r"pred must have shape \(\.\.\., 4\)", function,
+          BOX[:, :3], BOX[:, :3])  # fmt: skip
+    wrong(f"{loss}: other boxes", ValueError, "target must have shape", function, BOX, BOX[:1])
+    wrong(f"{loss}: integer boxes", TypeError, "pred must be float16", function, BOX.long(), BOX)
+    wrong(
+        f"{loss}: integer targets", TypeError, "target must be float16", function, BOX, BOX.long()
+    )
+    wrong(f"{loss}: eps 0", ValueError, "eps must be finite and > 0", function, BOX, BOX, eps=0)
+    wrong(f"{loss}: weight", ValueError, "weight must have shape", function, BOX, BOX, weight=X)
+    wrong(f"{loss}: None", TypeError, "target must be a tensor; got NoneType", function, BOX, None)
+
+GHM = {
+    "bins 10.": (TypeError, "bins must be an int; got float", {"bins": 10.0}),
+    "bins 0": (ValueError, "bins must be in 1..256; got 0", {"bins": 0}),
+    "momentum 1": (ValueError, "momentum must be", {"momentum": 1, "state": STATE}),
+    "momentum -1": (ValueError, "momentum must be", {"momentum": -1}),
+    "no state": (ValueError, "state must be the pair .*GHMCLoss", {"momentum": 0.75}),
+    "state of one": (TypeError, "state must be a pair", {"state": STATE[:1]}),
+    "state of integers": (TypeError, "must be float32", {"state": (Y, Y)}),
+    "normalize": (ValueError, "normalize must be one of", {"normalize": "mean"}),
+    "group": (TypeError, "process_group must be", {"process_group": "world"}),
+    "averaged": (TypeError, "gradients_averaged must be a bool", {"gradients_averaged": 1}),
+}  # fmt: skip
+for name, (error, words, kwargs) in GHM.items():
+    wrong(f"ghm_c_loss: {name}", error, words, tl.ghm_c_loss, X, Y, **kwargs)
+    wrong(f"ghm_r_loss: {name}", error, words, tl.ghm_r_loss, BOX, BOX, **kwargs)
+
+for ranking in (tl.rank_sort_loss, tl.ap_loss):
+    for name, error, words, kwargs in (
+        ("delta", ValueError, "delta must be finite and >= 0", {"delta": -1}),
+        ("delta tensor", ValueError, "delta must be finite", {"delta": torch.tensor(-1.0)}),
+        ("group alone", ValueError, "num_groups must be a positive int", {"group": Y[:, None]}),
+        ("num_groups alone", ValueError, "num_groups counts", {"num_groups": 2}),
+        ("ids", ValueError, "group must lie in", {"group": Y[:, None], "num_groups": 2}),
+        ("float ids", TypeError, r"group\.long\(\)", {"group": X, "num_groups": 2}),
+        ("capacity", ValueError, "capacity must be >= 1", {"capacity": 0}),
+    ):
+        wrong(f"{ranking.__name__}: {name}", error, words, ranking, X, Y, **kwargs)
+
+wrong(
+    "dfl: one bin", ValueError, "logits must have shape", tl.distribution_focal_loss, X[:, :1], HALF
+)
+wrong("dfl: beyond", ValueError, "target must lie in", tl.distribution_focal_loss, X, HALF + 3)
+wrong("dfl: labels", TypeError, "target must be float16", tl.distribution_focal_loss, X, Y)
+wrong(
+    "expectation: sides",
+    ValueError,
+    "sides must be an int",
+    tl.distribution_expectation,
+    X,
+    sides=0,
+)
+wrong(
+    "expectation: 3 of 4",
+    ValueError,
+    "logits must have shape",
+    tl.distribution_expectation,
+    X,
+    sides=3,
+)
+wrong("hlr: float labels", TypeError, r"labels\.long\(\)", tl.iou_hlr, HALF, Y, HALF)
+wrong("hlr: shape", ValueError, "gt_index must have shape", tl.iou_hlr, HALF, Y[:1], Y)
+wrong("isr: bias", ValueError, "bias must be", tl.isr_p_weight, HALF, HALF, Y, Y, bias=2)
+wrong(
+    "isr: normalizer",
+    ValueError,
+    "normalizer must be",
+    tl.isr_p_weight,
+    HALF,
+    HALF,
+    Y,
+    Y,
+    normalizer="a",
+)
+wrong(
+    "carl: activation",
+    ValueError,
+    "activation must be",
+    tl.carl_loss,
+    X,
+    Y,
+    HALF,
+    activation="relu",
+)
+wrong("carl: k", ValueError, "k must be finite", tl.carl_loss, X, Y, HALF, k=torch.tensor(-1.0))
+wrong("balanced: shape", ValueError, "samples_per_class must have", tl.class_balanced_weight, X)
+wrong("balanced: beta", ValueError, "beta must be", tl.class_balanced_weight, HALF, beta=1)
+wrong("balanced: negative", ValueError, "must be >= 0; got -0.5", tl.class_balanced_weight, -HALF)
+wrong("backend", ValueError, "backend must be one of", tl.backend, "cuda")
+wrong("normaliser", TypeError, "x must be a tensor", tl.reduce_avg_factor, 3, None)
+
+MODULES = [v for v in vars(tl).values() if isinstance(v, type) and issubclass(v, torch.nn.Module)]
+for module in MODULES:
+    own = module.__name__
+    wrong(f"{own}: positional", TypeError, f"{own} takes its arguments by name",
+          module, 0.25)  # fmt: skip
+    wrong(f"{own}: misspelt", TypeError, f"{own} takes .*; got gama", module,
+          gama=2)  # fmt: skip
+    if "reduction" in module.__signature__.parameters:
+        wrong(f"{module.__name__}: reduction", ValueError, "reduction must be one of", module,
+              reduction="average")  # fmt: skip
+    if "process_group" in module.__signature__.parameters:
+        wrong(f"{module.__name__}: group", TypeError, "process_group must be", module,
+              process_group="world")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "function", "args", "kwargs"), WRONG.values(), ids=WRONG
+)
+def test_the_error_names_what_is_wrong(error, words, function, args, kwargs):
+    with pytest.raises(error, match=words) as caught:
+        function(*args, **kwargs)
+    assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
+
+
+def test_the_table_is_wide():
+    assert len(WRONG) >= 130
