@@ -228,7 +228,7 @@ wrong("balanced: negative", ValueError, "must be >= 0; got -0.5", tl.class_balan
 wrong("backend", ValueError, "backend must be one of", tl.backend, "cuda")
 wrong("normaliser", TypeError, "x must be a tensor", tl.reduce_avg_factor, 3, None)
 
-MODULES = [v for v in vars(tl).values() if isinstance(v, type) and issubclass(v, torch.nn.Module)]
+MODULES = [v for v in vars(tl).values() if isinstance(v, type) and issubclass(v, tl.modules._Loss)]
 for module in MODULES:
     own = module.__name__
     wrong(f"{own}: positional", TypeError, f"{own} takes its arguments by name",
