@@ -137,6 +137,12 @@ class _Loss(nn.Module):
         return ", ".join(f"{k}={v}" for k, v in values if not isinstance(v, Tensor))
 
 
+class _OfQuality:
+    def _no_rows(self, n_classes, device) -> tuple:
+        logits, labels = super()._no_rows(n_classes, device)
+        return logits, (labels, torch.zeros(0, device=device))
+
+
 class _OfBoxes:
     def _no_rows(self, n_classes, device) -> tuple:
         return _pair_of_no_rows(4, device)
@@ -214,7 +220,7 @@ class BCELoss(_Loss):
     function = staticmethod(quality.bce_loss)
 
 
-class MALLoss(_Loss):
+class MALLoss(_OfQuality, _Loss):
     """``forward(logits, (labels, quality), *, weight=None, avg_factor=None)``.
 
     See :func:`tritonloss.mal_loss`.
@@ -223,7 +229,7 @@ class MALLoss(_Loss):
     function = staticmethod(quality.mal_loss)
 
 
-class IoUAwareBCELoss(_Loss):
+class IoUAwareBCELoss(_OfQuality, _Loss):
     """``forward(logits, (labels, quality), *, weight=None, avg_factor=None)``.
 
     See :func:`tritonloss.iou_aware_bce_loss`.
