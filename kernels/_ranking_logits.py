@@ -151,7 +151,9 @@ def segment_of(
         many = 2 * tl.load(list_ptr + num_groups + group, mask=active, other=0)
         lowest = first
     else:
-        cell = tl.load(table_ptr + cell_of(x, table[0], table[1], table[2]), mask=active, other=0)
+        cells = table[0]  # none without positives
+        cell_ptrs = table_ptr + cell_of(x, cells, table[1], table[2])
+        cell = tl.load(cell_ptrs, mask=active & (cells > 0), other=0)
         first = cell.to(tl.int32)
         many = (cell >> 32).to(tl.int32)
         lowest = 0
@@ -214,6 +216,7 @@ def negatives_kernel(
     delta,
     # constants
     BACKWARD: tl.constexpr,
+    PACK: tl.constexpr,  # count and distance share a word where it has room
     N_DIMS: tl.constexpr,
     CLASS_DIM: tl.constexpr,
     LINEAR: tl.constexpr,
@@ -257,6 +260,7 @@ def negatives_kernel(
         one = tl.cast(1, tl.int64) << shift
         bad = tl.zeros(offs.shape, tl.int32)
         in_common = tl.zeros(offs.shape, tl.int64)
+        n_common = tl.zeros(offs.shape, tl.int32)  # where it has a word of its own
         common = tl.cast(-1, tl.int32)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     if not BACKWARD and group_ptr is None:
@@ -334,20 +338,31 @@ def negatives_kernel(
         else:
             bad = bad | (negative & (x != x)).to(tl.int32)
             amount = tl.where(found, distance * units, 0.0).to(tl.int64)
+            theirs = found & (knot == common)
+            elsewhere = found & (knot != common)
             slot = histogram_ptr + knot
             if shift > 0:
                 word = one + amount
-                theirs = found & (knot == common)
                 in_common += tl.where(theirs, word, 0)
-                tl.atomic_add(slot, word, mask=found & ~theirs, sem="relaxed")
+                tl.atomic_add(slot, word, mask=elsewhere, sem="relaxed")
             else:
                 slot += knot
+                if not PACK:
+                    in_common += tl.where(theirs, amount, 0)
+                    n_common += theirs.to(tl.int32)
+                    found = elsewhere
                 tl.atomic_add(slot, tl.full(slot.shape, 1, tl.int64), mask=found, sem="relaxed")
                 tl.atomic_add(slot + 1, amount, mask=found & (amount > 0), sem="relaxed")
         start += tl.num_programs(0).to(tl.int64) * BLOCK
     if not BACKWARD:
         if common >= 0:
-            tl.atomic_add(histogram_ptr + common, tl.sum(in_common), sem="relaxed")
+            common_slot = histogram_ptr + common
+            if shift > 0:
+                tl.atomic_add(common_slot, tl.sum(in_common), sem="relaxed")
+            elif not PACK:
+                common_slot += common
+                tl.atomic_add(common_slot, tl.sum(n_common).to(tl.int64), sem="relaxed")
+                tl.atomic_add(common_slot + 1, tl.sum(in_common), sem="relaxed")
         if tl.sum(bad) > 0:
             tl.store(counter_ptr + 1, 1)
 

@@ -591,7 +591,8 @@ def settle_kernel(
             done += TILE
 
         if not HAS_GROUP:
-            broken = (tl.load(counter_ptr + 1) > 0) | (tl.load(counter_ptr) > capacity)
+            broken = (tl.load(counter_ptr + 1) > 0) & (n_pos > 0)
+            broken = broken | (tl.load(counter_ptr) > capacity)
             scale = tl.where(broken, float("nan"), 1.0)
             tl.store(first_ptr, (value * each * scale).to(tl.float32))
             tl.store(second_ptr, (second * each * scale).to(tl.float32))
@@ -615,7 +616,9 @@ def means_kernel(
     LOSS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program: means over the positives of each list and over lists; NaN if a logit was."""
+    """One program: means over the positives of each list and over lists; NaN if a logit was, but 0
+    without positives.
+    """
     capacity = wide(capacity)
     n_pos = count_positives(counter_ptr, capacity)
     value = tl.zeros([TILE], tl.float64)
@@ -638,7 +641,8 @@ def means_kernel(
         n_lists += (mask & (start == i)).to(tl.int32)
         first += TILE
     scale = 1.0 / tl.maximum(tl.sum(n_lists, 0), 1).to(tl.float64)
-    broken = (tl.load(counter_ptr + 1) > 0) | (tl.load(counter_ptr) > capacity)
+    broken = (tl.load(counter_ptr + 1) > 0) & (n_pos > 0)
+    broken = broken | (tl.load(counter_ptr) > capacity)
     scale = tl.where(broken, float("nan"), scale)
     tl.store(first_ptr, (tl.sum(value, 0) * scale).to(tl.float32))
     tl.store(second_ptr, (tl.sum(second, 0) * scale).to(tl.float32))

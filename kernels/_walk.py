@@ -92,7 +92,9 @@ def contiguous_strides(shape) -> tuple[int, ...]:
 def same_memory_order(shape, operands) -> bool:
     """True if all operands lie in one dense block of memory in the same order."""
     layout = merged_dims(shape, operands[:1])
-    if layout is None or layout.n_dims > 1 or layout.strides[0][-1] not in (0, 1):
+    if layout is None or layout.n_dims > 1:
+        return False
+    if layout.strides[0][-1] != 1 and layout.sizes[-1] != 1:  # a broadcast operand has steps of 0
         return False
     dims = [d for d in range(len(shape)) if shape[d] != 1]
     return all(op[d] == operands[0][d] for op in operands[1:] for d in dims)

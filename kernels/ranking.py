@@ -143,7 +143,7 @@ def _programs(n: int) -> int:
 
 
 def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_index, num_groups,
-               histogram=None, upstream=None, scale=None,
+               histogram=None, pack=False, upstream=None, scale=None,
                out=None):  # fmt: skip
     """Launch the pass over all logits, forward or backward."""
     lists = _broadcast_strides(group, x.shape)
@@ -182,6 +182,7 @@ def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_i
         ignore_index,
         number,
         BACKWARD=out is not None,
+        PACK=pack,
         N_DIMS=walk.layout.n_dims,
         CLASS_DIM=walk.class_dim,
         LINEAR=walk.linear,
@@ -283,7 +284,7 @@ def launch_forward(
         PACK=pack, TABLE=group is None, TILE=RANKING.block, num_warps=RANKING.num_warps,
     )  # fmt: skip
     _negatives(kernels.negatives, scratch, x, dense, labels, weight, group, delta, ignore_index,
-               num_groups, histogram)  # fmt: skip
+               num_groups, histogram, pack)  # fmt: skip
     total = None
     if exchange is not None:
         total = torch.zeros(2, 2 * capacity, dtype=torch.int64, device=device)

@@ -332,6 +332,15 @@ def test_scheduled_hyper_parameters_as_tensors(backend):
         close(number, tensors)
 
 
+def test_one_logit_repeated_is_read_where_it_lies(backend):
+    """Steps of 0 in every dim: nothing lies behind the only element."""
+    one = torch.full((1, 1), 0.7, device=DEVICE)
+    x, labels = one.expand(6, 1), torch.zeros(6, dtype=torch.int64, device=DEVICE)
+    close(tl.sigmoid_focal_loss(x, labels), tl.sigmoid_focal_loss(x.contiguous(), labels))
+    dense = torch.ones(1, 1, device=DEVICE).expand(6, 1)
+    close(tl.sigmoid_focal_loss(x, dense), tl.sigmoid_focal_loss(x.contiguous(), labels))
+
+
 def test_more_than_four_dims_that_do_not_merge():
     g = generator(22)
     x = torch.randn(3, 5, 2, 4, 3, 6, generator=g)[:, 1:4, :, 1:3, :, ::2]

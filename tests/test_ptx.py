@@ -157,7 +157,8 @@ LOSSES: dict[str, tuple] = {
         17, False, "row",
     ),
     "ciou": (
-        lambda o, **k: tl.ciou_loss(o.x, o.dense * 4, weight=o.weight, **k), 4, True, "row",
+        lambda o, **k: tl.ciou_loss(o.x, o.dense.sort(-1).values * 4, weight=o.weight, **k),
+        4, True, "row",
     ),
     "ghm_c": (lambda o: tl.ghm_c_loss(o.x, o.labels, weight=o.weight), None, False, "any"),
     "ghm_c dense": (lambda o: tl.ghm_c_loss(o.x, o.dense, weight=o.weight), None, True, "any"),
@@ -295,17 +296,15 @@ def test_memory_orders(point):
     point = dict(zip(ORDER_AXES, point, strict=True))
     with tl.backend("eager"):
         value, gradient = differentiated(point, double=True)
-    try:
-        with interpreted(ARCH) as interpreter:
-            got, slope = differentiated(point, double=False)
-    except Fault as fault:
-        if point["values"] == "inf" and "never written: load of lookup_ptr" in str(fault):
-            pytest.xfail("a logit of inf looks beyond the last knot")
-        raise
+    with interpreted(ARCH) as interpreter:
+        got, slope = differentiated(point, double=False)
     assert interpreter.executed
     assert errors(got, value) <= VALUE_TOLERANCE
     if gradient is not None:
-        if got.isnan().all():  # what does not count has no gradient; eager may show NaN there
+        if point["loss"] == "ciou":  # one coordinate makes the box's gradient NaN, or all four
+            row = (gradient.isnan() | slope.isnan()).any(-1, keepdim=True)
+            slope, gradient = (torch.where(row, torch.nan, t) for t in (slope, gradient))
+        elif got.isnan().all():  # what does not count has no gradient; eager may show NaN there
             gradient = torch.where(slope == 0, 0.0, gradient)
         assert errors(slope, gradient) <= TOLERANCE[slope.dtype]
 

@@ -287,6 +287,19 @@ def test_no_positives():
 
 
 @pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_without_positives_a_logit_that_is_not_finite_has_no_part(bad):
+    x = torch.randn(5, 3)
+    x[2, 1] = bad
+    x.requires_grad_()
+    labels = torch.full((5,), 3)
+    loss = sum(ranking.rank_sort_loss(x, labels)) + ranking.ap_loss(x, labels)
+    assert loss == 0
+    loss.backward()
+    assert not x.grad.any()
+
+
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (3,)])
 def test_few_dims_and_no_anchors(shape):
     x = torch.zeros(shape, requires_grad=True)
