@@ -549,9 +549,8 @@ def test_opcheck(state):
 )
 def test_errors_name_the_argument(change, error, says):
     x, labels, _, _ = make("labels")
-    if "state" in change:
-        change = change | {"state": tuple(
-            t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in change["state"])}  # fmt: skip
+    if isinstance(change.get("state"), tuple):
+        change = change | {"state": tuple(t.to(DEVICE) for t in change["state"])}
     with pytest.raises(error, match=says):
         tl.ghm_c_loss(x, labels, **change)
 
