@@ -35,7 +35,7 @@ def load_bins(x_ptr, coords, bins, strides, x_sc, keep, n_bins, N_DIMS: tl.const
     """A tile of logits, their largest, and ``exp(x - top)``; x is 0 in rows not kept."""
     x_ptrs = x_ptr + by_row(offset_of(coords, strides, N_DIMS)) + bins * tl.cast(x_sc, tl.int64)
     x = tl.load(x_ptrs, mask=by_row(keep) & (bins < n_bins), other=0).to(tl.float32)
-    x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
+    x += 0.0 * tl.maximum(x, 0.0)  # +inf gives NaN, and -inf a masked bin: probability 0
     top = by_row(top_of_columns(tl.where(bins < n_bins, x, -1e38)))
     return x, top, tl.where(bins < n_bins, tl.exp(x - top), 0.0)
 
@@ -100,6 +100,7 @@ def distribution_focal_forward_kernel(
         target_ptr, coords, (target_s0, target_s1, target_s2, target_s3), bins, keep, n_bins,
         N_DIMS,
     )  # fmt: skip
+    hat += tl.where(hat == 0.0, 0.0, 0.0 * x)  # a masked target gives NaN
     # total - 1 without cancellation: the bins at the maximum are exactly 1 each
     at_top = (x == top) & (bins < n_bins)
     rest = over_columns(tl.where(at_top, 0.0, e))
@@ -163,11 +164,12 @@ def distribution_focal_backward_kernel(
     )
     inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
     bins = columns_of(STEPS, LANES)
-    _, _, e = load_bins(x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS)
+    x, _, e = load_bins(x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS)
     hat = load_target(
         target_ptr, coords, (target_s0, target_s1, target_s2, target_s3), bins, keep, n_bins,
         N_DIMS,
     )  # fmt: skip
+    hat += tl.where(hat == 0.0, 0.0, 0.0 * x)  # a masked target gives NaN
     grad = upstream(
         grad_ptr, scale_ptr, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, REDUCED
     )

@@ -108,7 +108,7 @@ def softmax_focal_forward_kernel(
         x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
         # in rows not kept, too: the logits need not wait for the labels
         x = tl.load(x_ptrs, mask=by_row(inside) & (cls < n_classes), other=0).to(tl.float32)
-        x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
+        x += 0.0 * tl.maximum(x, 0.0)  # +inf gives NaN, and -inf a masked class: probability 0
         here = cls == by_row(label)
         x_label += over_columns(tl.where(here, x, 0.0))
         others = tl.where(here | (cls >= n_classes), -1e38, x)
@@ -118,6 +118,7 @@ def softmax_focal_forward_kernel(
         total = total * tl.exp(top - new_top) + over_columns(e)
         top = new_top
         first += STEPS * LANES
+    x_label += 0.0 * x_label  # a masked label gives NaN
     # one class alone: d is huge, the loss exactly 0
     d = (x_label - top) - tl.log(tl.where(total == 0.0, 1.0, total))
     value = hard_value(d, keep, 1.0, 1.0, gamma, 0.0, "focal", False)

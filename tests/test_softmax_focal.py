@@ -63,7 +63,7 @@ def test_extreme_logits_are_finite(gamma, backend):
     assert loss.isfinite().all() and gradient.isfinite().all() and (loss >= 0).all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_only_a_logit_that_counts_poisons(value, backend):
     x = torch.zeros(3, 40, device=DEVICE)
     x[0, 3] = x[1, 3] = value
@@ -73,6 +73,35 @@ def test_only_a_logit_that_counts_poisons(value, backend):
     assert loss[0] == 0 and loss[1].isnan() and loss[2].isfinite()
     (gradient,) = torch.autograd.grad(loss[0] + loss[2], x)
     assert not gradient[0].any() and gradient[2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [6, 30_000])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_masked_classes_are_as_if_they_were_not_there(reduction, rows, dtype, backend):
+    if rows > 6 and backend == "triton":
+        rows = 300
+    kept = torch.tensor([0, 3, 4], device=DEVICE)
+    x = torch.randn(rows, 3, device=DEVICE).to(dtype).requires_grad_()
+    labels = torch.randint(3, (rows,), device=DEVICE)
+    wide = torch.full((rows, 6), -torch.inf, dtype=dtype, device=DEVICE)
+    wide[:, kept] = x.detach()
+    wide.requires_grad_()
+    expected = tl.softmax_focal_loss(x, labels, reduction=reduction)
+    loss = tl.softmax_focal_loss(wide, kept[labels], reduction=reduction)
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss.sum(), wide)
+    torch.testing.assert_close(gradient[:, kept], torch.autograd.grad(expected.sum(), x)[0])
+    assert not gradient[:, [1, 2, 5]].any()
+    # with nothing beside the label left, it is certain; a masked label itself is an error
+    alone = torch.full_like(wide, -torch.inf, requires_grad=False)
+    alone[:, 2] = 1.0
+    alone.requires_grad_()
+    labels = torch.full_like(labels, 2)
+    loss = tl.softmax_focal_loss(alone, labels, reduction=reduction).sum()
+    assert loss < 1e-30 and (torch.autograd.grad(loss, alone)[0].abs() <= 1e-30).all()
+    loss = tl.softmax_focal_loss(alone, labels + 1, reduction=reduction).sum()
+    assert loss.isnan() and torch.autograd.grad(loss, alone)[0].isnan().any()
 
 
 def test_unchecked_labels_count_as_ignored(backend, monkeypatch):

@@ -11,16 +11,21 @@ def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def entered(x: Tensor) -> Tensor:
+def entered(x: Tensor, *, masked: bool = False) -> Tensor:
     """``x`` in at least float32; what is infinite becomes NaN, not a plausible number.
 
-    The gradient leaves with the strides of x.
+    With ``masked``, -inf stays: probability 0. The gradient leaves with the strides of x.
     """
     if not x.is_contiguous():
         # The backward of torch.where lays its result out like its first operand, the mask.
         x = torch.where(torch.ones_like(x, dtype=torch.bool), x, 0)
     x = upcast(x)
-    return torch.add(x, x.detach(), alpha=0)
+    return without_infinity(x) if masked else torch.add(x, x.detach(), alpha=0)
+
+
+def without_infinity(x: Tensor) -> Tensor:
+    """``x`` with NaN for +inf; -inf stays."""
+    return torch.add(x, x.detach().clamp(min=0), alpha=0)
 
 
 def mean_divisor(count, avg_factor):

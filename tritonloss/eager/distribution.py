@@ -13,7 +13,7 @@ def distribution_focal(
 ) -> Tensor:
     """Cross entropy with the two bins beside the target."""
     with torch.autocast(x.device.type, enabled=False):
-        x = entered(x)
+        x = entered(x, masked=True)
         last = x.shape[-1] - 1
         y = target.to(x.dtype).clamp(0, last)
         count = target.numel()
@@ -25,7 +25,9 @@ def distribution_focal(
         left = torch.where(y >= 0, y, 0).long().clamp(max=last - 1)
         log_p = torch.log_softmax(x, -1).gather(-1, torch.stack((left, left + 1), -1))
         right_share = y - left
-        value = -((1 - right_share) * log_p[..., 0] + right_share * log_p[..., 1])
+        share = torch.stack((1 - right_share, right_share), -1)
+        share = share + torch.where(share == 0, 0, log_p.detach() * 0)  # a masked target gives NaN
+        value = -torch.where(share == 0, 0, share * log_p).sum(-1)
         if weight is not None:
             value = torch.where(keep, value * weight.to(x.dtype), 0)
         return reduced(value, count, reduction, avg_factor)
@@ -34,6 +36,6 @@ def distribution_focal(
 def expectation(x: Tensor) -> Tensor:
     """Mean bin of softmax(x): (..., bins) -> (...)."""
     with torch.autocast(x.device.type, enabled=False):
-        x = entered(x)
+        x = entered(x, masked=True)
         bins = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
         return (torch.softmax(x, -1) * bins).sum(-1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import row_blocks
-from ._entry import entered, reduced
+from ._entry import entered, reduced, without_infinity
 from .pointwise import FOCAL, divided, value_and_slope
 
 # Stands in for the labelled logit among the others: far below every allowed logit.
@@ -28,13 +28,15 @@ def softmax_focal(
     The label's probability is sigmoid(d), d = x_label - logsumexp(others): a binary focal loss.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = entered(x)
+        x = entered(x, masked=True)
         keep, index, factor = _rows(x, labels, alpha, weight, ignore_index)
         x = torch.where(keep.unsqueeze(-1), x, 0)
         others = x.masked_fill(index == torch.arange(x.shape[-1], device=x.device), NO_LOGIT)
         top = others.detach().amax(-1, keepdim=True)
         log_total = torch.exp(others - top).sum(-1).log()
-        d = (x.gather(-1, index) - top).squeeze(-1) - log_total
+        x_label = x.gather(-1, index)
+        x_label = torch.add(x_label, x_label.detach(), alpha=0)  # a masked label gives NaN
+        d = (x_label - top).squeeze(-1) - log_total
         value = torch.where(keep, FOCAL.negative(-d, 1.0, 1.0, *params) * factor, 0)
         return reduced(value, keep.sum(), reduction, avg_factor)
 
@@ -71,7 +73,7 @@ def softmax_focal_by_blocks(
         block, at = x[cut].to(factor.dtype), index[cut]
         if not every:
             block = torch.where(keep[cut].unsqueeze(-1), block, 0)
-        block = torch.add(block, block, alpha=0)  # an infinite logit gives NaN
+        block = without_infinity(block)
         p = torch.softmax(block, -1)
         label = p.gather(-1, at)
         log_label[cut] = label.log()
@@ -80,6 +82,7 @@ def softmax_focal_by_blocks(
         others[cut] = p.scatter_(-1, at, 0).sum(-1, True)
         if want_grad:
             gradient[cut] = p
+    log_label.add_(log_label, alpha=0)  # a masked label gives NaN
     others.clamp_(min=torch.finfo(others.dtype).tiny)
 
     def values(d):

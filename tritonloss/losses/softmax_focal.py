@@ -117,7 +117,8 @@ def softmax_focal_loss(
 
     Args:
         logits: ``(..., C)``, float16, bfloat16, float32 or float64, any strides. Background, if
-            there is one, is a class with a logit of its own.
+            there is one, is a class with a logit of its own. -inf masks a class: it has probability
+            0, and the loss is NaN where it is the label.
         labels: integers ``(...)`` in 0..C-1, or ``ignore_index``.
         alpha: ``(C,)`` floating, weight of the rows of each class.
         gamma: focusing power, >= 0; 0 is cross entropy. A number or a 0-d tensor.
