@@ -194,9 +194,11 @@ def swept(name: str) -> str:
     ) + table(("loss", "anchors x columns", "positives", *providers), *rows)
 
 
-def kernels_alone(name: str) -> str:
+def kernels_alone(name: str, short: bool = False) -> str:
     """Time of the kernels of a step on the GPU's own clock, the host left out."""
     rows = [r for r in read(name) if r["kernel"] == "all"]
+    if short:
+        rows = [r for r in rows if (r["positives"], r["dtype"]) == ("500", "float32")]
     axes = ("loss", "rows", "classes", "positives", "dtype", "layout")
     inputs = list(dict.fromkeys(r["inputs"] for r in rows))
     found: dict[tuple, dict[str, dict]] = {}
@@ -231,18 +233,53 @@ def tested_on_gpus() -> str:
         passed, failed, skipped = (
             sum(int(r[k]) for r in rows) for k in ("passed", "failed", "skipped")
         )
+        part = "The test suite" if len(rows) > 1 else f"The {rows[0]['file']}"
+        commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
         lines.append(
-            f"The test suite on {rows[0]['device']}, torch {rows[0]['torch']}, commit "
-            f"{rows[0]['commit']}: {passed} passed, {failed} failed, {skipped} skipped "
-            "(`make gpu-check`)."
+            f"{part}, on {rows[0]['device']}, torch {rows[0]['torch']}, commit {commits}: {passed} "
+            f"passed, {failed} failed, {skipped} skipped (`make gpu-check`)."
         )
     return "\n\n".join(lines)
 
 
-def on_gpus() -> list[str]:
+def beside_others() -> str:
+    """Focal loss as users call it, beside what they would write in its place."""
+    lines = []
+    for path in sorted(RESULTS.glob("sweep_*.csv")):
+        points: dict[tuple, dict[str, dict]] = {}
+        for r in read(path.stem):
+            if (r["loss"], r["mode"], r["dtype"], r["status"]) == (
+                "focal",
+                "both",
+                "float32",
+                "ok",
+            ):
+                points.setdefault((int(r["rows"]), r["classes"]), {})[r["provider"]] = r
+        everything = [p for p in points if {"triton", "compiled", "published"} <= set(points[p])]
+        if everything:
+            point = max(everything)
+            found = {name: f"{float(r['ms']):.2f}" for name, r in points[point].items()}
+            first = points[point]["triton"]
+            lines.append(
+                f"Focal loss of {point[0]:.0e} x {point[1]} float32 logits, forward + backward as "
+                f"called: {found['triton']} ms ({float(first['x_floor']):.2f} x the copy), "
+                f"torch.compile of the plain formula {found['compiled']} ms, eager "
+                f"{found['eager']} ms, the published code {found['published']} ms "
+                f"({first['device']}, commit {first['commit']}, `python -m perf.sweep`)."
+            )
+    return "\n\n".join(lines)
+
+
+# A first run is kept beside the newest, for what became of it.
+NEWEST = "kernels_nvidia_h200"
+
+
+def on_gpus(newest_only: bool = False) -> list[str]:
     """What was measured on GPUs, or that nothing was yet."""
     sweeps = [p.stem for p in sorted(RESULTS.glob("sweep_*.csv")) if p.stem != "sweep_cpu"]
     alone = [p.stem for p in sorted(RESULTS.glob("kernels_*.csv"))]
+    if newest_only and alone:
+        return [tested_on_gpus(), beside_others(), kernels_alone(NEWEST, short=True)]
     if sweeps or alone:
         return [tested_on_gpus(), *map(kernels_alone, alone), *map(swept, sweeps)]
     return [
@@ -256,7 +293,9 @@ def on_gpus() -> list[str]:
 GPU = "On a GPU:"
 CPU = "On a CPU, float32, one thread:"
 FILES = {
-    "README.md": lambda: [GPU, *on_gpus(), CPU, pointwise(), in_short(), diagnosing(), detectors()],
+    "README.md": lambda: [
+        GPU, *on_gpus(newest_only=True), CPU, pointwise(), in_short(), diagnosing(), detectors()
+    ],
     "docs/benchmarks.md": lambda: [
         GPU, *on_gpus(), CPU, ranking(), harmonising(), diagnosing(), swept("sweep_cpu"), budgets()
     ],
