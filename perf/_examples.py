@@ -193,6 +193,25 @@ def ranking(loss: Callable, form: str = "labels", dtype: str = "float32", layout
     return call
 
 
+def matching(dtype: str = "float32", scheduled: bool = False, **kwargs) -> Callable:
+    """A matching cost of two images and up to 7 objects."""
+
+    def call():
+        queries = _operands.rows // 4
+        x = logits(2 * queries, CLASSES, dtype, "contiguous").detach().unflatten(0, (2, queries))
+        labels = empty(2, 7, dtype="int64", kind="classes")
+        sizes, options = None, dict(kwargs)
+        if scheduled:
+            sizes = (labels % 8).amax(1)
+            options["alpha"] = empty(kind="number") / 2  # at most 1
+        return tl.matching_cost(
+            x, empty(2, queries, 4, kind="boxes"), labels.clamp(min=0),
+            empty(2, 7, 4, kind="boxes"), sizes, box_format="xyxy", **options,
+        )  # fmt: skip
+
+    return call
+
+
 def diagnosed(x, targets, **options) -> torch.Tensor:
     diagnosis = tl.Diagnosis()
     diagnosis.update(x, targets, **options)
@@ -263,6 +282,11 @@ EXAMPLES: dict[str, Callable] = {
     "ap": ranking(tl.ap_loss),
     "ap dense": ranking(tl.ap_loss, "dense"),
     "alrp": ranking(tl.alrp_loss),
+    "matching": matching(),
+    "matching bf16": matching("bfloat16"),
+    "matching softmax": matching(class_cost="softmax"),
+    "matching iou_aware": matching(class_cost="iou_aware"),
+    "matching scheduled": matching(class_cost="iou_aware", scheduled=True),
     "diagnose": pointwise(diagnosed, "quality"),
     "diagnose 80 classes": pointwise(diagnosed, "quality", classes=80),
     "diagnose dense bf16": pointwise(diagnosed, "dense", "bfloat16"),
@@ -281,6 +305,7 @@ QUICK = [
     "ciou",
     "ghm_c",
     "rank_sort",
+    "matching",
     "diagnose",
 ]
 

@@ -121,7 +121,7 @@ def merged(rows: list[dict]) -> list[dict]:
     """All rows of the table: those measured now, and the others as they were."""
     known = read_table() | {(r["example"], r["kernel"], r["arch"]): r for r in rows}
     keys = [binary.key for binary in binaries(EXAMPLES, TARGETS)]
-    return [known[key] for key in keys if key in known]
+    return [known[key] for key in dict.fromkeys(keys) if key in known]
 
 
 def print_table(rows: list[dict]) -> None:

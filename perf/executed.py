@@ -60,6 +60,14 @@ def diagnosed(x, labels):
     diagnosis.update(x.detach(), labels)
 
 
+def matched(x, labels, quality):
+    """800 queries of two images with 20 objects each: a pair for every four logits."""
+    boxes = torch.cat([quality[:800, None].expand(-1, 2), quality[:800, None].expand(-1, 2) / 4], 1)
+    objects = labels[labels < x.shape[1]].unflatten(0, (2, -1))
+    places = boxes[: objects.numel()].unflatten(0, (2, -1)) + 0.05
+    tl.matching_cost(x[:800].unflatten(0, (2, -1)), boxes.unflatten(0, (2, -1)), objects, places)
+
+
 # name -> (call of logits, labels and qualities; rows; classes; numbers of positives)
 LOSSES: dict[str, tuple[Callable, int, int, tuple[int, ...]]] = {
     "focal": (lambda x, t, q: tl.sigmoid_focal_loss(x, t), 801, 80, (40,)),
@@ -73,6 +81,7 @@ LOSSES: dict[str, tuple[Callable, int, int, tuple[int, ...]]] = {
         lambda x, t, q: tl.distribution_focal_loss(x, 16 * q), 2001, 17, (0,),
     ),
     "rank_sort": (lambda x, t, q: sum(tl.rank_sort_loss(x, (t, q))), 2001, 20, (200, 1600)),
+    "matching": (matched, 801, 80, (40,)),
     "diagnose": (lambda x, t, q: diagnosed(x, t), 801, 80, (40,)),
 }  # fmt: skip
 

@@ -18,7 +18,9 @@ try:
 except ImportError:  # the eager path needs no Triton
     triton = None
 
-KERNELS = ("boxes", "diagnose", "distribution", "ghm", "pointwise", "ranking", "softmax_focal")
+KERNELS = (
+    "boxes", "diagnose", "distribution", "ghm", "matching", "pointwise", "ranking", "softmax_focal",
+)  # fmt: skip
 
 
 def _import_kernels() -> str:
