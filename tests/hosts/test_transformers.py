@@ -7,6 +7,7 @@ import torch
 
 import tritonloss as tl
 from tritonloss._dispatch import INTERPRET
+from tritonloss.integrations import transformers as integration
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("scipy", reason="scipy is not installed")
@@ -14,6 +15,7 @@ pytest.importorskip("PIL", reason="pillow is not installed")
 if INTERPRET:
     pytest.skip("says the same in the plain run", allow_module_level=True)
 
+import transformers
 from transformers import DFineConfig, RTDetrConfig
 from transformers.loss import (
     loss_d_fine,
@@ -148,3 +150,139 @@ def test_losses_of_detr():
     boxes = host.loss_boxes(outputs, targets, indices, n)
     theirs = {"class": named, "l1": boxes["loss_bbox"], "giou": boxes["loss_giou"]}
     close_with_gradients(theirs, criterion_of("softmax", outputs, targets), outputs)
+
+
+# ------------------------------------------------------------------------------- the integration
+
+
+def deformable_criterion():
+    _, matcher, _ = MATCHERS["deformable_detr"]()
+    losses = ["labels", "boxes", "cardinality"]
+    return loss_deformable_detr.DeformableDetrImageLoss(matcher, CLASSES, 0.25, losses)
+
+
+CRITERIA = RT_DETR_LOSSES | {"deformable_detr": deformable_criterion}
+
+
+def run(criterion, outputs, targets) -> tuple[dict, list]:
+    """Losses, and gradients of their sum."""
+    losses = criterion(outputs, targets)
+    inputs = [outputs["logits"], outputs["pred_boxes"]]
+    total = sum(v for v in losses.values() if v.requires_grad)
+    return losses, torch.autograd.grad(total, inputs)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("seed", range(3))
+def test_installed_criterion_equals_the_hosts(name, seed, monkeypatch):
+    outputs, targets = batch(seed)
+    criterion = CRITERIA[name]().double()
+    theirs = run(criterion, outputs, targets)
+    with integration.installed():
+        # what would still be the host's
+        for module in (loss_rt_detr, loss_deformable_detr):
+            monkeypatch.setattr(module, "linear_sum_assignment", None)
+            monkeypatch.setattr(module, "generalized_box_iou", None)
+        ours = run(criterion, outputs, targets)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_installed_criterion_without_objects_and_with_too_many(name):
+    outputs, targets = batch(0)
+    none = [{k: v[:0] for k, v in t.items()} for t in targets]
+    many = [{k: v.repeat(8, *[1] * (v.dim() - 1)) for k, v in t.items()} for t in targets]
+    many = [{k: v + 0.01 * torch.arange(len(v))[:, None] / 8 if k == "boxes" else v
+             for k, v in t.items()} for t in many]  # fmt: skip
+    for objects in (none, many):
+        criterion = CRITERIA[name]().double()
+        theirs = run(criterion, outputs, objects)
+        with integration.installed():
+            ours = run(criterion, outputs, objects)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def tiny(name):
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    if name == "DeformableDetr":
+        backbone = transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+            out_features=["stage2", "stage3", "stage4"],
+        )  # fmt: skip
+        config = transformers.DeformableDetrConfig(
+            backbone_config=backbone, use_timm_backbone=False, use_pretrained_backbone=False,
+            backbone=None, num_labels=3, num_queries=20, d_model=32, encoder_layers=1,
+            decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_feature_levels=3,
+            encoder_attention_heads=2, decoder_attention_heads=2, auxiliary_loss=True,
+        )  # fmt: skip
+    else:
+        config = getattr(transformers, f"{name}Config")(
+            backbone_config=backbone, num_labels=3, num_queries=20, num_denoising=10, d_model=32,
+            encoder_hidden_dim=32, encoder_ffn_dim=32, decoder_ffn_dim=32, decoder_layers=2,
+            encoder_in_channels=[8, 16, 16], decoder_in_channels=[32, 32, 32],
+            encoder_attention_heads=2, decoder_attention_heads=2,
+        )  # fmt: skip
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForObjectDetection")(config).train()
+
+
+@pytest.mark.parametrize("name", ["RTDetr", "RTDetrV2", "DFine", "DeformableDetr"])
+def test_model_trains_on_the_same_losses(name):
+    model, images = tiny(name), torch.rand(2, 3, 128, 128)
+    labels = [
+        {"class_labels": torch.randint(3, (n,)), "boxes": torch.rand(n, 4) / 4 + 0.3}
+        for n in (3, 1)
+    ]
+
+    def step():
+        torch.manual_seed(1)  # denoising queries and dropout
+        return model(images, labels=labels)
+
+    theirs = step()
+    with integration.installed():
+        ours = step()
+        ours.loss.backward()
+    assert theirs.loss_dict.keys() == ours.loss_dict.keys()
+    torch.testing.assert_close(dict(ours.loss_dict), dict(theirs.loss_dict), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-4, atol=1e-5)
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def methods() -> dict:
+    """Every attribute of every class that the host's loss modules hold."""
+    modules = (loss_rt_detr, loss_d_fine, loss_deformable_detr, loss_for_object_detection)
+    return {
+        (m.__name__, k, name): value
+        for m in modules
+        for k, kind in vars(m).items()
+        if isinstance(kind, type)
+        for name, value in vars(kind).items()
+    }
+
+
+def test_nothing_is_left_behind():
+    before = methods()
+    names = integration.install()
+    assert integration.install() == names  # twice is once
+    changed = {(k[1], k[2]) for k, v in methods().items() if before.get(k) is not v}
+    assert changed >= {tuple(name.split(".")) for name in names}
+    with integration.installed():
+        pass
+    assert methods() != before  # the inner block did not end the outer installation
+    integration.uninstall()
+    assert methods() == before
+    integration.uninstall()
+    with pytest.raises(KeyError), integration.installed():
+        raise KeyError
+    assert methods() == before
+
+
+def test_a_missing_method_is_named_and_nothing_is_installed(monkeypatch):
+    monkeypatch.delattr(loss_rt_detr.RTDetrLoss, "loss_boxes")
+    before = methods()
+    with pytest.raises(ImportError, match=r"RTDetrLoss.loss_boxes.*5\.23"):
+        integration.install()
+    assert methods() == before

@@ -1,0 +1,214 @@
+"""Matching cost and losses of transformers' detectors: RT-DETR, RT-DETRv2, D-FINE, Deformable DETR.
+
+``install()`` exchanges the methods that compute them, for the whole process; ``uninstall()`` puts
+the originals back. A ``with installed():`` block does both.
+
+Example:
+    >>> from tritonloss.integrations import transformers as host  # doctest: +SKIP
+    >>> with host.installed():  # doctest: +SKIP
+    ...     loss = model(pixel_values, labels=labels).loss
+
+The models' files stay as they are, and so do options, weights and checkpoints. Values agree with
+the host's to float32 rounding. Conditional and DAB DETR share the classes of Deformable DETR and
+are served, too; masks, the fine-grained losses of D-FINE and RT-DETR with softmax costs stay the
+host's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tritonloss.losses.boxes import giou_loss, iou_loss
+from tritonloss.losses.matching import assign, matching_cost
+from tritonloss.losses.pointwise import sigmoid_focal_loss, varifocal_loss
+from tritonloss.set_criterion import _corners
+
+KNOWN = "5.23.0"
+_lock = threading.RLock()
+_originals: dict[tuple[str, str, str], object] = {}  # (module, class, method) -> the host's
+
+
+def _match(outputs, targets, weights, alpha: float, gamma: float):
+    """Per image ``(queries, objects)`` as the host's matchers return them, sorted by query."""
+    labels = [t["class_labels"] for t in targets]
+    boxes = [t["boxes"] for t in targets]
+    cost = matching_cost(
+        outputs["logits"], outputs["pred_boxes"], labels, boxes,
+        weights=weights, alpha=alpha, gamma=gamma,
+    )  # fmt: skip
+    sizes = [len(row) for row in labels]
+    table = assign(cost.cpu(), torch.tensor(sizes))
+    found = []
+    for row, size in zip(table, sizes, strict=True):
+        objects = (row[:size] >= 0).nonzero()[:, 0]
+        queries, order = row[objects].sort()
+        found.append((queries, objects[order]))
+    return found
+
+
+def _places(indices) -> tuple[Tensor, Tensor]:
+    images = torch.cat([torch.full_like(queries, i) for i, (queries, _) in enumerate(indices)])
+    return images, torch.cat([queries for queries, _ in indices])
+
+
+def _wanted(name: str, targets, indices) -> Tensor:
+    """What the matched objects have under a name, in the order of the pairs."""
+    return torch.cat([t[name][objects] for t, (_, objects) in zip(targets, indices, strict=True)])
+
+
+def _labels(logits: Tensor, targets, indices) -> Tensor:
+    """(B, Q) the class of each query, C where there is none."""
+    labels = torch.full(logits.shape[:2], logits.shape[2], device=logits.device)
+    labels[_places(indices)] = _wanted("class_labels", targets, indices)
+    return labels
+
+
+def _pairs(outputs, targets, indices) -> tuple[Tensor, Tensor]:
+    """Boxes of the pairs, cxcywh, at least float32."""
+    boxes = outputs["pred_boxes"][_places(indices)]
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    return boxes, _wanted("boxes", targets, indices).to(boxes.dtype)
+
+
+def _loss_boxes(self, outputs, targets, indices, num_boxes):
+    boxes, wanted = _pairs(outputs, targets, indices)
+    corners = _corners(boxes, "cxcywh"), _corners(wanted, "cxcywh")
+    return {
+        "loss_bbox": (boxes - wanted).abs().sum() / num_boxes,
+        "loss_giou": giou_loss(*corners, reduction="mean", avg_factor=num_boxes),
+    }
+
+
+def _loss_labels_vfl(self, outputs, targets, indices, num_boxes, log=True):
+    logits = outputs["logits"]
+    boxes, wanted = _pairs(outputs, targets, indices)
+    corners = _corners(boxes.detach(), "cxcywh"), _corners(wanted, "cxcywh")
+    overlap = (1 - iou_loss(*corners, reduction="none")).clamp(0, 1)
+    quality = overlap.new_zeros(logits.shape[:2])
+    quality[_places(indices)] = overlap
+    loss = varifocal_loss(
+        logits, (_labels(logits, targets, indices), quality), alpha=self.alpha, gamma=self.gamma,
+        detach_weight=True, avg_factor=num_boxes,
+    )  # fmt: skip
+    return {"loss_vfl": loss}
+
+
+def _loss_labels(self, outputs, targets, indices, num_boxes):
+    logits = outputs["logits"]
+    alpha = None if self.focal_alpha < 0 else self.focal_alpha
+    loss = sigmoid_focal_loss(
+        logits, _labels(logits, targets, indices), alpha=alpha, gamma=2.0, avg_factor=num_boxes
+    )
+    return {"loss_ce": loss}
+
+
+def _matchers():
+    """Replacements that fall back on the original where the cost is another."""
+
+    def rt_detr(original):
+        @torch.no_grad()
+        def forward(self, outputs, targets):
+            if not self.use_focal_loss:
+                return original(self, outputs, targets)
+            weights = self.class_cost, self.bbox_cost, self.giou_cost
+            return _match(outputs, targets, weights, self.alpha, self.gamma)
+
+        return forward
+
+    def deformable(original):
+        @torch.no_grad()
+        def forward(self, outputs, targets):
+            weights = self.class_cost, self.bbox_cost, self.giou_cost
+            return _match(outputs, targets, weights, 0.25, 2.0)
+
+        return forward
+
+    return rt_detr, deformable
+
+
+def _replacements() -> dict:
+    """(module, class, method) -> function of the original that makes ours."""
+    rt_detr, deformable = _matchers()
+    theirs, other = "loss_rt_detr", "loss_deformable_detr"
+    return {
+        (theirs, "RTDetrHungarianMatcher", "forward"): rt_detr,
+        (theirs, "RTDetrLoss", "loss_labels_vfl"): lambda original: _loss_labels_vfl,
+        (theirs, "RTDetrLoss", "loss_boxes"): lambda original: _loss_boxes,
+        (other, "DeformableDetrHungarianMatcher", "forward"): deformable,
+        (other, "DeformableDetrImageLoss", "loss_labels"): lambda original: _loss_labels,
+        # inherited from ImageLoss, whose other heirs keep theirs
+        (other, "DeformableDetrImageLoss", "loss_boxes"): lambda original: _loss_boxes,
+    }
+
+
+def _class(place) -> type:
+    module, name, _ = place
+    return getattr(importlib.import_module(f"transformers.loss.{module}"), name)
+
+
+def install() -> list[str]:
+    """Exchange the matching costs and losses; a second call changes nothing.
+
+    Returns:
+        What is ours now, as ``"RTDetrLoss.loss_boxes"``.
+
+    Raises:
+        ImportError: transformers is absent, or this version of it lacks one of the methods; then
+            nothing is exchanged.
+    """
+    with _lock:
+        wanted = _replacements()
+        if not _originals:
+            found = {}
+            for place in wanted:
+                try:
+                    kind = _class(place)
+                    getattr(kind, place[2])
+                except (ImportError, AttributeError) as error:
+                    raise ImportError(_lacking(place)) from error
+                found[place] = kind
+            for place, kind in found.items():
+                own = vars(kind).get(place[2])  # None: inherited
+                setattr(kind, place[2], wanted[place](getattr(kind, place[2])))
+                _originals[place] = own
+        return [f"{kind}.{method}" for _, kind, method in wanted]
+
+
+def _lacking(place) -> str:
+    try:
+        version = importlib.import_module("transformers").__version__
+    except ImportError:
+        return "transformers cannot be imported: pip install transformers"
+    return (
+        f"transformers {version} has no usable loss.{'.'.join(place)}; "
+        f"the version known to have it is {KNOWN}"
+    )
+
+
+def uninstall() -> None:
+    """Put the originals back; without an installation nothing happens."""
+    with _lock:
+        for place, original in _originals.items():
+            if original is None:
+                delattr(_class(place), place[2])
+            else:
+                setattr(_class(place), place[2], original)
+        _originals.clear()
+
+
+@contextmanager
+def installed() -> Iterator[list[str]]:
+    """``install()`` for a ``with`` block; inside another installation it changes nothing."""
+    outermost = not _originals
+    names = install()
+    try:
+        yield names
+    finally:
+        if outermost:
+            uninstall()
