@@ -6,12 +6,14 @@ import copy
 import io
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import DEVICE
 
 import tritonloss as tl
+from tritonloss._dispatch import HAS_TRITON, INTERPRET
 
 ROWS = 3
 INTEGERS = (
@@ -204,3 +206,72 @@ def test_reduction_of_one_call():
     loss, x, y = tl.FocalLoss(), torch.zeros(2, 3), torch.tensor([1, 3])
     assert loss(x, y, reduction="none").shape == (2, 3)
     assert loss(x, y).shape == ()
+
+
+NUMBERED = {
+    "focal": lambda x, y, n: tl.sigmoid_focal_loss(x, y, gamma=n, alpha=n / 4),
+    "divided": lambda x, y, n: tl.sigmoid_focal_loss(x, y, avg_factor=n),
+    "softmax": lambda x, y, n: tl.softmax_focal_loss(x, y % 3, gamma=n, avg_factor=n),
+    "quality": lambda x, y, n: tl.quality_focal_loss(x, (y, x.detach()[:, 0].sigmoid()), beta=n),
+    "dfl": lambda x, y, n: tl.distribution_focal_loss(x, y / 2, avg_factor=n),
+    "boxes": lambda x, y, n: tl.ciou_loss(
+        x[:, [0, 1, 2, 0]], x.detach().abs()[:, [0, 1, 2, 0]].cumsum(-1), eps=n, avg_factor=n
+    ),
+    "rank & sort": lambda x, y, n: sum(tl.rank_sort_loss(x, y, delta=n)),
+    "carl": lambda x, y, n: tl.carl_loss(x, y, x[:, 0] ** 2, k=n, bias=n / 4, avg_factor=n),
+}
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.int64])
+@pytest.mark.parametrize("loss", NUMBERED)
+def test_numpy_numbers_are_numbers_in_a_graph_too(loss, kind, backend):
+    torch._dynamo.reset()
+    number = kind(2)
+    x = torch.randn(6, 3, device=DEVICE, requires_grad=True)
+    y = torch.tensor([0, 3, 1, 2, 3, 3], device=DEVICE)
+
+    def call(x, y):
+        return NUMBERED[loss](x, y, number)
+
+    values = [call(x, y), torch.compile(call, backend="aot_eager", fullgraph=True)(x, y)]
+    torch.testing.assert_close(values[1], NUMBERED[loss](x, y, number.item()))
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(v, x)[0] for v in values))
+
+
+# Called with rows that a mask chose: logits, boxes, labels, a number in [0, 1]
+ROWS_OF_A_MASK = {
+    **{name: lambda x, b, y, q, f=f: f(x, y) for name, f in LABELLED.items()},
+    **{f.__name__: lambda x, b, y, q, f=f: f(b, 0.9 * b.detach()) for f in BOX_LOSSES},
+    "ghm-r": lambda x, b, y, q: tl.ghm_r_loss(b, 0.9 * b.detach()),
+    "dfl": lambda x, b, y, q: tl.distribution_focal_loss(x, 3 * q),
+    "softmax carl": lambda x, b, y, q: tl.carl_loss(x, y, q, activation="softmax"),
+    "isr-p": lambda x, b, y, q: (tl.isr_p_weight(x.sum(-1), q, y, y) * x.sum(-1)).sum(),
+    "hlr": lambda x, b, y, q: (tl.iou_hlr(q, y, y) * x.sum(-1)).sum(),
+}
+
+
+@pytest.mark.skipif(INTERPRET, reason="says the same in the plain run")
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("loss", ROWS_OF_A_MASK)
+def test_rows_of_a_mask_in_one_graph(loss, kernels, monkeypatch):
+    # as on a GPU, where the kernels would be traced
+    monkeypatch.setattr("tritonloss._dispatch._FORCE_ON_CPU", kernels and HAS_TRITON)
+    torch._dynamo.reset()
+    x, y, q = torch.randn(12, 5), torch.randint(5, (12,)), torch.rand(12)
+    b = torch.rand(12, 4).cumsum(-1)
+
+    def call(x, b, kept):
+        return ROWS_OF_A_MASK[loss](x[kept], b[kept], y[kept], q[kept])
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for kept in (q > 0.4, q > 2):
+        inputs = x.clone().requires_grad_(), b.clone().requires_grad_()
+        value = compiled(*inputs, kept)
+        found = value, *torch.autograd.grad(value, inputs, allow_unused=True)
+        monkeypatch.setattr("tritonloss._dispatch._FORCE_ON_CPU", False)
+        value = call(*inputs, kept)
+        expected = value, *torch.autograd.grad(value, inputs, allow_unused=True)
+        monkeypatch.setattr("tritonloss._dispatch._FORCE_ON_CPU", kernels and HAS_TRITON)
+        torch.testing.assert_close(found, expected, equal_nan=True)

@@ -70,8 +70,13 @@ def is_index(name: str, value) -> None:
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
 
 
-def is_number(name: str, value, low=None, high=None, *, open_low=False, open_high=False) -> None:
-    """A finite number from low to high, or a 0-d tensor, whose value is read on the CPU alone."""
+def is_number(name: str, value, low=None, high=None, *, open_low=False, open_high=False):
+    """``value``: a finite number from low to high, or a 0-d tensor, which is read on the CPU alone.
+
+    What numpy made stands in a graph as an array, and comes back as a tensor.
+    """
+    if torch.compiler.is_compiling() and type(value).__module__ == "numpy":
+        value = torch.as_tensor(value)
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor; got {tuple(value.shape)}")
@@ -79,11 +84,12 @@ def is_number(name: str, value, low=None, high=None, *, open_low=False, open_hig
         if value.dtype.is_complex or value.dtype == torch.bool:
             raise TypeError(f"{name} must be a real number; got {str(value.dtype)[6:]}")
         if not values_checked(value):
-            return
+            return value
         if value.is_cuda:
             _is_number_on_device(name, value, low, high, open_low, open_high)
-            return
-        value = value.item()
+        else:
+            is_number(name, value.item(), low, high, open_low=open_low, open_high=open_high)
+        return value
     # A scheduled value is symbolic while compiling: comparisons are guards, isfinite is not
     compiling = torch.compiler.is_compiling()
     if not compiling and (isinstance(value, bool) or not isinstance(value, Real)):
@@ -94,6 +100,7 @@ def is_number(name: str, value, low=None, high=None, *, open_low=False, open_hig
         or (high is not None and (value >= high if open_high else value > high))
     ):
         raise ValueError(f"{_range(name, low, high, open_low, open_high)}; got {value}")
+    return value
 
 
 def _range(name: str, low, high, open_low: bool, open_high: bool) -> str:
@@ -111,14 +118,15 @@ def _is_number_on_device(name: str, value: Tensor, low, high, open_low, open_hig
     require(valid, _range(name, low, high, open_low, open_high), value)
 
 
-def is_reduction(reduction: str, avg_factor) -> None:
+def is_reduction(reduction: str, avg_factor):
+    """``avg_factor``, checked as a number."""
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if avg_factor is None:
-        return
+        return None
     if reduction != "mean":
         raise ValueError(f"avg_factor divides a 'mean'; got reduction {reduction!r} with it")
-    is_number("avg_factor", avg_factor)
+    return is_number("avg_factor", avg_factor)
 
 
 def _holds_values(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ import platform
 import threading
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 try:
     import triton
@@ -107,6 +108,17 @@ def _transforms_active() -> bool:
     return (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def not_empty(x: torch.Tensor) -> bool:
+    """True if there is something to launch a kernel for.
+
+    False for as many rows as a mask has True in a graph, which nothing knows while it is traced:
+    the formula needs no such number.
+    """
+    if not torch.compiler.is_compiling():
+        return x.numel() > 0
+    return guard_or_false(x.numel() > 0)
 
 
 def use_triton(x: torch.Tensor) -> bool:

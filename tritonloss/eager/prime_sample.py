@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._entry import divided_by, mean_divisor, upcast
+from .pointwise import softplus
 
 
 def _run_starts(*keys: Tensor) -> Tensor:
     """Where the run of equal keys begins that each element of a sorted list belongs to."""
     position = torch.arange(keys[0].numel(), device=keys[0].device)
-    if position.numel() == 0:
-        return position
-    same = torch.ones_like(position[1:], dtype=torch.bool)
+    inside = position > 0  # the first element begins a run
+    before = (position - 1).clamp(min=0)
     for key in keys:
-        same = same & (key[1:] == key[:-1])
-    inside = F.pad(same, (1, 0))  # the first element begins a run
-    return torch.where(inside, 0, position).cummax(0).values
+        inside = inside & (key == key[before])
+    starts = torch.where(inside, 0, position)
+    return F.pad(starts, (0, 1)).cummax(0).values[:-1]  # of none, too
 
 
 def rank_in_group(*keys: Tensor) -> Tensor:
@@ -74,8 +74,8 @@ def isr_p_weight(cls_loss, iou, gt_index, labels, k, bias, normalizer, weight) -
     ordered = label.sort().values
     size = torch.searchsorted(ordered, label, right=True) - torch.searchsorted(ordered, label)
     positive, size = positive.view(rank.shape), size.view(rank.shape)
-    if normalizer == "max" and size.numel() > 0:
-        size = torch.where(positive, size, 0).max()
+    if normalizer == "max":
+        size = F.pad(torch.where(positive, size, 0).flatten(), (0, 1)).max()  # of none, too
     share = torch.where(positive, (size - rank).to(dtype) / size, 1)
     new = (bias + (1 - bias) * share) ** k
 
@@ -103,7 +103,7 @@ def carl_loss(
         # Rows that do not count are emptied first: what stands there reaches nothing.
         if activation == "sigmoid":
             x = torch.where(positive, x.gather(-1, index).squeeze(-1), 0)
-            log_p = F.logsigmoid(x)
+            log_p = -softplus(-x)
         else:
             x = torch.where(positive.unsqueeze(-1), x, 0)
             log_p = F.log_softmax(x, -1).gather(-1, index).squeeze(-1)
@@ -111,8 +111,9 @@ def carl_loss(
 
         log_v = k * _log_mix(log_p, bias)
         # Relative to their sum, so that they do not all underflow.
-        log_sum = torch.where(positive, log_v, -torch.inf).logsumexp(tuple(range(log_v.dim())))
-        v = torch.where(positive, log_v - log_sum.detach(), -torch.inf).exp()
+        counted = torch.where(positive, log_v, -torch.inf).detach().flatten()
+        log_sum = F.pad(counted, (0, 1), value=-torch.inf).logsumexp(0)  # of none, too
+        v = torch.where(positive, log_v - log_sum, -torch.inf).exp()
         v = v * (count / torch.where(count > 0, v.sum(), 1))
         weighted = (box_loss * v).sum()
         if keep_loss:

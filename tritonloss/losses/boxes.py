@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss import _op
-from tritonloss._dispatch import use_triton
+from tritonloss._dispatch import not_empty, use_triton
 from tritonloss._op import wrap_triton
 from tritonloss._targets import parse_row_weight
 from tritonloss.eager import boxes as eager
@@ -91,13 +91,13 @@ def _box_loss(kind, pred, target, eps, alpha_threshold, weight, reduction, avg_f
     if pred.dim() == 0 or pred.shape[-1] != 4:
         raise ValueError(f"pred must have shape (..., 4); got {tuple(pred.shape)}")
     check.is_input("target", target, pred.shape, "as pred", "pred", pred)
-    check.is_number("eps", eps, 0, open_low=True)
-    check.is_number("alpha_threshold", alpha_threshold)
-    check.is_reduction(reduction, avg_factor)
+    eps = check.is_number("eps", eps, 0, open_low=True)
+    alpha_threshold = check.is_number("alpha_threshold", alpha_threshold)
+    avg_factor = check.is_reduction(reduction, avg_factor)
     weight = parse_row_weight(pred, weight, "pred")
     if check.values_checked(pred):
         _check_boxes(target, weight)
-    if use_triton(pred) and pred.numel() > 0 and rows_walkable(pred, target):
+    if use_triton(pred) and not_empty(pred) and rows_walkable(pred, target):
         return _kernels(
             pred,
             target,

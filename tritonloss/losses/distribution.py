@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss import _op
-from tritonloss._dispatch import use_triton
+from tritonloss._dispatch import not_empty, use_triton
 from tritonloss._op import wrap_triton
 from tritonloss._targets import parse_row_weight
 from tritonloss.eager import distribution as eager
@@ -144,12 +144,12 @@ def distribution_focal_loss(
         raise ValueError(
             f"logits must have shape (..., n + 1) with n >= 1; got {tuple(logits.shape)}"
         )
-    check.is_reduction(reduction, avg_factor)
+    avg_factor = check.is_reduction(reduction, avg_factor)
     check.is_input("target", target, logits.shape[:-1], "one per row of logits", "logits", logits)
     weight = parse_row_weight(logits, weight)
     if check.values_checked(logits):
         _check_target(logits, target, weight)
-    if use_triton(logits) and logits.numel() > 0 and kernels_take(logits, target):
+    if use_triton(logits) and not_empty(logits) and kernels_take(logits, target):
         avg_factor = None if avg_factor is None else _op.scalars(logits, avg_factor)
         return _focal_kernels(logits, target, weight, avg_factor, reduction)
     return eager.distribution_focal(logits, target, weight, avg_factor, reduction)
@@ -190,6 +190,6 @@ def distribution_expectation(logits: Tensor, *, sides: int = 1) -> Tensor:
         )
     if sides > 1:
         logits = logits.unflatten(-1, (sides, logits.shape[-1] // sides))
-    if use_triton(logits) and logits.numel() > 0 and kernels_take(logits):
+    if use_triton(logits) and not_empty(logits) and kernels_take(logits):
         return _expectation_kernels(logits)
     return eager.expectation(logits)

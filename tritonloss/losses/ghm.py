@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss import _op
-from tritonloss._dispatch import use_triton
+from tritonloss._dispatch import not_empty, use_triton
 from tritonloss._op import wrap_triton
 from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
 from tritonloss.distributed import (
@@ -165,7 +165,7 @@ def _check_parameters(x, bins, momentum, state, normalize) -> None:
         raise TypeError(f"bins must be an int; got {type(bins).__name__}")
     if not 1 <= bins <= 256:
         raise ValueError(f"bins must be in 1..256; got {bins}")
-    check.is_number("momentum", momentum, 0)
+    momentum = check.is_number("momentum", momentum, 0)
     if not isinstance(momentum, Tensor) and momentum >= 1:
         raise ValueError(f"momentum must be >= 0 and < 1; got {momentum}")
     if normalize not in NORMALIZE:
@@ -193,7 +193,7 @@ def _harmonised(
     """Choice of the implementation, for checked arguments."""
     sharing = parse_sharing(process_group, gradients_averaged)
     group, bias_correction = sharing.group, bool(bias_correction)
-    kernels = use_triton(x) and walkable(x, targets.dense, weight) and (x.numel() > 0 or group)
+    kernels = use_triton(x) and (group or not_empty(x)) and walkable(x, targets.dense, weight)
     shared = None
     if group:
         form = "labels" if targets.quality is None else "(labels, quality)"
@@ -346,7 +346,7 @@ def ghm_r_loss(
     Reference:
         Li et al., Gradient Harmonized Single-stage Detector, AAAI 2019.
     """
-    targets, weight = parse_regression(pred, target, weight, mu)
+    targets, weight, mu = parse_regression(pred, target, weight, mu)
     _check_parameters(pred, bins, momentum, state, normalize)
     return _harmonised(
         "asl1", pred, targets, weight, mu, bins, momentum, state, bias_correction, normalize, -1,

@@ -195,12 +195,14 @@ def matching_cost(
     )
     if not isinstance(weights, (tuple, list)) or len(weights) != 3:
         raise TypeError(f"weights must be three numbers (class, L1, GIoU); got {weights!r}")
-    for name, weight in zip(("class", "L1", "GIoU"), weights, strict=True):
+    weights = tuple(
         check.is_number(f"weights ({name})", weight)
-    check.is_number("alpha", alpha, 0, 1)
-    check.is_number("gamma", gamma, 0)
+        for name, weight in zip(("class", "L1", "GIoU"), weights, strict=True)
+    )
+    alpha = check.is_number("alpha", alpha, 0, 1)
+    gamma = check.is_number("gamma", gamma, 0)
     if nonfinite_cost is not None:
-        check.is_number("nonfinite_cost", nonfinite_cost)
+        nonfinite_cost = check.is_number("nonfinite_cost", nonfinite_cost)
     substituted = nonfinite_cost is not None
     params = (*weights, alpha, gamma, nonfinite_cost if substituted else 0.0)
     centred = box_format == "cxcywh"

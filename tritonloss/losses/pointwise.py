@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss import _op
-from tritonloss._dispatch import use_triton
+from tritonloss._dispatch import not_empty, use_triton
 from tritonloss._op import wrap_triton
 from tritonloss._targets import (
     Targets,
@@ -122,7 +122,7 @@ def _pointwise(
 ) -> Tensor:
     """Checks, choice of the implementation, call: the same for every pointwise loss."""
     is_logits(logits)
-    check.is_reduction(reduction, avg_factor)
+    avg_factor = check.is_reduction(reduction, avg_factor)
     weight = parse_weight(logits, weight)
     class_weight = parse_class_weight(logits, class_weight)
     targets = parse_targets(logits, targets, ignore_index, weight)
@@ -135,7 +135,7 @@ def run_pointwise(
     kind, logits, targets, params, weight, class_weight, ignore_index, reduction, avg_factor
 ) -> Tensor:
     """Choice of the implementation, for checked arguments."""
-    if use_triton(logits) and logits.numel() > 0 and walkable(logits, targets.dense, weight):
+    if use_triton(logits) and not_empty(logits) and walkable(logits, targets.dense, weight):
         return _kernels(
             logits,
             targets.dense,
@@ -170,7 +170,7 @@ def _balance(alpha) -> tuple:
         return 1.0, 1.0
     if isinstance(alpha, (int, float)) and alpha == -1:
         raise ValueError("alpha must lie in [0, 1], and None turns balancing off; got -1")
-    check.is_number("alpha", alpha, 0, 1)
+    alpha = check.is_number("alpha", alpha, 0, 1)
     return alpha, 1 - alpha
 
 
@@ -224,7 +224,7 @@ def sigmoid_focal_loss(
     Reference:
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.
     """
-    check.is_number("gamma", gamma, 0)
+    gamma = check.is_number("gamma", gamma, 0)
     params = (*_balance(alpha), gamma)
     return _pointwise(
         "focal", logits, targets, params, weight, class_weight, ignore_index, reduction, avg_factor
@@ -264,8 +264,8 @@ def focal_star_loss(
     Reference:
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, appendix A.
     """
-    check.is_number("gamma", gamma, 0, open_low=True)
-    check.is_number("beta", beta)
+    gamma = check.is_number("gamma", gamma, 0, open_low=True)
+    beta = check.is_number("beta", beta)
     params = (*_balance(alpha), gamma, beta)
     return _pointwise(
         "focal_star", logits, targets, params, weight, class_weight, ignore_index, reduction,
@@ -308,7 +308,7 @@ def quality_focal_loss(
     Reference:
         Li et al., Generalized Focal Loss, NeurIPS 2020.
     """
-    check.is_number("beta", beta, 0)
+    beta = check.is_number("beta", beta, 0)
     return _pointwise(
         "quality", logits, targets, (beta,), weight, class_weight, ignore_index, reduction,
         avg_factor,
@@ -356,8 +356,8 @@ def varifocal_loss(
     Reference:
         Zhang et al., VarifocalNet: An IoU-aware Dense Object Detector, CVPR 2021.
     """
-    check.is_number("alpha", alpha, 0)
-    check.is_number("gamma", gamma, 0)
+    alpha = check.is_number("alpha", alpha, 0)
+    gamma = check.is_number("gamma", gamma, 0)
     params = (alpha, gamma, float(iou_weighted), float(detach_weight))
     return _pointwise(
         "varifocal", logits, targets, params, weight, class_weight, ignore_index, reduction,
@@ -402,9 +402,9 @@ def asymmetric_loss(
     Reference:
         Ridnik et al., Asymmetric Loss For Multi-Label Classification, ICCV 2021.
     """
-    check.is_number("gamma_pos", gamma_pos, 0)
-    check.is_number("gamma_neg", gamma_neg, 0)
-    check.is_number("margin", margin, 0, 1, open_high=True)
+    gamma_pos = check.is_number("gamma_pos", gamma_pos, 0)
+    gamma_neg = check.is_number("gamma_neg", gamma_neg, 0)
+    margin = check.is_number("margin", margin, 0, 1, open_high=True)
     params = (gamma_pos, gamma_neg, margin)
     return _pointwise(
         "asymmetric", logits, targets, params, weight, class_weight, ignore_index, reduction,
@@ -449,8 +449,8 @@ def gaussian_focal_loss(
     Reference:
         Zhou et al., Objects as Points, 2019; Law and Deng, CornerNet, ECCV 2018.
     """
-    check.is_number("alpha", alpha, 0)
-    check.is_number("beta", beta, 0)
+    alpha = check.is_number("alpha", alpha, 0)
+    beta = check.is_number("beta", beta, 0)
     return _pointwise(
         "gaussian", logits, targets, (alpha, beta), weight, class_weight, ignore_index, reduction,
         avg_factor,
@@ -460,8 +460,8 @@ def gaussian_focal_loss(
 def parse_regression(pred, target, weight, mu):
     is_logits(pred, "pred")
     check.is_input("target", target, pred.shape, "as pred", "pred", pred)
-    check.is_number("mu", mu, 0, open_low=True)
-    return Targets(None, None, target), parse_weight(pred, weight)
+    mu = check.is_number("mu", mu, 0, open_low=True)
+    return Targets(None, None, target), parse_weight(pred, weight), mu
 
 
 def authentic_smooth_l1_loss(
@@ -502,8 +502,8 @@ def authentic_smooth_l1_loss(
     Reference:
         Li et al., Gradient Harmonized Single-stage Detector, AAAI 2019.
     """
-    targets, weight = parse_regression(pred, target, weight, mu)
-    check.is_reduction(reduction, avg_factor)
+    targets, weight, mu = parse_regression(pred, target, weight, mu)
+    avg_factor = check.is_reduction(reduction, avg_factor)
     return run_pointwise("asl1", pred, targets, (mu,), weight, None, -1, reduction, avg_factor)
 
 
@@ -559,8 +559,8 @@ def generalized_focal_loss(
     check.is_floating("x_right", x_right)
     check.has_shape("x_right", x_right, x_left.shape, "as x_left")
     check.on_device_of("x_right", x_right, "x_left", x_left)
-    check.is_number("beta", beta, 0)
-    check.is_reduction(reduction, avg_factor)
+    beta = check.is_number("beta", beta, 0)
+    avg_factor = check.is_reduction(reduction, avg_factor)
     values = {"y": y, "y_left": y_left, "y_right": y_right}
     for name, value in values.items():
         if name == "y" or isinstance(value, Tensor):
@@ -616,7 +616,7 @@ def class_balanced_weight(
         raise ValueError(
             f"samples_per_class must have shape (C,); got {tuple(samples_per_class.shape)}"
         )
-    check.is_number("beta", beta, 0, 1, open_high=True)
+    beta = check.is_number("beta", beta, 0, 1, open_high=True)
     if isinstance(beta, Tensor):
         raise TypeError("beta must be a number; got a tensor")
     if check.values_checked(samples_per_class):

@@ -108,8 +108,8 @@ def isr_p_weight(
             f"of classes; got {tuple(cls_loss.shape)}"
         )
     check.on_device_of("cls_loss", cls_loss, "iou", iou)
-    check.is_number("k", k, 0)
-    check.is_number("bias", bias, 0, 1)
+    k = check.is_number("k", k, 0)
+    bias = check.is_number("bias", bias, 0, 1)
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}; got {normalizer!r}")
     if weight is not None:
@@ -173,10 +173,10 @@ def carl_loss(
             f"dimension; got {tuple(box_loss.shape)}"
         )
     check.on_device_of("box_loss", box_loss, "logits", logits)
-    check.is_number("k", k, 0)
-    check.is_number("bias", bias, 0, 1)
+    k = check.is_number("k", k, 0)
+    bias = check.is_number("bias", bias, 0, 1)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if avg_factor is not None:
-        check.is_number("avg_factor", avg_factor)
+        avg_factor = check.is_number("avg_factor", avg_factor)
     return eager.carl_loss(logits, labels, box_loss, k, bias, activation, keep_loss, avg_factor)

@@ -94,7 +94,7 @@ def mal_loss(
     Reference:
         Huang et al., DEIM: DETR with Improved Matching for Fast Convergence, CVPR 2025.
     """
-    check.is_number("gamma", gamma, 0)
+    gamma = check.is_number("gamma", gamma, 0)
     labels, quality = _pair(logits, targets)
     return varifocal_loss(
         logits, (labels, quality**gamma), alpha=1.0 if alpha is None else alpha, gamma=gamma,
@@ -139,7 +139,7 @@ def iou_aware_bce_loss(
     Reference:
         Cai et al., Align-DETR: Improving DETR with Simple IoU-aware BCE Loss, 2023.
     """
-    check.is_number("alpha", alpha, 0, 1)
+    alpha = check.is_number("alpha", alpha, 0, 1)
     labels, quality = _pair(logits, targets)
     with torch.no_grad():
         # rows without a class read column 0, and their target is not looked at

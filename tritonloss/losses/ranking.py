@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss import _op
-from tritonloss._dispatch import _transforms_active, use_triton
+from tritonloss._dispatch import _transforms_active, not_empty, use_triton
 from tritonloss._op import wrap_triton
 from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
 from tritonloss.distributed import (
@@ -350,7 +350,7 @@ def _parse(
             "ranking losses have an error-driven gradient, which is no derivative of their value: "
             "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not apply to them"
         )
-    check.is_number("delta", delta, 0)
+    delta = check.is_number("delta", delta, 0)
     weight = parse_weight(logits, weight)
     targets = parse_targets(logits, targets, ignore_index, weight, dense_low=-torch.inf)
     group = _parse_group(logits, group, num_groups)
@@ -361,7 +361,7 @@ def _parse(
 def _run(loss: str, inputs: _Inputs, value: Tensor | None):
     """The kernels' outputs, or None where the eager path is taken."""
     logits, targets, weight, group, delta, ignore_index, num_groups, sharing = inputs
-    if not use_triton(logits) or (logits.numel() == 0 and not sharing.group):
+    if not use_triton(logits) or not (sharing.group or not_empty(logits)):
         return None
     wide_group = None if group is None else group.expand(logits.shape)
     if not walkable(logits, targets.dense, weight, wide_group):

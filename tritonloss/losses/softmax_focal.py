@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss import _op
-from tritonloss._dispatch import use_triton
+from tritonloss._dispatch import not_empty, use_triton
 from tritonloss._op import wrap_triton
 from tritonloss._targets import is_logits, parse_class_weight, parse_labels, parse_row_weight
 from tritonloss.eager import _blocks
@@ -147,13 +147,13 @@ def softmax_focal_loss(
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.
     """
     is_logits(logits)
-    check.is_number("gamma", gamma, 0)
-    check.is_reduction(reduction, avg_factor)
+    gamma = check.is_number("gamma", gamma, 0)
+    avg_factor = check.is_reduction(reduction, avg_factor)
     check.is_index("ignore_index", ignore_index)
     weight = parse_row_weight(logits, weight)
     alpha = parse_class_weight(logits, alpha, "alpha")
     labels = parse_labels("labels", labels, logits, ignore_index, logits.shape[-1] - 1)
-    if use_triton(logits) and logits.numel() > 0 and rows_walkable(logits):
+    if use_triton(logits) and not_empty(logits) and rows_walkable(logits):
         return _kernels(
             logits,
             labels,
