@@ -217,6 +217,33 @@ def varifocal():
 
 
 @picture
+def matched_queries():
+    """Losses of set prediction: what a matched query learns of its IoU u, and what others cost."""
+    figure, axes = panels(
+        r"matched: BCE towards u (bce), $u^\gamma$ (mal), "
+        r"$\max(p^\alpha u^{1-\alpha}, 0.01)$ (iou-aware);"
+        "\n"
+        r"others: $\mathrm{BCE}(x, 0)$, or $p^\gamma\,\mathrm{BCE}(x, 0)$",
+        rows=2,
+    )
+    losses = (
+        (tl.bce_loss, "bce", "Blues"),
+        (tl.mal_loss, "mal", "Oranges"),
+        (tl.iou_aware_bce_loss, "iou-aware", "Greens"),
+    )
+    for function, name, map_name in losses:
+        for u, color in zip((0.4, 0.9), shades(map_name, 2), strict=True):
+            loss = each(function, POSITIVE, torch.tensor(u, dtype=torch.float64))
+            plot(axes[:2], loss, X, color=color, label=f"{name}, u = {u:g}")
+        loss = each(function, NEGATIVE, torch.tensor(0.0, dtype=torch.float64))
+        style = "--" if name == "iou-aware" else "-"
+        plot(axes[2:], loss, X, color=color, ls=style, label=f"{name}, not matched")
+    label(axes[:2], "logit x", top=6)
+    label(axes[2:], "logit x", top=6)
+    return figure
+
+
+@picture
 def gaussian_focal():
     """Gaussian focal loss on a heat map: a negative counts less, the nearer it lies to a peak."""
     figure, axes = panels(

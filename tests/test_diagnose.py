@@ -425,9 +425,9 @@ def test_what_the_figures_leave_out_is_said():
             r"quality must lie in \[0, 1\] where the label is a class; got 1.5",
         ),
         (
-            lambda d: d.update(torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.long)),
+            lambda d: d.update(torch.zeros(3, 2), torch.full((3, 2), 2)),
             ValueError,
-            "targets with a value per logit must be floating",
+            "targets must be at most 1; got 2",
         ),
         (
             lambda d: d.update(torch.zeros(3, 2), torch.full((3, 2), 3.0)),

@@ -510,6 +510,8 @@ def differing_step(group, rank, options):
     if options.pop("dense", [False] * 3)[rank]:
         targets = torch.zeros_like(logits)
     options = {name: values[rank] for name, values in options.items()}
+    if "momentum" in options:
+        options["state"] = (torch.zeros(10), torch.zeros(10))
     with tl.backend(BACKEND):
         return function(logits, targets, process_group=group, **options)
 

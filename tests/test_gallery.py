@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 gallery = importlib.import_module("gallery")
 COMMITTED = ROOT / "docs" / "gallery"
-# A ratio of two losses, without a curve of its own
-NOT_DRAWN = {"self_balanced_weight"}
+# A ratio of two losses, a table of costs and its assignment: without a curve of their own
+NOT_DRAWN = {"self_balanced_weight", "matching_cost", "assign"}
 
 
 @pytest.fixture(scope="module")
