@@ -275,3 +275,20 @@ def test_rows_of_a_mask_in_one_graph(loss, kernels, monkeypatch):
         expected = value, *torch.autograd.grad(value, inputs, allow_unused=True)
         monkeypatch.setattr("tritonloss._dispatch._FORCE_ON_CPU", kernels and HAS_TRITON)
         torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("loss", [tl.rank_sort_loss, tl.alrp_loss], ids=lambda f: f.__name__)
+def test_backward_of_two_parts_says_to_add_them(loss, backend):
+    x = torch.randn(4, 3, device=DEVICE, requires_grad=True)
+    y = torch.tensor([0, 3, 1, 3], device=DEVICE)
+    error = () if loss is tl.rank_sort_loss else (torch.rand(4, device=DEVICE),)
+    with pytest.raises(TypeError, match=r"two parts, \w+ and \w+: call sum\(loss\).backward\(\)"):
+        loss(x, y, *error).backward()
+
+
+def test_a_diagnosis_is_read_whatever_the_default_device():
+    diagnosis = tl.Diagnosis()
+    diagnosis.update(torch.randn(9, 3), torch.tensor([0, 3, 1] * 3))
+    expected = repr(diagnosis.read().figures)
+    with torch.device("meta"):
+        assert repr(diagnosis.read().figures) == expected

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tritonloss import _checks as check
@@ -107,7 +108,8 @@ class Diagnosis:
         counts = self.counts
         if parse_sharing(process_group, False).group:
             counts = all_reduce(counts, "the counts of a diagnosis", process_group)
-        return Report(figures_of(counts.cpu(), bins))
+        with torch.device("cpu"):  # whatever the default device is
+            return Report(figures_of(counts.cpu(), bins))
 
     def reset(self) -> None:
         """Begin anew."""

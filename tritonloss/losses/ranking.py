@@ -51,11 +51,19 @@ except ImportError:  # no Triton: the eager path alone
     launch_forward = launch_backward = None
 
 
+def _two_parts(loss: tuple) -> TypeError:
+    names = " and ".join(loss._fields)
+    return TypeError(f"the loss has two parts, {names}: call sum(loss).backward()")
+
+
 class RankSort(NamedTuple):
     """The two parts of Rank & Sort, each with its own gradient; their sum is the paper's loss."""
 
     rank: Tensor
     sort: Tensor
+
+    def backward(self) -> None:
+        raise _two_parts(self)
 
 
 class ALRP(NamedTuple):
@@ -63,6 +71,9 @@ class ALRP(NamedTuple):
 
     cls: Tensor
     loc: Tensor
+
+    def backward(self) -> None:
+        raise _two_parts(self)
 
 
 # The eager engine as ops: its shapes depend on the number of positives, so it cannot be traced.
