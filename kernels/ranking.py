@@ -265,7 +265,7 @@ def launch_forward(
     )
     positives, knots, lookup, order, lists, _, scale = scratch
     programs = max(_programs(x.numel()), 1)
-    n_words = max(4 * capacity, min(WORDS, 2 * capacity * programs))
+    n_words = min(max(WORDS, 4 * capacity), 12 * capacity)  # at most 96 bytes a positive's place
     histogram = torch.empty(n_words, dtype=torch.int64, device=device)
     # aLRP divides by sums of distances as small as 1e-5; processes add theirs up.
     pack = not spec.coefficient and exchange is None
