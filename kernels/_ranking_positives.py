@@ -52,6 +52,7 @@ from ._ranking_scratch import (
     WINDOW_END,
     WINDOW_START,
     count_positives,
+    is_broken,
     load_delta,
     wide,
 )
@@ -591,8 +592,7 @@ def settle_kernel(
             done += TILE
 
         if not HAS_GROUP:
-            broken = (tl.load(counter_ptr + 1) > 0) & (n_pos > 0)
-            broken = broken | (tl.load(counter_ptr) > capacity)
+            broken = is_broken(counter_ptr, n_pos, capacity)
             scale = tl.where(broken, float("nan"), 1.0)
             tl.store(first_ptr, (value * each * scale).to(tl.float32))
             tl.store(second_ptr, (second * each * scale).to(tl.float32))
@@ -641,8 +641,7 @@ def means_kernel(
         n_lists += (mask & (start == i)).to(tl.int32)
         first += TILE
     scale = 1.0 / tl.maximum(tl.sum(n_lists, 0), 1).to(tl.float64)
-    broken = (tl.load(counter_ptr + 1) > 0) & (n_pos > 0)
-    broken = broken | (tl.load(counter_ptr) > capacity)
+    broken = is_broken(counter_ptr, n_pos, capacity)
     scale = tl.where(broken, float("nan"), scale)
     tl.store(first_ptr, (tl.sum(value, 0) * scale).to(tl.float32))
     tl.store(second_ptr, (tl.sum(second, 0) * scale).to(tl.float32))

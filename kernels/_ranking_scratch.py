@@ -36,6 +36,13 @@ def count_positives(counter_ptr, capacity):
 
 
 @triton.jit
+def is_broken(counter_ptr, n_pos, capacity):
+    """True if the loss is NaN: something not finite beside positives, or too many positives."""
+    broken = (tl.load(counter_ptr + 1) > 0) & (n_pos > 0)
+    return broken | (tl.load(counter_ptr) > capacity)
+
+
+@triton.jit
 def load_delta(delta_ptr, delta):
     """``(delta, 1 / (2 delta))``; the latter 0 for a hard step."""
     if delta_ptr is not None:

@@ -9,7 +9,6 @@ Triton; what is missing is listed, and its steps are skipped. The exit code is 1
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
 import os
@@ -23,9 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
-from ._measure import ROOT, commit, cuda_tool, device_name
+from ._measure import ROOT, commit, cuda_tool, device_name, machine, write_rows
 
 SKIPPED = 77
+OUTCOMES = ("passed", "failed", "skipped")  # of tests
 OPTIONAL = ("hypothesis", "matplotlib", "numpy", "pandas", "pycocotools", "pytest",
             "ruff", "sklearn", "tqdm", "xdist")  # fmt: skip
 
@@ -109,12 +109,13 @@ def tests(device: str, out: Path) -> None:
     else:
         reports = [run_files("all", files, "-n", str(workers), "--dist", "worksteal")]
     counts = outcomes(reports)
-    with (out / "tests.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("file", "passed", "failed", "skipped", "device", "torch", "commit"))
-        for name, found in sorted(counts.items()):
-            numbers = [found[k] for k in ("passed", "failed", "skipped")]
-            writer.writerow((name, *numbers, device_name(device), torch_version(), commit()))
+    source = machine(device)
+    write_rows(
+        out / "tests.csv",
+        ({"file": name, **{k: found[k] for k in OUTCOMES}} | source
+         for name, found in sorted(counts.items())),
+        ("file", *OUTCOMES, *source),
+    )  # fmt: skip
     absent = {f.stem for f in files} - set(counts)
     failed = sum(found["failed"] for found in counts.values())
     if failed or absent:
@@ -351,12 +352,6 @@ def expect_close(name: str, expected, found) -> None:
         if not error <= tolerance * size + 1e-12:
             raise SystemExit(f"{name}: the {what} is wrong by {float(error / size):.1e}")
     print("equal:", name)
-
-
-def torch_version() -> str:
-    import torch
-
-    return torch.__version__
 
 
 # Seconds each step may take; their usual sum is far below the sum of the limits.
