@@ -57,6 +57,42 @@ def test_written_out(kind, backend):
     torch.testing.assert_close(loss.cpu(), expected, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["iou", "giou", "diou", "eiou", "ciou"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_iou_is_written_out_and_differentiable(kind, dtype, backend):
+    target = torch.rand(60, 4) * 10
+    target[:, 2:] += target[:, :2] + 0.1
+    pred = target + torch.randn(60, 4) * 0.8
+    pred[:5] += 100
+    pred, target = pred.to(dtype), target.to(dtype)
+    x = pred.to(DEVICE).requires_grad_()
+    value = tl.iou(x, target.to(DEVICE), kind=kind)
+    assert value.dtype == torch.promote_types(dtype, torch.float32) and value.shape == (60,)
+    pairs = zip(pred.tolist(), target.tolist(), strict=True)
+    expected = torch.tensor([1 - written_out(p, t, kind) for p, t in pairs], dtype=value.dtype)
+    torch.testing.assert_close(value.detach().cpu(), expected, rtol=2e-6, atol=1e-6)
+    if kind == "iou":
+        assert ((value >= 0) & (value <= 1)).all() and not value[:5].any()
+    upstream = torch.randn(60, device=DEVICE, dtype=value.dtype)
+    y = x.detach().clone().requires_grad_()
+    loss = LOSSES[kind](y, target.to(DEVICE), reduction="none")
+    gradients = torch.autograd.grad(value, x, upstream) + torch.autograd.grad(loss, y, -upstream)
+    torch.testing.assert_close(*gradients)
+
+
+def test_iou_is_a_quality(backend):
+    """In [0, 1] for any pair of boxes, so that losses take it as it is."""
+    pred, target = torch.rand(2, 4000, 4, device=DEVICE).sort(-1).values
+    target[:2000] = pred[:2000] + torch.randn(2000, 4, device=DEVICE) * 1e-4
+    target = target.sort(-1).values
+    labels = torch.zeros(4000, dtype=torch.long, device=DEVICE)
+    assert (tl.iou_loss(pred, target, reduction="none") == 1).any()  # boxes apart
+    loss = tl.quality_focal_loss(
+        torch.zeros(4000, 1, device=DEVICE), (labels, tl.iou(pred, target))
+    )
+    assert loss.isfinite()
+
+
 def test_published_values(backend):
     a, b, c, d = torch.tensor(
         [[-1, -1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 2], [1, 1, 2, 2]],
@@ -210,3 +246,12 @@ def test_errors_name_the_argument(change, error, match):
     arguments = {"pred": torch.zeros(2, 4), "target": torch.zeros(2, 4)} | change
     with pytest.raises(error, match=match):
         tl.ciou_loss(**arguments)
+    if set(change) & {"weight", "reduction"}:
+        return
+    with pytest.raises(error, match=match):
+        tl.iou(**arguments)
+
+
+def test_kinds_of_iou_are_named():
+    with pytest.raises(ValueError, match=r"kind must be one of iou, giou, .*; got 'GIoU'"):
+        tl.iou(torch.zeros(2, 4), torch.zeros(2, 4), kind="GIoU")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 gallery = importlib.import_module("gallery")
 COMMITTED = ROOT / "docs" / "gallery"
 # A ratio of two losses, a table of costs and its assignment: without a curve of their own
-NOT_DRAWN = {"self_balanced_weight", "matching_cost", "assign"}
+NOT_DRAWN = {"iou", "self_balanced_weight", "matching_cost", "assign"}
 
 
 @pytest.fixture(scope="module")

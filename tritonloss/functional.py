@@ -1,6 +1,6 @@
 """The loss functions: the same objects as in ``tritonloss`` itself."""
 
-from .losses.boxes import ciou_loss, diou_loss, eiou_loss, giou_loss, iou_loss
+from .losses.boxes import ciou_loss, diou_loss, eiou_loss, giou_loss, iou, iou_loss
 from .losses.distribution import distribution_expectation, distribution_focal_loss
 from .losses.ghm import ghm_c_loss, ghm_r_loss
 from .losses.matching import assign, matching_cost
@@ -49,6 +49,7 @@ __all__ = [
     "ghm_c_loss",
     "ghm_r_loss",
     "giou_loss",
+    "iou",
     "iou_aware_bce_loss",
     "iou_hlr",
     "iou_loss",

@@ -1,4 +1,4 @@
-"""IoU, GIoU, DIoU, CIoU and EIoU loss."""
+"""IoU, GIoU, DIoU, CIoU and EIoU: losses, and IoU and its relatives as values."""
 
 from __future__ import annotations
 
@@ -108,6 +108,47 @@ def _box_loss(kind, pred, target, eps, alpha_threshold, weight, reduction, avg_f
             reduction,
         )
     return eager.box_loss(pred, target, weight, avg_factor, (eps, alpha_threshold), kind, reduction)
+
+
+KINDS = ("iou", "giou", "diou", "ciou", "eiou")
+
+
+def iou(pred: Tensor, target: Tensor, *, kind: str = "iou", eps: float | Tensor = 1e-7) -> Tensor:
+    r"""Intersection over union of each pair of boxes: the quality of a predicted box.
+
+    .. math:: \mathrm{IoU} = |P \cap T| / \max(|P \cup T|, \epsilon)
+
+    Pair by pair, not every box with every other. The IoU lies in [0, 1], so it can be the quality
+    of :func:`quality_focal_loss` and others as it is; the gradient flows into ``pred``.
+
+    Args:
+        pred: boxes ``(..., 4)`` as x1, y1, x2, y2; float16, bfloat16, float32 or float64, any
+            strides.
+        target: boxes of the same shape, floating.
+        kind: ``"iou"``, or one of its relatives, which fall below 0 for boxes apart: ``"giou"``,
+            ``"diou"``, ``"ciou"``, ``"eiou"``, each one minus its loss.
+        eps: smallest union, > 0; for the relatives as in their losses.
+
+    Returns:
+        ``(...)``, float32 (float64 for float64 boxes).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> pred = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0]])
+        >>> target = torch.tensor([[0.0, 0.0, 2.0, 1.0], [5.0, 5.0, 6.0, 6.0]])
+        >>> tritonloss.iou(pred, target).tolist()
+        [0.5, 0.0]
+
+    Reference:
+        Yu et al., UnitBox: An Advanced Object Detection Network, ACM MM 2016.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    value = 1 - _box_loss(kind, pred, target, eps, 0.5, None, "none", None)
+    return value.clamp(0, 1) if kind == "iou" else value  # a rounding beyond is none
 
 
 def iou_loss(
