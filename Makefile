@@ -1,6 +1,7 @@
 # make demo       train a small detector on aerial photos (CPU, about two minutes)
 # make test       everything that CI runs
 # make test-full  the whole product of the test axes
+# make test-hosts train the detectors of other libraries on our losses (environment of its own)
 # make test-ptx   the kernels' tests on the interpreted code of a GPU (PTX=sm_90)
 # make gpu-check  test and time everything on the GPU of this machine
 # make lint       ruff alone
@@ -13,7 +14,9 @@ CONSTRAINTS ?= -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-full test-ptx lint gpu-check clean
+HOSTS := .venv-hosts
+
+.PHONY: demo test test-full test-hosts test-ptx lint gpu-check clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,9 +45,19 @@ PTX ?= sm_90
 test-ptx: lint
 	PTX=$(PTX) $(PYTEST) tests --ignore=tests/test_example.py --ignore=tests/test_ptx.py
 
+$(HOSTS)/installed: pyproject.toml constraints.txt tests/hosts/requirements.txt tests/hosts/hosts.txt
+	$(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python -m pip install --quiet $(CONSTRAINTS) --editable . \
+		--requirement tests/hosts/requirements.txt
+	$(HOSTS)/bin/python -m pip install --quiet --no-deps --requirement tests/hosts/hosts.txt
+	touch $@
+
+test-hosts: $(HOSTS)/installed
+	$(HOSTS)/bin/python -m pytest -q tests/hosts
+
 # Needs an installed torch with CUDA or ROCm, and nothing else: no venv, no network.
 gpu-check:
 	PYTHONPATH=. $(PYTHON) -m perf.gpu_check
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info
+	rm -rf $(VENV) $(HOSTS) build dist runs *.egg-info

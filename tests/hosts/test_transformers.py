@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shadow import assert_nothing_is_left_behind, held_by, run_example, same
 
 import tritonloss as tl
-from tritonloss._dispatch import INTERPRET
 from tritonloss.integrations import transformers as integration
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("scipy", reason="scipy is not installed")
 pytest.importorskip("PIL", reason="pillow is not installed")
-if INTERPRET:
-    pytest.skip("says the same in the plain run", allow_module_level=True)
 
 import transformers
 from transformers import DFineConfig, RTDetrConfig
@@ -251,38 +249,18 @@ def test_model_trains_on_the_same_losses(name):
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def methods() -> dict:
-    """Every attribute of every class that the host's loss modules hold."""
-    modules = (loss_rt_detr, loss_d_fine, loss_deformable_detr, loss_for_object_detection)
-    return {
-        (m.__name__, k, name): value
-        for m in modules
-        for k, kind in vars(m).items()
-        if isinstance(kind, type)
-        for name, value in vars(kind).items()
-    }
-
-
 def test_nothing_is_left_behind():
-    before = methods()
-    names = integration.install()
-    assert integration.install() == names  # twice is once
-    changed = {(k[1], k[2]) for k, v in methods().items() if before.get(k) is not v}
-    assert changed >= {tuple(name.split(".")) for name in names}
-    with integration.installed():
-        pass
-    assert methods() != before  # the inner block did not end the outer installation
-    integration.uninstall()
-    assert methods() == before
-    integration.uninstall()
-    with pytest.raises(KeyError), integration.installed():
-        raise KeyError
-    assert methods() == before
+    assert_nothing_is_left_behind(integration, "transformers")
 
 
 def test_a_missing_method_is_named_and_nothing_is_installed(monkeypatch):
     monkeypatch.delattr(loss_rt_detr.RTDetrLoss, "loss_boxes")
-    before = methods()
-    with pytest.raises(ImportError, match=r"RTDetrLoss.loss_boxes.*5\.23"):
+    before = held_by("transformers")
+    with pytest.raises(ImportError, match=r"RTDetrLoss.loss_boxes.*transformers 5\.23"):
         integration.install()
-    assert methods() == before
+    assert same(before, held_by("transformers"))
+
+
+def test_example():
+    assert run_example("transformers_detr")["loss"].isfinite()
+    assert loss_rt_detr.RTDetrLoss.loss_boxes.__module__.startswith("transformers")

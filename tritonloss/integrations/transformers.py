@@ -16,11 +16,6 @@ host's.
 
 from __future__ import annotations
 
-import importlib
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -29,9 +24,7 @@ from tritonloss.losses.matching import assign, matching_cost
 from tritonloss.losses.pointwise import sigmoid_focal_loss, varifocal_loss
 from tritonloss.set_criterion import _corners
 
-KNOWN = "5.23.0"
-_lock = threading.RLock()
-_originals: dict[tuple[str, str, str], object] = {}  # (module, class, method) -> the host's
+from ._host import Host, Place
 
 
 def _match(outputs, targets, weights, alpha: float, gamma: float):
@@ -52,7 +45,7 @@ def _match(outputs, targets, weights, alpha: float, gamma: float):
     return found
 
 
-def _places(indices) -> tuple[Tensor, Tensor]:
+def _at(indices) -> tuple[Tensor, Tensor]:
     images = torch.cat([torch.full_like(queries, i) for i, (queries, _) in enumerate(indices)])
     return images, torch.cat([queries for queries, _ in indices])
 
@@ -65,13 +58,13 @@ def _wanted(name: str, targets, indices) -> Tensor:
 def _labels(logits: Tensor, targets, indices) -> Tensor:
     """(B, Q) the class of each query, C where there is none."""
     labels = torch.full(logits.shape[:2], logits.shape[2], device=logits.device)
-    labels[_places(indices)] = _wanted("class_labels", targets, indices)
+    labels[_at(indices)] = _wanted("class_labels", targets, indices)
     return labels
 
 
 def _pairs(outputs, targets, indices) -> tuple[Tensor, Tensor]:
     """Boxes of the pairs, cxcywh, at least float32."""
-    boxes = outputs["pred_boxes"][_places(indices)]
+    boxes = outputs["pred_boxes"][_at(indices)]
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     return boxes, _wanted("boxes", targets, indices).to(boxes.dtype)
 
@@ -91,7 +84,7 @@ def _loss_labels_vfl(self, outputs, targets, indices, num_boxes, log=True):
     corners = _corners(boxes.detach(), "cxcywh"), _corners(wanted, "cxcywh")
     overlap = (1 - iou_loss(*corners, reduction="none")).clamp(0, 1)
     quality = overlap.new_zeros(logits.shape[:2])
-    quality[_places(indices)] = overlap
+    quality[_at(indices)] = overlap
     loss = varifocal_loss(
         logits, (_labels(logits, targets, indices), quality), alpha=self.alpha, gamma=self.gamma,
         detach_weight=True, avg_factor=num_boxes,
@@ -132,83 +125,19 @@ def _matchers():
     return rt_detr, deformable
 
 
-def _replacements() -> dict:
-    """(module, class, method) -> function of the original that makes ours."""
+def _places() -> list[Place]:
     rt_detr, deformable = _matchers()
-    theirs, other = "loss_rt_detr", "loss_deformable_detr"
-    return {
-        (theirs, "RTDetrHungarianMatcher", "forward"): rt_detr,
-        (theirs, "RTDetrLoss", "loss_labels_vfl"): lambda original: _loss_labels_vfl,
-        (theirs, "RTDetrLoss", "loss_boxes"): lambda original: _loss_boxes,
-        (other, "DeformableDetrHungarianMatcher", "forward"): deformable,
-        (other, "DeformableDetrImageLoss", "loss_labels"): lambda original: _loss_labels,
+    theirs, other = "transformers.loss.loss_rt_detr", "transformers.loss.loss_deformable_detr"
+    return [
+        Place(theirs, "RTDetrHungarianMatcher.forward", rt_detr),
+        Place(theirs, "RTDetrLoss.loss_labels_vfl", lambda original: _loss_labels_vfl),
+        Place(theirs, "RTDetrLoss.loss_boxes", lambda original: _loss_boxes),
+        Place(other, "DeformableDetrHungarianMatcher.forward", deformable),
+        Place(other, "DeformableDetrImageLoss.loss_labels", lambda original: _loss_labels),
         # inherited from ImageLoss, whose other heirs keep theirs
-        (other, "DeformableDetrImageLoss", "loss_boxes"): lambda original: _loss_boxes,
-    }
+        Place(other, "DeformableDetrImageLoss.loss_boxes", lambda original: _loss_boxes),
+    ]
 
 
-def _class(place) -> type:
-    module, name, _ = place
-    return getattr(importlib.import_module(f"transformers.loss.{module}"), name)
-
-
-def install() -> list[str]:
-    """Exchange the matching costs and losses; a second call changes nothing.
-
-    Returns:
-        What is ours now, as ``"RTDetrLoss.loss_boxes"``.
-
-    Raises:
-        ImportError: transformers is absent, or this version of it lacks one of the methods; then
-            nothing is exchanged.
-    """
-    with _lock:
-        wanted = _replacements()
-        if not _originals:
-            found = {}
-            for place in wanted:
-                try:
-                    kind = _class(place)
-                    getattr(kind, place[2])
-                except (ImportError, AttributeError) as error:
-                    raise ImportError(_lacking(place)) from error
-                found[place] = kind
-            for place, kind in found.items():
-                own = vars(kind).get(place[2])  # None: inherited
-                setattr(kind, place[2], wanted[place](getattr(kind, place[2])))
-                _originals[place] = own
-        return [f"{kind}.{method}" for _, kind, method in wanted]
-
-
-def _lacking(place) -> str:
-    try:
-        version = importlib.import_module("transformers").__version__
-    except ImportError:
-        return "transformers cannot be imported: pip install transformers"
-    return (
-        f"transformers {version} has no usable loss.{'.'.join(place)}; "
-        f"the version known to have it is {KNOWN}"
-    )
-
-
-def uninstall() -> None:
-    """Put the originals back; without an installation nothing happens."""
-    with _lock:
-        for place, original in _originals.items():
-            if original is None:
-                delattr(_class(place), place[2])
-            else:
-                setattr(_class(place), place[2], original)
-        _originals.clear()
-
-
-@contextmanager
-def installed() -> Iterator[list[str]]:
-    """``install()`` for a ``with`` block; inside another installation it changes nothing."""
-    outermost = not _originals
-    names = install()
-    try:
-        yield names
-    finally:
-        if outermost:
-            uninstall()
+_host = Host("transformers", "transformers 5.23.0", _places)
+install, uninstall, installed = _host.install, _host.uninstall, _host.installed
