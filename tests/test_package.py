@@ -1,4 +1,4 @@
-"""The wheel, the list of packages, the public names, and import without Triton."""
+"""Distributions, types, the list of packages, the public names, and import without Triton."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 import doctest
 import importlib.util
 import inspect
+import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import tomllib
+import torch
 
 import tritonloss
 from tritonloss._dispatch import INTERPRET
@@ -108,30 +111,81 @@ with tritonloss.backend("triton"):
 
 
 @once
-def test_wheel_in_a_clean_environment(tmp_path):
-    """Installs nothing called ``kernels``, and imports from another folder."""
-    pytest.importorskip("build")
-    dist, clean = tmp_path / "dist", tmp_path / "venv"
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", dist, ROOT],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    (wheel,) = dist.glob("*.whl")
-    venv.create(clean, with_pip=True)
-    python = clean / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True)
-    site = next((clean / "lib").glob("python*/site-packages"))
-    installed = {p.name for p in site.iterdir()}
-    assert "tritonloss" in installed and "kernels" not in installed and "tests" not in installed
-    # torch is borrowed from here, after the clean environment's own packages
-    import torch
+def test_dir_shows_public_names():
+    assert dir(tritonloss) == sorted(tritonloss.__all__)
+    assert not [n for n in dir(tritonloss) if n.startswith("_") and n != "__version__"]
 
+
+@once
+@pytest.mark.parametrize("folder", [".", "tests"])
+def test_nothing_is_importable_twice(folder):
+    code = """
+import importlib, tritonloss, tritonloss.kernels
+for name in ("kernels", "kernels.boxes", "tritonloss.perf", "tritonloss.tests", "tritonloss.tools"):
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        assert "kernels is tritonloss.kernels" in str(error) or "No module named" in str(error)
+    else:
+        raise AssertionError(name)
+"""
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / folder, env=path, check=True)
+
+
+@once
+def test_stubs_are_current():
+    command = [sys.executable, ROOT / "tools" / "stubs.py", "--check"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A source distribution, and the wheel that is built from it."""
+    pytest.importorskip("build")
+    dist = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--outdir", dist, ROOT]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (wheel,), (source,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    return wheel, source
+
+
+def environment(folder: Path) -> tuple[Path, Path]:
+    """A new environment that borrows torch from here: its Python and its site-packages."""
+    venv.create(folder)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    # after the new environment's own packages
     (site / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))
+    return folder / "bin" / "python", site
+
+
+def install(python: Path, *what) -> None:
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
+    subprocess.run([*command, *what], check=True)
+
+
+@pytest.fixture(scope="module")
+def clean(built, tmp_path_factory):
+    """An environment with the wheel."""
+    folder = tmp_path_factory.mktemp("clean")
+    python, site = environment(folder)
+    install(python, built[0])
+    return folder, python, site
+
+
+@once
+def test_wheel_in_a_clean_environment(clean, tmp_path):
+    """Installs nothing called ``kernels``, and imports from another folder."""
+    folder, python, site = clean
+    installed = {p.name for p in site.iterdir()}
+    assert "tritonloss" in installed
+    assert not installed & {"kernels", "tests", "tools", "perf", "examples"}
+    assert {"py.typed", "modules.pyi"} <= {p.name for p in (site / "tritonloss").iterdir()}
     code = (
         "import tritonloss, tritonloss.kernels.pointwise, torch;"
-        f"assert str({str(clean)!r}) in tritonloss.__file__, tritonloss.__file__;"
-        f"assert str({str(clean)!r}) in tritonloss.kernels.pointwise.__file__;"
+        f"assert {str(folder)!r} in tritonloss.__file__, tritonloss.__file__;"
+        f"assert {str(folder)!r} in tritonloss.kernels.pointwise.__file__;"
         "x = torch.randn(4, 3, requires_grad=True);"
         "tritonloss.FocalLoss()(x, torch.tensor([0, 3, 1, 3])).backward()"
     )
@@ -140,3 +194,40 @@ def test_wheel_in_a_clean_environment(tmp_path):
         command = [python, "-m", "tritonloss.diagnose", "--out", "page"]
         subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
         assert (tmp_path / "page" / "index.html").exists()
+
+
+@once
+def test_distributions_are_as_the_index_takes_them(built):
+    pytest.importorskip("twine")
+    command = [sys.executable, "-m", "twine", "check", "--strict", *built]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+@once
+def test_types_of_a_users_file(clean, tmp_path):
+    """With mypy, and pyright where it is; for the wheel and for an editable installation."""
+    pytest.importorskip("mypy")
+    source = tmp_path / "source"
+    for part in ("tritonloss", "kernels"):
+        shutil.copytree(ROOT / part, source / part)
+    for part in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / part, source / part)
+    editable, _ = environment(tmp_path / "editable")
+    # the mode that type checkers and editors can follow
+    install(editable, "--config-settings", "editable_mode=strict", "--editable", source)
+    for python in (clean[1], editable):
+        sample = ROOT / "tests" / "types" / "sample.py"
+        command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python]
+        command += ["--cache-dir", tmp_path / "cache", sample]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, f"{python}: {run.stdout}"
+        if pyright := shutil.which("pyright"):
+            command = [pyright, "--pythonpath", python, sample]
+            run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+            assert run.returncode == 0, f"{python}: {run.stdout}"
+
+
+@once
+def test_the_users_file_runs():
+    exec(compile((ROOT / "tests" / "types" / "sample.py").read_text(), "sample.py", "exec"), {})

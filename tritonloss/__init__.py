@@ -1,15 +1,10 @@
 """Exact, stable, fused losses for training object detectors."""
 
-from pathlib import Path as _Path
-
-if not (_Path(__file__).parent / "kernels").is_dir():
-    # A checkout that is not installed keeps the kernels one folder up.
-    __path__.append(str(_Path(__file__).parent.parent))
-
+from . import _checkout  # noqa: F401, I001  (first: where the kernels are)
 from . import functional
 from ._dispatch import backend, show_config
 from ._version import __version__
-from .diagnose import Diagnosis
+from .diagnose import Diagnosis, Report
 from .distributed import reduce_avg_factor
 from .functional import *  # noqa: F403  (the names of functional.__all__)
 from .modules import (
@@ -62,6 +57,7 @@ __all__ = [
     "MALLoss",
     "QualityFocalLoss",
     "RankSortLoss",
+    "Report",
     "SetCriterion",
     "SoftmaxFocalLoss",
     "VarifocalLoss",
@@ -70,5 +66,9 @@ __all__ = [
     "functional",
     "reduce_avg_factor",
     "show_config",
-    *functional.__all__,
 ]
+__all__ += functional.__all__
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

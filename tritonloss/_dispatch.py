@@ -12,8 +12,11 @@ import platform
 import threading
 
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+try:
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+except ImportError:  # its name before torch 2.8
+    from torch.fx.experimental.symbolic_shapes import definitely_true as guard_or_false
 try:
     import triton
 except ImportError:  # the eager path needs no Triton
@@ -82,7 +85,7 @@ class backend:
     """
 
     def __init__(self, name: str):
-        self.name = _checked(name, "backend")
+        self.name: str = _checked(name, "backend")
         self._entered: list[list[str]] = []
 
     def __enter__(self) -> backend:
@@ -94,7 +97,7 @@ class backend:
             _mode = self.name
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         global _mode
         block = self._entered.pop()
         with _lock:

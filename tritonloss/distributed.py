@@ -8,7 +8,7 @@ follows has a size that all have agreed on. ``docs/scaling.md`` says what a step
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,10 @@ from ._dispatch import _transforms_active
 
 __all__ = ["reduce_avg_factor"]
 
-# torch may be built without distributed
-ProcessGroup = dist.ProcessGroup if dist.is_available() else None
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+else:  # torch may be built without distributed
+    ProcessGroup = dist.ProcessGroup if dist.is_available() else None
 
 WORDS = (
     "rank_sort_loss", "ap_loss", "alrp_loss", "ghm_c_loss", "ghm_r_loss",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from .distributed import reduce_avg_factor
+from .distributed import ProcessGroup, reduce_avg_factor
 from .losses.boxes import giou_loss, iou_loss
 from .losses.matching import (
     BOX_FORMATS,
@@ -22,7 +24,7 @@ from .losses.quality import iou_aware_bce_loss, mal_loss
 from .losses.softmax_focal import softmax_focal_loss
 
 # Class loss: its default parameters, and the class cost that goes with it.
-CLASS_LOSSES = {
+CLASS_LOSSES: dict[str, tuple[dict[str, Any], str]] = {
     "focal": ({"alpha": 0.25, "gamma": 2.0}, "focal"),
     "varifocal": ({"alpha": 0.75, "gamma": 2.0}, "focal"),
     "mal": ({"alpha": None, "gamma": 1.5}, "focal"),
@@ -100,7 +102,7 @@ class SetCriterion(nn.Module):
         self,
         class_loss: str = "focal",
         *,
-        class_params: dict | None = None,
+        class_params: dict[str, Any] | None = None,
         loss_weights: tuple[float, float, float] = (1.0, 5.0, 2.0),
         cost_weights: tuple[float, float, float] = (2.0, 5.0, 2.0),
         class_cost: str | None = None,
@@ -109,9 +111,9 @@ class SetCriterion(nn.Module):
         box_format: str = "cxcywh",
         groups: int = 1,
         layer_weights: tuple[float, ...] | None = None,
-        process_group=None,
+        process_group: ProcessGroup | None = None,
         gradients_averaged: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         is_choice("class_loss", class_loss, tuple(CLASS_LOSSES))
         params, cost = CLASS_LOSSES[class_loss]
@@ -129,22 +131,31 @@ class SetCriterion(nn.Module):
                 raise ValueError(f"{name} must be three numbers (class, L1, GIoU); got {weights}")
             for weight in weights:
                 check.is_number(name, weight)
-        self.class_loss = class_loss
-        self.class_params = params | (class_params or {})
-        self.loss_weights = tuple(loss_weights)
-        self.cost_weights = tuple(cost_weights)
-        self.class_cost = class_cost or cost
-        self.cost_alpha, self.cost_gamma = cost_alpha, cost_gamma
-        self.box_format = box_format
-        self.groups = groups
-        self.layer_weights = layer_weights
-        self.process_group, self.gradients_averaged = process_group, gradients_averaged
+        self.class_loss: str = class_loss
+        self.class_params: dict[str, Any] = {**params, **(class_params or {})}
+        self.loss_weights: tuple[float, ...] = tuple(loss_weights)
+        self.cost_weights: tuple[float, ...] = tuple(cost_weights)
+        self.class_cost: str = class_cost or cost
+        self.cost_alpha: float = cost_alpha
+        self.cost_gamma: float = cost_gamma
+        self.box_format: str = box_format
+        self.groups: int = groups
+        self.layer_weights: tuple[float, ...] | None = layer_weights
+        self.process_group: ProcessGroup | None = process_group
+        self.gradients_averaged: bool = gradients_averaged
 
     def _by_group(self, x: Tensor) -> Tensor:
         """(L, B, Q, D) as (L, groups, B, Q / groups, D), a view."""
         return x.unflatten(2, (self.groups, -1)).movedim(2, 1)
 
-    def match(self, logits, boxes, labels, target_boxes, sizes=None) -> Tensor:
+    def match(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        labels: Tensor | list[Tensor],
+        target_boxes: Tensor | list[Tensor],
+        sizes: Tensor | None = None,
+    ) -> Tensor:
         """The query of each object: ``indices`` as ``forward`` takes them."""
         last = logits.shape[-1] - (2 if self.class_loss == "softmax" else 1)
         labels, target_boxes, sizes = parse_objects(logits, labels, target_boxes, sizes, last)
@@ -280,3 +291,17 @@ class SetCriterion(nn.Module):
             # one number after the other: a tensor of them would be copied to the device
             total = torch.stack([total[i] * weight for i, weight in enumerate(weights)])
         return terms | {"total": total.sum(), "indices": indices}
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(
+            self,
+            logits: Tensor,
+            boxes: Tensor,
+            labels: Tensor | list[Tensor],
+            target_boxes: Tensor | list[Tensor],
+            sizes: Tensor | None = None,
+            *,
+            indices: Tensor | None = None,
+            num_boxes: float | Tensor | None = None,
+        ) -> dict[str, Tensor]: ...

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tritonloss._version import __version__
 
@@ -93,8 +93,8 @@ class Report:
     ``str()`` gives the most telling ones; :meth:`write` draws all.
     """
 
-    def __init__(self, figures: dict):
-        self.figures = figures
+    def __init__(self, figures: dict[str, Any]):
+        self.figures: dict[str, Any] = figures
 
     def __str__(self) -> str:
         rows = self.overview()
