@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonloss._op import wrap_triton
+
 from ._config import FINISH
 from ._numbers import scalar_args
 
@@ -60,12 +62,12 @@ def finish_kernel(
     tl.store(scale_ptr, scale)
 
 
-def finish(partials, counts, avg_factor, reduction: str, kernel=finish_kernel):
-    """``(loss, scale)`` from partial sums; ``kernel`` is the wrapped kernel in an op body."""
+def finish(partials, counts, avg_factor, reduction: str):
+    """``(loss, scale)`` from partial sums and, for a mean without avg_factor, counts."""
     loss = torch.empty((), dtype=torch.float32, device=partials.device)
     scale = torch.empty_like(loss)
     pointer, (number,) = scalar_args(avg_factor, 1)
-    kernel[(1,)](
+    wrap_triton(finish_kernel, partials)[(1,)](
         partials,
         counts,
         pointer,
@@ -79,3 +81,16 @@ def finish(partials, counts, avg_factor, reduction: str, kernel=finish_kernel):
         num_warps=FINISH.num_warps,
     )
     return loss, scale
+
+
+def sums(x, n_programs: int, avg_factor, reduction: str):
+    """``(partials, counts)`` for the programs of a launch, or of several, to write to."""
+    partials = torch.empty(n_programs, dtype=torch.float32, device=x.device)
+    if reduction != "mean" or avg_factor is not None:
+        return partials, None
+    return partials, torch.empty(n_programs, dtype=torch.int32, device=x.device)
+
+
+def no_scale(x):
+    """In place of the scale of a loss that is not reduced."""
+    return torch.empty(0, dtype=torch.float32, device=x.device)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._config import LANES_OF_ROW, Config
-from ._finish import finish
+from ._finish import finish, no_scale, sums
 from ._walk import (
     MAX_DIMS,
     MAX_INNER_SIZE,
@@ -144,19 +144,15 @@ def n_rows(x) -> int:
     return x.numel() // x.shape[-1]
 
 
-def forward_rows(x, block, avg_factor, reduction, launch, finish_with):
+def forward_rows(x, block, avg_factor, reduction, launch):
     """Run ``launch(out, counts)`` over the rows of ``x``: ``(loss, scale)`` as in ``finish``."""
     if reduction == "none":
         loss = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
         launch(loss, None)
-        return loss, torch.empty(0, dtype=torch.float32, device=x.device)
-    n_programs = triton.cdiv(n_rows(x), block)
-    partials = torch.empty(n_programs, dtype=torch.float32, device=x.device)
-    counts = None
-    if reduction == "mean" and avg_factor is None:
-        counts = torch.empty(n_programs, dtype=torch.int32, device=x.device)
+        return loss, no_scale(x)
+    partials, counts = sums(x, triton.cdiv(n_rows(x), block), avg_factor, reduction)
     launch(partials, counts)
-    return finish(partials, counts, avg_factor, reduction, finish_with)
+    return finish(partials, counts, avg_factor, reduction)
 
 
 def backward_rows(x, out, grad, scale, reduction, *others):

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from tritonloss._op import launcher, wrap_triton
 
 from ._config import BOXES
-from ._finish import finish_kernel
 from ._numbers import number, scalar_args
 from ._rows import (
     backward_rows,
@@ -20,6 +22,7 @@ from ._rows import (
     locate,
     n_rows,
     row_layout,
+    rows_walkable,
     store_rows,
     upstream,
 )
@@ -472,10 +475,21 @@ def _wide(boxes, layout, strides) -> bool:
     return boxes.stride(-1) == 1 and (one_by_one or n_rows(boxes) == 1)
 
 
-def launch_box_forward(
-    pred, target, weight, avg_factor, params, kind, reduction,
-    kernel=box_forward_kernel, finish_with=finish_kernel,
-):  # fmt: skip
+def takes(pred, target, *args) -> bool:
+    """True if the kernels can read the boxes in place."""
+    return rows_walkable(pred, target)
+
+
+@launcher
+def forward(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    kind: str,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
     """Loss of all pairs of boxes, and the factor that the backward needs.
 
     Args:
@@ -483,7 +497,6 @@ def launch_box_forward(
         weight: contiguous (...), or None.
         avg_factor, params: numbers or float tensors of 1 and 2 entries; params holds eps and
             alpha_threshold.
-        kernel, finish_with: the wrapped kernels in an op body.
 
     Returns:
         ``(loss, scale)``, float32.
@@ -493,7 +506,7 @@ def launch_box_forward(
     pointer, numbers = scalar_args(params, 2)
 
     def launch(out, counts):
-        kernel[(triton.cdiv(n_rows(pred), BOXES.block),)](
+        wrap_triton(box_forward_kernel, pred)[(triton.cdiv(n_rows(pred), BOXES.block),)](
             pred,
             target,
             weight,
@@ -517,18 +530,27 @@ def launch_box_forward(
             num_warps=BOXES.num_warps,
         )
 
-    return forward_rows(pred, BOXES.block, avg_factor, reduction, launch, finish_with)
+    return forward_rows(pred, BOXES.block, avg_factor, reduction, launch)
 
 
-def launch_box_backward(
-    pred, grad, scale, target, weight, params, kind, reduction, kernel=box_backward_kernel
-):
+@launcher
+def backward(
+    grad: Tensor,
+    scale: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    kind: str,
+    reduction: str,
+) -> Tensor:
     """Gradient of pred: its dtype, and its strides if it is dense in memory."""
     grad_pred = torch.empty_like(pred)
     layout, grad, scale, reduced = backward_rows(pred, grad_pred, grad, scale, reduction, target)
     pred_s, row_s, out_s, grad_s, target_s = layout.strides
     pointer, numbers = scalar_args(params, 2)
-    kernel[(triton.cdiv(n_rows(pred), BOXES.block),)](
+    wrap_triton(box_backward_kernel, pred)[(triton.cdiv(n_rows(pred), BOXES.block),)](
         pred,
         target,
         weight,

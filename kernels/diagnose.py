@@ -10,9 +10,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from tritonloss._grid import COLUMNS, LIMIT, QUALITY_STEPS, ROWS, STEPS
+from tritonloss._op import launcher, wrap_triton
 
 from ._config import COUNTING, COUNTING_COPIES, LOGITS_PER_COPY
-from ._logits import offsets, targets_and_mask, walk_over
+from ._logits import offsets, targets_and_mask, walk_over, walkable
 from ._walk import coordinates, tile_of
 
 
@@ -185,30 +189,35 @@ def sum_copies_kernel(
     tl.store(count_ptr + offs, total, mask=mask)
 
 
-def launch_count(
-    x, dense, labels, quality, weight, ignore_index, limit, steps, quality_steps,
-    kernels=(count_kernel, sum_copies_kernel),
-):  # fmt: skip
-    """How often each cell of the grid occurs, int64 (quality steps + 2, 2 limit steps + 2).
+def takes(x, labels, quality, dense, weight, *args) -> bool:
+    """True if the kernel can read the operands in place."""
+    return walkable(x, dense, weight)
+
+
+@launcher
+def count(
+    x: Tensor,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    dense: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """How often each cell of the grid occurs, int64 (ROWS, COLUMNS).
 
     Args:
         x: logits (..., C), any strides.
-        dense: targets (..., C), any strides, or None.
         labels, quality: contiguous (...), or None.
+        dense: targets (..., C), any strides, or None.
         weight: contiguous (...), or (..., C) with any strides, or None: a mask.
-        limit, steps, quality_steps: the grid, see ``tritonloss/_grid.py``.
-        kernels: the wrapped kernels in an op body.
     """
-    count, sum_copies = kernels
-    n, columns = x.numel(), 2 * limit * steps + 2
-    table = torch.zeros((quality_steps + 2, columns), dtype=torch.int64, device=x.device)
-    if n == 0:
-        return table
+    n = x.numel()
+    table = torch.zeros((ROWS, COLUMNS), dtype=torch.int64, device=x.device)
     copies = min(max(n // LOGITS_PER_COPY, 1), COUNTING_COPIES)
-    negatives = torch.zeros((copies, columns), dtype=torch.int32, device=x.device)
+    negatives = torch.zeros((copies, COLUMNS), dtype=torch.int32, device=x.device)
     walk = walk_over(x, dense, labels, weight)
     x_s, row_s, _, dense_s, weight_s = walk.layout.strides
-    count[(triton.cdiv(n, COUNTING.block),)](
+    wrap_triton(count_kernel, x)[(triton.cdiv(n, COUNTING.block),)](
         x,
         dense,
         labels,
@@ -225,9 +234,9 @@ def launch_count(
         *dense_s,
         *weight_s,
         ignore_index,
-        LIMIT=limit,
-        STEPS=steps,
-        QUALITY_STEPS=quality_steps,
+        LIMIT=LIMIT,
+        STEPS=STEPS,
+        QUALITY_STEPS=QUALITY_STEPS,
         N_DIMS=walk.layout.n_dims,
         CLASS_DIM=walk.class_dim,
         LINEAR=walk.linear,
@@ -237,7 +246,7 @@ def launch_count(
         num_warps=COUNTING.num_warps,
     )
     # one column a thread: neighbours read neighbours
-    sum_copies[(triton.cdiv(columns, 128),)](
-        negatives, table, copies, columns, BLOCK=128, num_warps=4
+    wrap_triton(sum_copies_kernel, x)[(triton.cdiv(COLUMNS, 128),)](
+        negatives, table, copies, COLUMNS, BLOCK=128, num_warps=4
     )
     return table

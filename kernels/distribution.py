@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from tritonloss._op import launcher, wrap_triton
 
 from ._config import DISTRIBUTION
-from ._finish import finish_kernel
 from ._formulas import log1p_unit
 from ._rows import (
     backward_rows,
@@ -242,8 +244,9 @@ def expectation_kernel(
         tl.store(out_ptrs, result, mask=by_row(inside) & (bins < n_bins))
 
 
-def kernels_take(x, *others) -> bool:
-    """True if the kernels can read ``x`` in place and a row fits in a tile."""
+def takes(x, target=None, *args) -> bool:
+    """True if the kernels can read the operands in place and a row fits in a tile."""
+    others = () if target is None else (target,)
     return x.shape[-1] <= MAX_BINS and rows_walkable(x, *others)
 
 
@@ -251,10 +254,10 @@ def _tile(x, layout) -> dict:
     return tile_of_rows(x, layout, DISTRIBUTION, triton.next_power_of_2(x.shape[-1]))
 
 
-def launch_focal_forward(
-    x, target, weight, avg_factor, reduction,
-    kernel=distribution_focal_forward_kernel, finish_with=finish_kernel,
-):  # fmt: skip
+@launcher
+def forward(
+    x: Tensor, target: Tensor, weight: Tensor | None, avg_factor: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor]:
     """Loss of all rows, and the factor that the backward needs.
 
     Args:
@@ -262,7 +265,6 @@ def launch_focal_forward(
         target: (...), any strides.
         weight: contiguous (...), or None.
         avg_factor: a number or a tensor of 1 entry.
-        kernel, finish_with: the wrapped kernels in an op body.
 
     Returns:
         ``(loss, scale)``, float32.
@@ -272,23 +274,32 @@ def launch_focal_forward(
     x_s, row_s, target_s = layout.strides
 
     def launch(out, counts):
-        kernel[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+        grid = (triton.cdiv(n_rows(x), tile["BLOCK_R"]),)
+        wrap_triton(distribution_focal_forward_kernel, x)[grid](
             x, target, weight, out, counts, n_rows(x), x.shape[-1], *layout.sizes[1:],
             *x_s, x.stride(-1), *row_s, *target_s, REDUCED=reduction != "none", **tile,
         )  # fmt: skip
 
-    return forward_rows(x, tile["BLOCK_R"], avg_factor, reduction, launch, finish_with)
+    return forward_rows(x, tile["BLOCK_R"], avg_factor, reduction, launch)
 
 
-def launch_focal_backward(
-    x, grad, scale, target, weight, reduction, kernel=distribution_focal_backward_kernel
-):
+@launcher
+def backward(
+    grad: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    avg_factor: Tensor | None,
+    reduction: str,
+) -> Tensor:
     """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
     grad_x = torch.empty_like(x)
     layout, grad, scale, reduced = backward_rows(x, grad_x, grad, scale, reduction, target)
     tile = _tile(x, layout)
     x_s, row_s, out_s, grad_s, target_s = layout.strides
-    kernel[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+    grid = (triton.cdiv(n_rows(x), tile["BLOCK_R"]),)
+    wrap_triton(distribution_focal_backward_kernel, x)[grid](
         x, target, weight, grad, scale, grad_x, n_rows(x), x.shape[-1], *layout.sizes[1:],
         *x_s, x.stride(-1), *row_s, *out_s, grad_x.stride(-1), *grad_s, *target_s,
         REDUCED=reduced, **tile,
@@ -296,24 +307,26 @@ def launch_focal_backward(
     return grad_x
 
 
-def _launch_expectation(kernel, x, grad, out, layout, out_s, out_sc, grad_s):
+def _launch_expectation(x, grad, out, layout, out_s, out_sc, grad_s):
     tile = _tile(x, layout)
     x_s, row_s = layout.strides[:2]
-    kernel[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+    wrap_triton(expectation_kernel, x)[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
         x, grad, out, n_rows(x), x.shape[-1], *layout.sizes[1:],
         *x_s, x.stride(-1), *row_s, *out_s, out_sc, *grad_s, **tile,
     )  # fmt: skip
     return out
 
 
-def launch_expectation_forward(x, kernel=expectation_kernel):
+@launcher
+def expectation(x: Tensor) -> Tensor:
     """Mean bin, float32: (..., bins) with any strides -> (...) contiguous."""
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     unused = (0, 0, 0, 0)
-    return _launch_expectation(kernel, x, None, mean, row_layout(x), unused, 0, unused)
+    return _launch_expectation(x, None, mean, row_layout(x), unused, 0, unused)
 
 
-def launch_expectation_backward(x, grad, kernel=expectation_kernel):
+@launcher
+def expectation_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
     grad_x = torch.empty_like(x)
     layout = row_layout(x, grad_x, grad)
@@ -321,4 +334,4 @@ def launch_expectation_backward(x, grad, kernel=expectation_kernel):
         grad = grad.contiguous()
         layout = row_layout(x, grad_x, grad)
     out_s, grad_s = layout.strides[2:]
-    return _launch_expectation(kernel, x, grad, grad_x, layout, out_s, grad_x.stride(-1), grad_s)
+    return _launch_expectation(x, grad, grad_x, layout, out_s, grad_x.stride(-1), grad_s)

@@ -11,14 +11,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from tritonloss._op import launcher, wrap_triton
 
 from ._config import HISTOGRAM, HISTOGRAM_PROGRAMS
 from ._formulas import is_hard, pointwise_value, region_of
-from ._logits import load_logits, walk_over
+from ._logits import load_logits, walk_over, walkable
 from ._numbers import load_params, scalar_args
 from ._walk import coordinates, tile_of
-from .pointwise import launch_backward as pointwise_backward
-from .pointwise import pointwise_kernel
+from .pointwise import gradient
 
 
 @triton.jit
@@ -287,79 +289,68 @@ def harmonise_kernel(
     tl.store(loss_ptr, tl.sum(tl.where(filled, loss * weight, 0.0), 0))
 
 
-def launch_forward(
-    x, dense, labels, quality, weight, amount, updates, params, kind, bins, bias_correction,
-    normalize, ignore_index, kernels=(region_sums_kernel, region_totals_kernel, harmonise_kernel),
-    of_all=None,
-):  # fmt: skip
-    """Loss, new state and the weight of each region.
+def takes(x, labels, quality, dense, weight, *args) -> bool:
+    """True if the kernels can read the operands in place."""
+    return walkable(x, dense, weight)
 
-    Args:
-        x: predictions (..., C), any strides.
-        dense: targets (..., C), any strides, or None.
-        labels, quality: contiguous (...), or None.
-        weight: contiguous (...), or (..., C) with any strides, or None.
-        amount, updates: the state, each contiguous (bins,), or None.
-        params: (mu, m, 1 - m, log m), numbers or a float32 tensor.
-        kernels: the wrapped kernels in an op body.
-        of_all: None, or ``[2, regions] -> [2, regions]``, the sum over the processes that share the
-            batch.
 
-    Returns:
-        ``(loss, new amount, new updates, weights)``.
-    """
-    sums, totals, harmonise = kernels
+def region_totals(x, labels, quality, dense, weight, params, kind, bins, ignore_index):
+    """Loss and count of each region, float32 (2, regions)."""
     regions = max(triton.next_power_of_2(bins), 32)
+    total = torch.empty((2, regions), dtype=torch.float32, device=x.device)
     n = x.numel()
+    if n == 0:  # a process of several may have no anchors
+        return total.zero_()
     programs = min(triton.cdiv(n, HISTOGRAM.block), HISTOGRAM_PROGRAMS)
     walk = walk_over(x, dense, labels, weight)
     x_s, row_s, _, dense_s, weight_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)
-    device = x.device
-    total = torch.empty((2, regions), dtype=torch.float32, device=device)
-    if n == 0:  # a process of several may have no anchors
-        total.zero_()
-    else:
-        losses = torch.empty((regions, programs), dtype=torch.float32, device=device)
-        counts = torch.empty_like(losses, dtype=torch.int32)
-        sums[(programs,)](
-            x,
-            dense,
-            labels,
-            quality,
-            weight,
-            pointer,
-            losses,
-            counts,
-            n,
-            x.shape[-1],
-            bins,
-            *walk.layout.sizes[1:],
-            *x_s,
-            *row_s,
-            *dense_s,
-            *weight_s,
-            ignore_index,
-            *numbers,
-            KIND=kind,
-            HARD=is_hard(kind, labels, quality),
-            REGIONS=regions,
-            N_DIMS=walk.layout.n_dims,
-            CLASS_DIM=walk.class_dim,
-            LINEAR=walk.linear,
-            ROW_WEIGHT=walk.row_weight,
-            RUN=walk.run,
-            BLOCK=HISTOGRAM.block,
-            num_warps=HISTOGRAM.num_warps,
-        )
-        totals[(regions,)](losses, counts, total, programs, BLOCK=HISTOGRAM_PROGRAMS, num_warps=4)
-    if of_all is not None:
-        total = of_all(total).float()
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    weights = torch.empty(bins, dtype=torch.float32, device=device)
+    losses = torch.empty((regions, programs), dtype=torch.float32, device=x.device)
+    counts = torch.empty_like(losses, dtype=torch.int32)
+    wrap_triton(region_sums_kernel, x)[(programs,)](
+        x,
+        dense,
+        labels,
+        quality,
+        weight,
+        pointer,
+        losses,
+        counts,
+        n,
+        x.shape[-1],
+        bins,
+        *walk.layout.sizes[1:],
+        *x_s,
+        *row_s,
+        *dense_s,
+        *weight_s,
+        ignore_index,
+        *numbers,
+        KIND=kind,
+        HARD=is_hard(kind, labels, quality),
+        REGIONS=regions,
+        N_DIMS=walk.layout.n_dims,
+        CLASS_DIM=walk.class_dim,
+        LINEAR=walk.linear,
+        ROW_WEIGHT=walk.row_weight,
+        RUN=walk.run,
+        BLOCK=HISTOGRAM.block,
+        num_warps=HISTOGRAM.num_warps,
+    )
+    wrap_triton(region_totals_kernel, x)[(regions,)](
+        losses, counts, total, programs, BLOCK=HISTOGRAM_PROGRAMS, num_warps=4
+    )
+    return total
+
+
+def harmonise(total, amount, updates, params, bins, bias_correction, normalize):
+    """``(loss, new amount, new updates, weights)`` from the totals of all processes."""
+    pointer, numbers = scalar_args(params, 4)
+    loss = torch.empty((), dtype=torch.float32, device=total.device)
+    weights = torch.empty(bins, dtype=torch.float32, device=total.device)
     new_amount = torch.empty_like(weights if amount is None else amount)
     new_updates = torch.empty_like(weights if updates is None else updates)
-    harmonise[(1,)](
+    wrap_triton(harmonise_kernel, total)[(1,)](
         total,
         amount,
         updates,
@@ -372,20 +363,69 @@ def launch_forward(
         *numbers,
         BIAS_CORRECTION=bias_correction,
         NONEMPTY=normalize == "nonempty",
-        REGIONS=regions,
+        REGIONS=total.shape[1],
         num_warps=1,
     )
     return loss, new_amount, new_updates, weights
 
 
-def launch_backward(
-    x, grad, weights, dense, labels, quality, weight, params, kind, ignore_index,
-    kernel=pointwise_kernel,
-):  # fmt: skip
+@launcher
+def forward(
+    x: Tensor,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    dense: Tensor | None,
+    weight: Tensor | None,
+    amount: Tensor | None,
+    updates: Tensor | None,
+    params: Tensor,
+    kind: str,
+    bins: int,
+    bias_correction: bool,
+    normalize: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, new state and the weight of each region.
+
+    Args:
+        x: predictions (..., C), any strides.
+        labels, quality: contiguous (...), or None.
+        dense: targets (..., C), any strides, or None.
+        weight: contiguous (...), or (..., C) with any strides, or None.
+        amount, updates: the state, each contiguous (bins,), or None.
+        params: (mu, m, 1 - m, log m), numbers or a float32 tensor.
+
+    Returns:
+        ``(loss, new amount, new updates, weights)``.
+    """
+    total = region_totals(x, labels, quality, dense, weight, params, kind, bins, ignore_index)
+    return harmonise(total, amount, updates, params, bins, bias_correction, normalize)
+
+
+@launcher
+def backward(
+    grad: Tensor,
+    weights: Tensor,
+    x: Tensor,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    dense: Tensor | None,
+    weight: Tensor | None,
+    amount: Tensor | None,
+    updates: Tensor | None,
+    params: Tensor,
+    kind: str,
+    bins: int,
+    bias_correction: bool,
+    normalize: str,
+    ignore_index: int,
+    process_group: str = "",
+    flag: Tensor | None = None,
+) -> Tensor:
     """Gradient of the predictions: the pointwise one times the weight of the region."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    return pointwise_backward(
-        x, grad, None, dense, labels, quality, weight, None, params, kind, ignore_index, "sum",
-        kernel, weights,
+    return gradient(
+        grad, None, x, labels, quality, dense, weight, None, params, kind, ignore_index, "sum",
+        weights,
     )  # fmt: skip

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from tritonloss._op import launcher, wrap_triton
 
 from ._config import MATCHING, MATCHING_CLASSES, MATCHING_OBJECTS
 from ._formulas import power, safe_log, sigmoid_parts
@@ -176,10 +179,19 @@ def matching_cost_kernel(
     tl.store(out, cost, mask=inside[:, None] & (t < objects)[None, :])
 
 
-def launch_matching_cost(
-    logits, boxes, labels, target_boxes, sizes, params, kind, centred, square, substituted,
-    kernel=matching_cost_kernel,
-):  # fmt: skip
+@launcher
+def cost(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    sizes: Tensor,
+    params: Tensor,
+    kind: str,
+    centred: bool,
+    square: bool,
+    substituted: bool,
+) -> Tensor:
     """Cost of every query with the objects of its image, +inf where there is none.
 
     Args:
@@ -187,7 +199,6 @@ def launch_matching_cost(
         labels, target_boxes, sizes: contiguous (B, T), (B, T, 4) and (B,).
         params: numbers or a float tensor of 6 entries.
         square: gamma is known to be 2.
-        kernel: the wrapped kernel in an op body.
 
     Returns:
         float32 (O, G, B, Q, T).
@@ -200,7 +211,7 @@ def launch_matching_cost(
     block_q = MATCHING.block // block_t
     tiles = triton.cdiv(queries, block_q) * triton.cdiv(objects, block_t)
     pointer, numbers = scalar_args(params, 6)
-    kernel[(outer * groups * images * tiles,)](
+    wrap_triton(matching_cost_kernel, logits)[(outer * groups * images * tiles,)](
         logits,
         boxes,
         labels,

@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from tritonloss._op import launcher, wrap_triton
 
 from ._config import POINTWISE, POINTWISE_PROGRAMS, POINTWISE_TILES
-from ._finish import finish, finish_kernel
+from ._finish import finish, no_scale, sums
 from ._formulas import POWER, is_hard, pointwise_derivative, pointwise_value, region_of
 from ._logits import load_logits, walk_over, walkable
 from ._numbers import load_params, scalar_args
@@ -218,17 +221,27 @@ def span_of(n: int) -> int:
     return POINTWISE.block * min(max(tiles, 1), POINTWISE_TILES)
 
 
+def takes(x, labels, quality, dense, weight, *args) -> bool:
+    """True if the kernel can read the operands in place."""
+    return walkable(x, dense, weight)
+
+
+def _programs(x) -> int:
+    return triton.cdiv(x.numel(), span_of(x.numel()))
+
+
 def _launch(
-    kernel, x, dense, labels, quality, weight, class_weight, regions, params, grad, scale, out,
-    count, kind, ignore_index, backward, reduced,
+    x, labels, quality, dense, weight, class_weight, params, kind, ignore_index, out, count=None,
+    grad=None, scale=None, regions=None, *, backward, reduced,
 ):  # fmt: skip
+    """Loss or gradient of one tensor of logits; a sum and a count of each program if reduced."""
     per_logit = [out if backward or not reduced else None, None if reduced else grad]
     walk = walk_over(x, dense, labels, weight, class_weight, per_logit)
     x_s, row_s, _, dense_s, weight_s, out_s, grad_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)
     n = x.numel()
     span = span_of(n)
-    kernel[(triton.cdiv(n, span),)](
+    wrap_triton(pointwise_kernel, x)[(triton.cdiv(n, span),)](
         x,
         dense,
         labels,
@@ -269,41 +282,46 @@ def _launch(
     )
 
 
-def launch_forward(
-    x, dense, labels, quality, weight, class_weight, avg_factor, params,
-    kind, ignore_index, reduction, kernel=pointwise_kernel, finish_with=finish_kernel,
-):  # fmt: skip
+@launcher
+def forward(
+    x: Tensor,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    dense: Tensor | None,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    kind: str,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
     """Loss of all logits, and the factor that the backward needs.
 
     Args:
         x: logits (..., C), any strides.
-        dense: targets (..., C), any strides, or None.
         labels, quality: contiguous (...), or None.
+        dense: targets (..., C), any strides, or None.
         weight: contiguous (...), or (..., C) with any strides, or None.
         class_weight: contiguous (C,), or None.
         avg_factor, params: numbers or float tensors of 1 and 4 entries.
-        kernel, finish_with: the wrapped kernels in an op body.
 
     Returns:
         ``(loss, scale)``, float32.
     """
-    args = (x, dense, labels, quality, weight, class_weight, None, params, None, None)
+    args = (x, labels, quality, dense, weight, class_weight, params, kind, ignore_index)
     if reduction == "none":
         loss = torch.empty_like(x, dtype=torch.float32)
-        _launch(kernel, *args, loss, None, kind, ignore_index, False, False)
-        return loss, torch.empty(0, dtype=torch.float32, device=x.device)
-    n_programs = triton.cdiv(x.numel(), span_of(x.numel()))
-    partials = torch.empty(n_programs, dtype=torch.float32, device=x.device)
-    counts = None
-    if reduction == "mean" and avg_factor is None:
-        counts = torch.empty(n_programs, dtype=torch.int32, device=x.device)
-    _launch(kernel, *args, partials, counts, kind, ignore_index, False, True)
-    return finish(partials, counts, avg_factor, reduction, finish_with)
+        _launch(*args, loss, backward=False, reduced=False)
+        return loss, no_scale(x)
+    partials, counts = sums(x, _programs(x), avg_factor, reduction)
+    _launch(*args, partials, counts, backward=False, reduced=True)
+    return finish(partials, counts, avg_factor, reduction)
 
 
-def launch_backward(
-    x, grad, scale, dense, labels, quality, weight, class_weight, params,
-    kind, ignore_index, reduction, kernel=pointwise_kernel, regions=None,
+def gradient(
+    grad, scale, x, labels, quality, dense, weight, class_weight, params, kind, ignore_index,
+    reduction, regions=None,
 ):  # fmt: skip
     """Gradient of the logits: their dtype, and their strides if they are dense in memory.
 
@@ -319,7 +337,30 @@ def launch_backward(
         elif not walkable(x, dense, weight, grad):
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
     _launch(
-        kernel, x, dense, labels, quality, weight, class_weight, regions, params, grad, scale,
-        grad_x, None, kind, ignore_index, True, reduced,
+        x, labels, quality, dense, weight, class_weight, params, kind, ignore_index, grad_x, None,
+        grad, scale, regions, backward=True, reduced=reduced,
     )  # fmt: skip
     return grad_x
+
+
+@launcher
+def backward(
+    grad: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    dense: Tensor | None,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    kind: str,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """See ``gradient``."""
+    return gradient(
+        grad, scale, x, labels, quality, dense, weight, class_weight, params, kind, ignore_index,
+        reduction,
+    )  # fmt: skip

@@ -15,8 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
+from tritonloss._op import launcher, wrap_triton
+
 from ._config import COLLECT, COLLECT_COPIES, PAIRS, PAIRS_ACROSS, RANKING, SCANS
-from ._logits import walk_over
+from ._logits import walk_over, walkable
 from ._numbers import scalar_args
 from ._ranking_logits import collect_kernel, compact_kernel, negatives_kernel, scatter_kernel
 from ._ranking_positives import (
@@ -61,23 +63,6 @@ SPECS = {
     "ap_plain": Spec("ap_loss", "ap", first_row=FIRST),
     "alrp": Spec("alrp_loss", "alrp", "error", coefficient=True),
 }
-
-
-class Kernels(NamedTuple):
-    """The kernels, or what an op body wrapped them in."""
-
-    compact: Any = compact_kernel
-    order: Any = order_kernel
-    pairs: Any = pairs_kernel
-    prepare: Any = prepare_kernel
-    negatives: Any = negatives_kernel
-    collect: Any = collect_kernel
-    settle: Any = settle_kernel
-    means: Any = means_kernel
-    scatter: Any = scatter_kernel
-
-
-KERNELS = Kernels()
 
 
 # With dense targets, positives there is room for whatever the number of logits: 11 MiB of scratch.
@@ -142,7 +127,7 @@ def _programs(n: int) -> int:
     return min(triton.cdiv(n, RANKING.block), MAX_PROGRAMS)
 
 
-def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_index, num_groups,
+def _negatives(scratch, x, labels, dense, weight, group, delta, ignore_index, num_groups,
                histogram=None, pack=False, upstream=None, scale=None,
                out=None):  # fmt: skip
     """Launch the pass over all logits, forward or backward."""
@@ -153,7 +138,7 @@ def _negatives(kernel, scratch, x, dense, labels, weight, group, delta, ignore_i
     n = x.numel()
     if n == 0:  # a process without anchors
         return
-    kernel[(_programs(n),)](
+    wrap_triton(negatives_kernel, x)[(_programs(n),)](
         x,
         dense,
         labels,
@@ -205,29 +190,37 @@ class Scratch(NamedTuple):
     scale: Tensor  # [] float32
 
 
-def launch_forward(
-    x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups, *,
-    kernels=KERNELS, exchange=None,
-):  # fmt: skip
-    """Values of a ranking loss, and what its backward needs.
+def scratch_of(x, capacity, group, num_groups, counter) -> Scratch:
+    device = x.device
+    return Scratch(
+        torch.empty(POSITIVE_ROWS, capacity, dtype=torch.float32, device=device),
+        torch.empty(KNOT_ROWS, 2 * capacity, dtype=torch.float32, device=device),
+        torch.empty(lookup_words(capacity), dtype=torch.int64, device=device),
+        torch.empty(capacity, dtype=torch.int64, device=device),
+        # without groups nobody looks for an empty list
+        (torch.empty if group is None else torch.zeros)(
+            2, num_groups, dtype=torch.int32, device=device
+        ),
+        counter,
+        torch.empty((), dtype=torch.float32, device=device),
+    )
 
-    Args:
-        x: logits (..., C), any strides.
-        dense: targets (..., C), any strides, or None.
-        labels: contiguous (...), or None.
-        value: contiguous (...), quality or localisation error, or None.
-        weight: contiguous (...), or (..., C) with any strides, or None.
-        group: integers that broadcast to x, or None.
-        delta: a tuple of one number, or a float tensor of one entry.
-        loss: a key of ``SPECS``.
-        exchange: None, or what the processes that share the batch tell each other:
-            ``agree(positives, n) -> most logits of one process``, ``positives(raw, lists, items,
-            counter) -> the same of all`` and ``integers(tensor) -> sum``.
 
-    Returns:
-        ``(first value, second value, coefficient of the rows' errors, *Scratch)``. The second is
-        Rank & Sort's sorting error or aLRP's loc; the coefficient is empty but for aLRP.
+def takes(x, labels, value, dense, weight, group, *args) -> bool:
+    """True if the kernels can read the operands in place."""
+    return walkable(x, dense, weight, None if group is None else group.expand(x.shape))
+
+
+def launch(
+    x, labels, value, dense, weight, group, delta, loss, ignore_index, num_groups, exchange=None
+):
+    """See ``forward``.
+
+    ``exchange``: None, or what the processes that share the batch tell each other:
+    ``agree(positives, n) -> most logits of one process``, ``positives(raw, lists, items, counter)
+    -> the same of all`` and ``integers(tensor) -> sum``.
     """
+    group = None if group is None else group.expand(x.shape)
     spec, device = SPECS[loss], x.device
     capacity = capacity_of(x, labels)
     raw = torch.empty(2, capacity, dtype=torch.float32, device=device)
@@ -237,7 +230,7 @@ def launch_forward(
     items = _items(x, dense, labels, weight, group, None)
     x_s, row_s, dense_s, weight_s, group_s, _ = items.strides
     if items.count > 0:
-        kernels.compact[(triton.cdiv(items.count, RANKING.block),)](
+        wrap_triton(compact_kernel, x)[(triton.cdiv(items.count, RANKING.block),)](
             x, dense, labels, value, weight, group, raw, raw_list, raw_item, counter,
             items.count, x.shape[-1], num_groups, capacity, *items.sizes,
             *x_s, *row_s, *dense_s, *weight_s, *group_s, *items.by_class[:3], ignore_index,
@@ -251,18 +244,7 @@ def launch_forward(
         capacity = raw_item.numel()
 
     places = torch.empty(PLACE_ROWS, capacity, dtype=torch.int32, device=device)
-    scratch = Scratch(
-        torch.empty(POSITIVE_ROWS, capacity, dtype=torch.float32, device=device),
-        torch.empty(KNOT_ROWS, 2 * capacity, dtype=torch.float32, device=device),
-        torch.empty(lookup_words(capacity), dtype=torch.int64, device=device),
-        torch.empty(capacity, dtype=torch.int64, device=device),
-        # without groups nobody looks for an empty list
-        (torch.empty if group is None else torch.zeros)(
-            2, num_groups, dtype=torch.int32, device=device
-        ),
-        counter,
-        torch.empty((), dtype=torch.float32, device=device),
-    )
+    scratch = scratch_of(x, capacity, group, num_groups, counter)
     positives, knots, lookup, order, lists, _, scale = scratch
     programs = max(_programs(x.numel()), 1)
     n_words = min(max(WORDS, 4 * capacity), 12 * capacity)  # at most 96 bytes a positive's place
@@ -275,20 +257,24 @@ def launch_forward(
     grid = (min(triton.cdiv(capacity, PAIRS.block), MAX_PROGRAMS),)
     tile = {"HAS_GROUP": group is not None, "TILE": PAIRS.block, "ACROSS": PAIRS_ACROSS,
             "num_warps": PAIRS.num_warps}  # fmt: skip
-    kernels.order[grid](raw, raw_list, raw_item, positives, places, order, counter, capacity,
-                        **tile)  # fmt: skip
-    kernels.pairs[grid](positives, places, knots, lists, counter, pointer, capacity, num_groups,
-                        number, LOSS=spec.LOSS, **tile)  # fmt: skip
-    kernels.prepare[(max(CELL_BLOCKS.value, min(triton.cdiv(n_words, 4096), 256)),)](
+    wrap_triton(order_kernel, x)[grid](
+        raw, raw_list, raw_item, positives, places, order, counter, capacity, **tile
+    )
+    wrap_triton(pairs_kernel, x)[grid](
+        positives, places, knots, lists, counter, pointer, capacity, num_groups, number,
+        LOSS=spec.LOSS, **tile,
+    )  # fmt: skip
+    cells = max(CELL_BLOCKS.value, min(triton.cdiv(n_words, 4096), 256))
+    wrap_triton(prepare_kernel, x)[(cells,)](
         knots, lookup, histogram, counter, x.numel(), n_words, capacity, programs, bits,
         PACK=pack, TABLE=group is None, TILE=RANKING.block, num_warps=RANKING.num_warps,
     )  # fmt: skip
-    _negatives(kernels.negatives, scratch, x, dense, labels, weight, group, delta, ignore_index,
-               num_groups, histogram, pack)  # fmt: skip
+    _negatives(scratch, x, labels, dense, weight, group, delta, ignore_index, num_groups, histogram,
+               pack)  # fmt: skip
     total = None
     if exchange is not None:
         total = torch.zeros(2, 2 * capacity, dtype=torch.int64, device=device)
-    kernels.collect[(min(triton.cdiv(2 * capacity, COLLECT.block), MAX_PROGRAMS),)](
+    wrap_triton(collect_kernel, x)[(min(triton.cdiv(2 * capacity, COLLECT.block), MAX_PROGRAMS),)](
         histogram, knots, total, lookup, counter, capacity,
         COPIES=COLLECT_COPIES, BLOCK=COLLECT.block,
         num_warps=COLLECT.num_warps,
@@ -301,30 +287,64 @@ def launch_forward(
         knots[OFFSET.value] = offset * 0.5**bits
     sums = torch.empty(SUM_ROWS, capacity, dtype=torch.float64, device=device)
     scanners = min(num_groups, MAX_PROGRAMS)
-    kernels.settle[(scanners + (grid[0] if spec.spreads else 0),)](
+    wrap_triton(settle_kernel, x)[(scanners + (grid[0] if spec.spreads else 0),)](
         positives, places, knots, sums, lists, counter, pointer, first, second, scale, capacity,
         num_groups, scanners, number, HAS_GROUP=group is not None, LOSS=spec.LOSS,
         INTERPOLATED=spec.interpolated, TILE=SCANS.block, PAIR_TILE=PAIRS.block,
         ACROSS=PAIRS_ACROSS, num_warps=SCANS.num_warps,
     )  # fmt: skip
     if group is not None:
-        kernels.means[(1,)](positives, places, counter, first, second, scale, capacity,
-                            VALUE_ROW=spec.first_row.value, LOSS=spec.LOSS,
-                            TILE=RANKING.block, num_warps=RANKING.num_warps)  # fmt: skip
+        wrap_triton(means_kernel, x)[(1,)](
+            positives, places, counter, first, second, scale, capacity,
+            VALUE_ROW=spec.first_row.value, LOSS=spec.LOSS, TILE=RANKING.block,
+            num_warps=RANKING.num_warps,
+        )  # fmt: skip
 
     coefficient = torch.zeros(0, dtype=torch.float32, device=device)
     if spec.coefficient:
         shape = x.shape if labels is None else (*x.shape[:-1], 1)
         coefficient = torch.zeros(shape, dtype=torch.float32, device=device)
         items = _items(x, dense, labels, weight, group, coefficient)
-        _scatter(kernels.scatter, scratch, items, None, coefficient, (None, None), 0, True)
+        _scatter(scratch, items, None, coefficient, (None, None), 0, True)
         coefficient = coefficient.sum(-1) if labels is None else coefficient[..., 0]
     return first, second, coefficient, *scratch
 
 
-def _scatter(kernel, scratch, items, labels, out, upstream, out_class, coefficient):
+@launcher
+def forward(
+    x: Tensor,
+    labels: Tensor | None,
+    value: Tensor | None,
+    dense: Tensor | None,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: Tensor,
+    loss: str,
+    ignore_index: int,
+    num_groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Values of a ranking loss, and what its backward needs.
+
+    Args:
+        x: logits (..., C), any strides.
+        labels: contiguous (...), or None.
+        value: contiguous (...), quality or localisation error, or None.
+        dense: targets (..., C), any strides, or None.
+        weight: contiguous (...), or (..., C) with any strides, or None.
+        group: integers that broadcast to x, or None.
+        delta: a tuple of one number, or a float tensor of one entry.
+        loss: a key of ``SPECS``.
+
+    Returns:
+        ``(first value, second value, coefficient of the rows' errors, *Scratch)``. The second is
+        Rank & Sort's sorting error or aLRP's loc; the coefficient is empty but for aLRP.
+    """
+    return launch(x, labels, value, dense, weight, group, delta, loss, ignore_index, num_groups)
+
+
+def _scatter(scratch, items, labels, out, upstream, out_class, coefficient):
     capacity = scratch.items.numel()
-    kernel[(min(triton.cdiv(capacity, RANKING.block), MAX_PROGRAMS),)](
+    wrap_triton(scatter_kernel, out)[(min(triton.cdiv(capacity, RANKING.block), MAX_PROGRAMS),)](
         scratch.positives, scratch.items, labels, scratch.counter, *upstream, scratch.scale, out,
         capacity, *items.sizes, *items.strides[1], *items.strides[5], out_class,
         COEFFICIENT=coefficient, N_DIMS=items.n_dims, BLOCK=RANKING.block,
@@ -332,19 +352,38 @@ def _scatter(kernel, scratch, items, labels, out, upstream, out_class, coefficie
     )  # fmt: skip
 
 
-def launch_backward(
-    x, first_grad, second_grad, dense, labels, weight, group, delta, ignore_index, num_groups,
-    *scratch, kernels=KERNELS,
-):  # fmt: skip
-    """Gradient of the logits: their dtype, and their strides if they are dense in memory.
-
-    ``second_grad`` is the upstream gradient of the sorting error, or None.
-    """
-    scratch = Scratch(*scratch)
+@launcher
+def backward(
+    first_grad: Tensor,
+    second_grad: Tensor,
+    positives: Tensor,
+    knots: Tensor,
+    lookup: Tensor,
+    items: Tensor,
+    lists: Tensor,
+    counter: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    labels: Tensor | None,
+    value: Tensor | None,
+    dense: Tensor | None,
+    weight: Tensor | None,
+    group: Tensor | None,
+    delta: Tensor,
+    loss: str,
+    ignore_index: int,
+    num_groups: int,
+    process_group: str = "",
+    capacity: int = 0,
+    factor: int = 1,
+) -> Tensor:
+    """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
+    scratch = Scratch(positives, knots, lookup, items, lists, counter, scale)
+    group = None if group is None else group.expand(x.shape)
     grad = torch.empty_like(x)
-    _negatives(kernels.negatives, scratch, x, dense, labels, weight, group, delta, ignore_index,
-               num_groups, upstream=first_grad, scale=scratch.scale, out=grad)  # fmt: skip
-    items = _items(x, dense, labels, weight, group, grad)
-    _scatter(kernels.scatter, scratch, items, labels, grad, (first_grad, second_grad),
-             items.by_class[3], False)  # fmt: skip
+    _negatives(scratch, x, labels, dense, weight, group, delta, ignore_index, num_groups,
+               upstream=first_grad, scale=scale, out=grad)  # fmt: skip
+    places = _items(x, dense, labels, weight, group, grad)
+    second_grad = second_grad if SPECS[loss].second_gradient else None
+    _scatter(scratch, places, labels, grad, (first_grad, second_grad), places.by_class[3], False)
     return grad

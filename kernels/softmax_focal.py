@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from tritonloss._op import launcher, wrap_triton
 
 from ._config import SOFTMAX, SOFTMAX_CLASSES, SOFTMAX_CLASSES_BY_ROW
-from ._finish import finish_kernel
 from ._formulas import hard_derivative, hard_value
 from ._numbers import number, scalar_args
 from ._rows import (
@@ -26,6 +28,7 @@ from ._rows import (
     n_rows,
     over_columns,
     row_layout,
+    rows_walkable,
     store_rows,
     tile_of_rows,
     top_of_columns,
@@ -222,19 +225,30 @@ def _tile(x, layout) -> dict:
     return tile_of_rows(x, layout, SOFTMAX, min(triton.next_power_of_2(x.shape[-1]), most))
 
 
-def launch_forward(
-    x, labels, alpha, weight, avg_factor, params, ignore_index, reduction,
-    kernel=softmax_focal_forward_kernel, finish_with=finish_kernel,
-):  # fmt: skip
+def takes(x, *args) -> bool:
+    """True if the kernels can read the logits in place."""
+    return rows_walkable(x)
+
+
+@launcher
+def forward(
+    x: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    alpha: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of all rows, and what the backward needs.
 
     Args:
         x: logits (..., C), any strides.
         labels: contiguous (...).
-        alpha: contiguous (C,), or None.
         weight: contiguous (...), or None.
+        alpha: contiguous (C,), or None.
         avg_factor, params: numbers or float tensors of 1 entry; params holds gamma.
-        kernel, finish_with: the wrapped kernels in an op body.
 
     Returns:
         ``(loss, scale, stats)``, float32; stats has shape (3, rows).
@@ -246,7 +260,8 @@ def launch_forward(
     x_s, row_s = layout.strides
 
     def launch(out, counts):
-        kernel[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+        grid = (triton.cdiv(n_rows(x), tile["BLOCK_R"]),)
+        wrap_triton(softmax_focal_forward_kernel, x)[grid](
             x,
             labels,
             alpha,
@@ -267,20 +282,31 @@ def launch_forward(
             **tile,
         )
 
-    return *forward_rows(x, tile["BLOCK_R"], avg_factor, reduction, launch, finish_with), stats
+    return *forward_rows(x, tile["BLOCK_R"], avg_factor, reduction, launch), stats
 
 
-def launch_backward(
-    x, grad, scale, stats, labels, alpha, weight, params, ignore_index, reduction,
-    kernel=softmax_focal_backward_kernel,
-):  # fmt: skip
+@launcher
+def backward(
+    grad: Tensor,
+    scale: Tensor,
+    stats: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    alpha: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
     """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
     grad_x = torch.empty_like(x)
     layout, grad, scale, reduced = backward_rows(x, grad_x, grad, scale, reduction)
     tile = _tile(x, layout)
     pointer, (gamma,) = scalar_args(params, 1)
     x_s, row_s, out_s, grad_s = layout.strides
-    kernel[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+    grid = (triton.cdiv(n_rows(x), tile["BLOCK_R"]),)
+    wrap_triton(softmax_focal_backward_kernel, x)[grid](
         x,
         labels,
         alpha,

@@ -517,16 +517,15 @@ def test_few_programs_walk_over_many_tiles(form, bins, monkeypatch):
 @pytest.mark.skipif(not INTERPRET, reason="opcheck needs an op that runs")
 @pytest.mark.parametrize("state", [False, True])
 def test_opcheck(state):
-    from tritonloss.losses.ghm import ghm_backward, ghm_forward
+    from tritonloss.kernels import ghm
 
     x, labels, _, _ = make("labels")
     A = torch.rand(10) if state else None
     params = torch.tensor([0.0, 0.5, 0.5, math.log(0.5)])
-    args = (x, None, labels, None, None, A, A, params, "bce", 10, True, "nonempty", -1)
-    torch.library.opcheck(ghm_forward, args)
-    weights = ghm_forward(*args)[3]
-    args = (x, torch.tensor(1.0), weights, None, labels, None, None, params, "bce", -1)
-    torch.library.opcheck(ghm_backward, args)
+    args = (x, labels, None, None, None, A, A, params, "bce", 10, True, "nonempty", -1)
+    torch.library.opcheck(ghm.forward.op, args)
+    weights = ghm.forward(*args)[3]
+    torch.library.opcheck(ghm.backward.op, (torch.tensor(1.0), weights, *args))
 
 
 # ---- errors

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 from conftest import DEVICE
+from test_opcheck import recorded_ops
 
 import tritonloss as tl
-from tritonloss import _op
 from tritonloss._dispatch import INTERPRET
 from tritonloss.losses import matching
 
@@ -228,17 +228,8 @@ def test_compiled_whole(backend):
 
 @pytest.mark.skipif(not INTERPRET, reason="opcheck runs the op")
 def test_opcheck(monkeypatch):
-    calls = []
-    call_before = _op.call
-
-    def call(op, launch, x, *args):
-        calls.append((op, (x, *(torch.tensor(a) if isinstance(a, tuple) else a for a in args))))
-        return call_before(op, launch, x, *args)
-
-    monkeypatch.setattr(_op, "call", call)
-    with tl.backend("triton"):
-        tl.matching_cost(*draw(12, (2,), 2, 6, 3, 4))
-    (op, args), = calls  # fmt: skip
+    arguments = draw(12, (2,), 2, 6, 3, 4)
+    (op, args), = recorded_ops(monkeypatch, lambda: tl.matching_cost(*arguments))  # fmt: skip
     torch.library.opcheck(op, args)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from perf import workloads
 from tritonloss import _op, backend
@@ -15,20 +16,27 @@ pytestmark = pytest.mark.skipif(not INTERPRET, reason="opcheck runs the op")
 TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+def recorded_ops(monkeypatch, function) -> list:
+    """``(op, arguments)`` of the launchers that a function calls, as it calls them in a graph."""
+    calls = []
+    call_before = _op.Op.__call__
+
+    def call(self, *args):
+        # traced, hyper-parameters travel as tensors
+        packed = [torch.tensor(a) if isinstance(a, tuple) else a for a in args]
+        calls.append((self.op, [a.detach() if isinstance(a, Tensor) else a for a in packed]))
+        return call_before(self, *args)
+
+    with monkeypatch.context() as patch, backend("triton"):
+        patch.setattr(_op.Op, "__call__", call)
+        function()
+    return calls
+
+
 @pytest.mark.parametrize("loss", workloads.LOSSES)
 def test_every_op_of_a_loss(loss, monkeypatch):
-    calls = []
-    call_before = _op.call
-
-    def call(op, launch, x, *args):
-        # as traced: hyper-parameters travel as tensors
-        args = [torch.tensor(a) if isinstance(a, tuple) else a for a in args]
-        calls.append((op, [a.detach() if isinstance(a, torch.Tensor) else a for a in (x, *args)]))
-        return call_before(op, launch, x, *args)
-
-    monkeypatch.setattr(_op, "call", call)
-    with backend("triton"):
-        workloads.value_and_gradient(workloads.call_of(loss, workloads.Point(40, 5, 9), "cpu"))
+    call = workloads.call_of(loss, workloads.Point(40, 5, 9), "cpu")
+    calls = recorded_ops(monkeypatch, lambda: workloads.value_and_gradient(call))
     assert len(calls) >= 2
     for op, args in calls:
         # the ranking ops return scratch, of which only a part is written

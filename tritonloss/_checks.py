@@ -118,15 +118,15 @@ def _is_number_on_device(name: str, value: Tensor, low, high, open_low, open_hig
     require(valid, _range(name, low, high, open_low, open_high), value)
 
 
-def is_reduction(reduction: str, avg_factor):
-    """``avg_factor``, checked as a number."""
+def is_reduction(reduction: str, avg_factor) -> tuple | None:
+    """``avg_factor``, checked as a number: a tuple of one."""
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if avg_factor is None:
         return None
     if reduction != "mean":
         raise ValueError(f"avg_factor divides a 'mean'; got reduction {reduction!r} with it")
-    return is_number("avg_factor", avg_factor)
+    return (is_number("avg_factor", avg_factor),)
 
 
 def _holds_values(x: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import sys
 import threading
 
 import torch
@@ -17,10 +18,9 @@ try:
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 except ImportError:  # its name before torch 2.8
     from torch.fx.experimental.symbolic_shapes import definitely_true as guard_or_false
-try:
-    import triton
-except ImportError:  # the eager path needs no Triton
-    triton = None
+
+from . import _op
+from ._op import interpret_asked, triton
 
 KERNELS = (
     "boxes", "diagnose", "distribution", "ghm", "matching", "pointwise", "ranking", "softmax_focal",
@@ -39,16 +39,9 @@ def _import_kernels() -> str:
     return ""
 
 
-def _interpret_asked() -> bool:
-    """As Triton reads its variable."""
-    value = os.environ.get("TRITON_INTERPRET", "0").lower()
-    return value in ("1", "true", "yes", "on", "y")
-
-
 _NO_KERNELS = _import_kernels()
 HAS_TRITON = not _NO_KERNELS
-# Read once: Triton decides at import whether its decorator builds interpreted kernels.
-INTERPRET = HAS_TRITON and _interpret_asked()
+INTERPRET = HAS_TRITON and _op.INTERPRET
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BACKENDS = ("auto", "triton", "eager")
 
@@ -60,6 +53,18 @@ def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
     return name
+
+
+class _NoLaunchers:
+    """Without Triton nothing asks for a launcher."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def launchers(family: str):
+    """The module with the launchers of a family."""
+    return sys.modules[f"tritonloss.kernels.{family}"] if HAS_TRITON else _NoLaunchers()
 
 
 _mode = _outside = _checked(os.environ.get("TRITONLOSS_BACKEND", "auto"), "TRITONLOSS_BACKEND")
@@ -137,7 +142,7 @@ def use_triton(x: torch.Tensor) -> bool:
         raise RuntimeError(
             f"backend 'triton' was asked for, but the tensor is on {x.device}: the kernels run on "
             "CUDA or ROCm devices (and on CPU tensors if TRITON_INTERPRET=1 is set before Python "
-            f"starts{', not after tritonloss was imported' if _interpret_asked() else ''})"
+            f"starts{', not after tritonloss was imported' if interpret_asked() else ''})"
         )
     if _transforms_active():
         raise RuntimeError(

@@ -1,70 +1,38 @@
 """The binding of kernels to autograd and to torch.compile. No other file names these APIs.
 
-A loss brings a pair of launchers (forward, backward) and their pair of ops, and gets one
-differentiable function:
+A launcher is a function that launches kernels, and an op:
 
-* eager, the launchers are called directly: the dispatcher costs more than a small kernel;
-* traced (``torch.compile``, fake or subclass tensors), the ops stand in the graph and their bodies
-  are inlined, so that Inductor sees the Triton kernels;
-* ``create_graph=True`` differentiates the eager reference instead.
+* eager, it is called directly: the dispatcher costs more than a small kernel;
+* traced (``torch.compile``, fake or subclass tensors), its op stands in the graph and its body is
+  inlined, so that Inductor sees the Triton kernels;
+* ``create_graph=True`` differentiates the eager formula instead.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ._dispatch import HAS_TRITON, INTERPRET
-
-if HAS_TRITON and not INTERPRET:
-    from torch.library import triton_op, wrap_triton
-else:
-
-    def wrap_triton(kernel):
-        """Interpreted kernels are plain Python: nothing to trace."""
-        return kernel
-
+try:
+    import triton
+except ImportError:  # no launchers
+    triton = None
 
 NAMESPACE = "tritonloss"
 
 
-def kernel_op(fake: Callable):
-    """Register a launcher-calling function as an op; ``fake`` allocates its outputs.
-
-    Interpreted kernels cannot be traced: there the op is opaque, and ``fake`` stands in for it.
-    """
-
-    def decorate(body: Callable):
-        if not HAS_TRITON:
-            return body
-        if INTERPRET:
-            return opaque_op(fake)(body)
-        return triton_op(f"{NAMESPACE}::{body.__name__}", mutates_args=())(body)
-
-    return decorate
+def interpret_asked() -> bool:
+    """As Triton reads its variable."""
+    value = os.environ.get("TRITON_INTERPRET", "0").lower()
+    return value in ("1", "true", "yes", "on", "y")
 
 
-def opaque_op(fake: Callable, name: str | None = None):
-    """Register a function that cannot be traced, for its shapes depend on values or it talks to
-    other processes; ``fake`` allocates its outputs."""
-
-    def decorate(body: Callable):
-        op = torch.library.custom_op(f"{NAMESPACE}::{name or body.__name__}", mutates_args=())(body)
-        op.register_fake(fake)
-        return op
-
-    return decorate
-
-
-def fake_row_loss(x: Tensor, *args) -> tuple[Tensor, Tensor]:
-    """``(loss, scale)`` of a loss with one value per row of x; args end with the reduction."""
-    if args[-1] == "none":
-        loss, scale = x.shape[:-1], (0,)
-    else:
-        loss, scale = (), ()
-    return x.new_empty(loss, dtype=torch.float32), x.new_empty(scale, dtype=torch.float32)
+# Read once: Triton decides at import whether its decorator builds interpreted kernels.
+INTERPRET = triton is not None and interpret_asked()
 
 
 def traced(x: Tensor) -> bool:
@@ -72,8 +40,65 @@ def traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
-def scalars(x: Tensor, *values: float | Tensor) -> Tensor | tuple[float, ...]:
-    """Hyper-parameters for a kernel: plain numbers, or one float32 vector on the device.
+class _Nothing:
+    """In place of an interpreted kernel, which is plain Python and stands in no graph."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+def wrap_triton(kernel, x: Tensor):
+    """What a launcher launches: the kernel itself, or where ``x`` is traced its node in the graph.
+
+    torch finds the kernels of an op by this name, ``wrap_triton(kernel, ...)`` in the source.
+    """
+    if not traced(x):
+        return kernel
+    return _Nothing() if INTERPRET else torch.library.wrap_triton(kernel)
+
+
+class Op:
+    """A function of a tensor and more: its body for plain tensors, its op for traced ones."""
+
+    def __init__(self, body: Callable, op: Callable):
+        functools.update_wrapper(self, body)
+        self.body, self.op = body, op
+
+    def __call__(self, x, *args):
+        if traced(x):
+            return self.op(x, *args)
+        if x.is_cuda and x.device.index != torch.cuda.current_device():
+            # Triton launches on the current device, whatever the tensors say.
+            with torch.cuda.device(x.device):
+                return self.body(x, *args)
+        return self.body(x, *args)
+
+
+def launcher(body: Callable) -> Op:
+    """Make a launcher of an annotated function: see above. Its first argument is a tensor.
+
+    It is its own fake: traced, it allocates its outputs and launches nothing.
+    """
+    name = f"{body.__module__.rpartition('.')[2]}_{body.__name__}"
+    if INTERPRET:  # cannot be traced
+        return Op(body, _opaque(body, body, name))
+    return Op(body, torch.library.triton_op(f"{NAMESPACE}::{name}", mutates_args=())(body))
+
+
+def opaque(fake: Callable) -> Callable[[Callable], Op]:
+    """Make an op of an annotated function that cannot be traced, for its shapes depend on values or
+    it talks to other processes; ``fake`` allocates its outputs."""
+    return lambda body: Op(body, _opaque(body, fake, body.__name__))
+
+
+def _opaque(body: Callable, fake: Callable, name: str):
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())(body)
+    op.register_fake(fake)
+    return op
+
+
+def packed(x: Tensor, values: tuple) -> Tensor | tuple[float, ...]:
+    """Hyper-parameters for a kernel: plain numbers, or one float32 vector on the device of ``x``.
 
     A graph gets the vector, so that a scheduled value does not recompile it.
     """
@@ -89,47 +114,45 @@ def scalars(x: Tensor, *values: float | Tensor) -> Tensor | tuple[float, ...]:
     return torch.stack([(v * one).float() for v in tensors])
 
 
-def call(op: Callable, launch: Callable, x: Tensor, *args):
-    """Run the launcher, or put its op into the graph being traced."""
-    if traced(x):
-        return op(x, *args)
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        # Triton launches on the current device, whatever the tensors say.
-        with torch.cuda.device(x.device):
-            return launch(x, *args)
-    return launch(x, *args)
-
-
 def differentiable(
-    forward: Callable, backward: Callable, reference: Callable | None, *, constants: int = 0
+    forward: Callable,
+    backward: Callable,
+    reference: Callable | None,
+    *,
+    outputs: int = 1,
+    constants: int = 0,
 ):
     """Tie a forward and a backward into one function of ``(x, *args)``, differentiable in ``x``.
 
     Args:
-        forward: ``(x, *args) -> (outputs, saved)``, two tuples of tensors.
-        backward: ``(grads, saved, x, *args) -> grad_x``.
+        forward: ``(x, *args) -> (*outputs, *saved)``, or the only output.
+        backward: ``(*gradients of the outputs, *saved, x, *args) -> gradient of x``.
         reference: ``(x, *args) -> outputs``, the eager formula, used for double backward; None
             where the gradient is not the derivative of the value.
+        outputs: how many of the results are outputs.
         constants: so many of the last outputs carry no gradient (a running state).
     """
 
     class Kernel(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, *args):
-            outputs, saved = forward(x, *args)
+            results = forward(x, *args)
+            if isinstance(results, Tensor):
+                results = (results,)
+            found, saved = results[:outputs], results[outputs:]
             if constants:
-                ctx.mark_non_differentiable(*outputs[-constants:])
+                ctx.mark_non_differentiable(*found[-constants:])
             tensors = [a for a in args if isinstance(a, Tensor)]
             ctx.save_for_backward(x, *saved, *tensors)
             ctx.n_saved = len(saved)
             ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
             ctx.static = tuple(None if isinstance(a, Tensor) else a for a in args)
-            return outputs if len(outputs) > 1 else outputs[0]
+            return found if outputs > 1 else found[0]
 
         @staticmethod
         def backward(ctx, *grads):
             x, *rest = ctx.saved_tensors
-            grads = grads[: len(grads) - constants]
+            grads = grads[: outputs - constants]
             saved, tensors = rest[: ctx.n_saved], iter(rest[ctx.n_saved :])
             args = [
                 next(tensors) if is_tensor else value
@@ -138,7 +161,7 @@ def differentiable(
             if torch.is_grad_enabled():  # create_graph=True
                 grad_x = _through_reference(reference, grads, x, args)
             else:
-                grad_x = backward(grads, saved, x, *args)
+                grad_x = backward(*grads, *saved, x, *args)
             return grad_x, *(None for _ in args)
 
     return lambda x, *args: Kernel.apply(x, *(distinct(x, args) if traced(x) else args))

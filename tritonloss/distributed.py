@@ -227,7 +227,7 @@ def leave(found: _Found, group: str) -> None:
     _left[group] = found
 
 
-@_op.opaque_op(lambda values, names, group: values.new_empty(()))
+@_op.opaque(lambda values, names, group: values.new_empty(()))
 def agreement_shared(values: Tensor, names: str, group: str) -> Tensor:
     """0 where all processes have the same settings. On the CPU an error otherwise; on a GPU, which
     the host does not wait for, NaN, and the error at the next call."""

@@ -31,10 +31,11 @@ def without_infinity(x: Tensor) -> Tensor:
 def mean_divisor(count, avg_factor):
     """What ``"mean"`` divides by: avg_factor, or the number of elements that count; >= 1 of them.
 
-    ``count`` is an int or an integer tensor.
+    ``count`` is an int or an integer tensor, ``avg_factor`` None, a tuple or a vector of one.
     """
     if avg_factor is None:
         return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    avg_factor = avg_factor[0]
     if isinstance(avg_factor, Tensor):
         return torch.where(avg_factor <= 0, 1, avg_factor)
     return 1.0 if avg_factor <= 0 else avg_factor

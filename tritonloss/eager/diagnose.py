@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from tritonloss._grid import COLUMNS, LIMIT, POINTS, QUALITY_STEPS, ROWS, STEPS
-from tritonloss._targets import Targets
 
 from . import _blocks as blocks
 from .pointwise import label_rows, split_weight
@@ -32,18 +31,25 @@ def row_of(y: Tensor) -> Tensor:
     return y.mul(QUALITY_STEPS).clamp_(0, QUALITY_STEPS).round_().add_(1).int()
 
 
-def counts(x: Tensor, targets: Targets, weight: Tensor | None, ignore_index: int) -> Tensor:
+def counts(
+    x: Tensor,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    dense: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
     """(ROWS, COLUMNS) int64: the reference of ``kernels/diagnose.py``, and the CPU path."""
     row_weight, logit_weight = split_weight(x, weight)
-    if targets.labels is None:
-        count = _dense(x, targets.dense, row_weight, logit_weight)
+    if labels is None:
+        count = _dense(x, dense, row_weight, logit_weight)
     else:
-        count = _labelled(x, targets, row_weight, logit_weight, ignore_index)
+        rows = label_rows(x, labels, quality, ignore_index, row_weight)
+        count = _labelled(x, rows, logit_weight)
     return count[:DROPPED].view(ROWS, COLUMNS)
 
 
-def _labelled(x, targets, row_weight, logit_weight, ignore_index):
-    rows = label_rows(x, targets, ignore_index, row_weight)
+def _labelled(x, rows, logit_weight):
     at = x.gather(-1, rows.index).squeeze(-1)
     column = column_of(at)
     counted = rows.positive

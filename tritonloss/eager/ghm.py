@@ -6,16 +6,13 @@ over cache-sized blocks of rows, and what is kept of a logit is its region and i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tritonloss import _op
-from tritonloss._targets import Targets
-from tritonloss.distributed import ProcessGroup, all_reduce, summed_regions, valued
+from tritonloss.distributed import all_reduce, group_of, summed_regions, valued
 
 from . import _blocks as blocks
 from .pointwise import (
@@ -113,105 +110,94 @@ def regions(elements: Elements, mu, kind: str, bins: int, dtype) -> Tensor:
     return region if keep is None else torch.where(keep, region, bins)
 
 
-def region_weights(count, state, momentum, bias_correction: bool, normalize: str, dtype):
-    """``(weights, state)``: 1 / (n A_k), with a 0 for the region of dropped elements, and (A, t).
+def region_weights(count, state, params, bias_correction: bool, normalize: str, dtype):
+    """``(weights, amount, updates)``: 1 / (n A_k), with a 0 for the region of dropped elements, and
+    the state.
 
     Args:
         count: (bins,) elements per region.
-        state: running (A, t), each (bins,), or None for a fresh start.
-        momentum: number or 0-d tensor.
+        state: running (A, t), each (bins,), or a pair of None for a fresh start.
+        params: (mu, m, 1 - m, log m), numbers or 0-d tensors.
     """
+    _, keep, take, log_keep = params
     filled = count > 0
     seen, updates = torch.zeros((2, *count.shape), dtype=dtype, device=count.device).unbind()
-    if state is not None:
+    dtypes = (torch.float32,) * 2
+    if state[0] is not None:
+        dtypes = (state[0].dtype, state[1].dtype)
         seen, updates = state[0].to(dtype), state[1].to(dtype)
-    seen = torch.where(filled, momentum * seen + (1 - momentum) * count.to(dtype), seen)
+    seen = torch.where(filled, keep * seen + take * count.to(dtype), seen)
     updates = updates + filled
     amount = seen
     if bias_correction:
-        if isinstance(momentum, Tensor):
-            log_m = momentum.to(dtype).log()
-        else:
-            log_m = math.log(momentum) if momentum else -math.inf
         # 1 - m^t, without cancellation for m near 1
-        amount = amount / -torch.expm1(updates.clamp(min=1) * log_m)
+        amount = amount / -torch.expm1(updates.clamp(min=1) * log_keep)
     n = filled.sum().clamp(min=1) if normalize == "nonempty" else count.shape[-1]
     weights = torch.where(filled, 1 / (n * torch.where(filled, amount, 1)), 0)
     weights = torch.cat([weights, torch.zeros_like(weights[:1])])
-    dtypes = (torch.float32,) * 2 if state is None else (state[0].dtype, state[1].dtype)
-    return weights, (seen.to(dtypes[0]), updates.to(dtypes[1]))
+    return weights, seen.to(dtypes[0]), updates.to(dtypes[1])
 
 
-# The processes that share the batch, and the flag of their agreement; None: this one alone.
-Shared = tuple[ProcessGroup, Tensor] | None
+def _of_all(count: Tensor, process_group: str, flag: Tensor | None) -> Tensor:
+    return summed_regions(count, flag, group_of(process_group)) if process_group else count
 
 
-def _of_all(count: Tensor, shared: Shared) -> Tensor:
-    return count if shared is None else summed_regions(count, shared[1], shared[0])
-
-
-def _loss_of_all(loss: Tensor, shared: Shared) -> Tensor:
+def _loss_of_all(loss: Tensor, process_group: str, flag: Tensor | None) -> Tensor:
     """The whole batch's value, this process' gradient."""
-    if shared is None:
+    if not process_group:
         return loss
-    group, flag = shared
-    return valued(all_reduce(loss.detach() + flag, "the loss of GHM", group).to(loss.dtype), loss)
+    whole = all_reduce(loss.detach() + flag, "the loss of GHM", group_of(process_group))
+    return valued(whole.to(loss.dtype), loss)
 
 
 def harmonised(
     x: Tensor,
-    targets: Targets,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    dense: Tensor | None,
     weight: Tensor | None,
-    state: tuple[Tensor, Tensor] | None,
-    momentum,
-    mu,
+    amount: Tensor | None,
+    updates: Tensor | None,
+    params: tuple,
     kind: str,
     bins: int,
     bias_correction: bool,
     normalize: str,
     ignore_index: int,
-    shared: Shared = None,
-):
-    """Loss and new state: the reference of ``kernels/ghm.py``, and the CPU path."""
-    how = (momentum, bias_correction, normalize)
+    process_group: str = "",
+    flag: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and new state: the reference of ``kernels/ghm.py``, and the CPU path.
+
+    ``process_group``: the processes that share the batch, ``flag``: that of their agreement.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        args = (targets.dense, targets.labels, targets.quality, weight)
-        if blocks.usable(x):
-            want_grad = torch.is_grad_enabled() and x.requires_grad
-            loss, *new_state = _blockwise(
-                x, *args, *(state or (None, None)), momentum, mu, kind, bins, bias_correction,
-                normalize, ignore_index, shared, want_grad,
-            )  # fmt: skip
-            return loss, tuple(new_state)
-        return _whole_loss(x, *args, state, mu, kind, bins, ignore_index, how, shared)
+        mu = params[0]
+        elements = _whole(x, labels, quality, dense, weight, ignore_index)
+        region = regions(elements, mu, kind, bins, torch.int64)
+        flat = region.reshape(-1)
+        count = torch.zeros(bins + 1, dtype=torch.int64, device=x.device)
+        count = count.scatter_add(0, flat, torch.ones_like(flat))[:bins]
+        count = _of_all(count, process_group, flag)
+        weights, *new_state = region_weights(
+            count, (amount, updates), params, bias_correction, normalize, elements.x.dtype
+        )
+        loss = (weights[region] * _each(KINDS[kind].value, elements, mu)).sum()
+        return _loss_of_all(loss, process_group, flag), *new_state
 
 
-def _whole_loss(
-    x, dense, labels, quality, weight, state, mu, kind, bins, ignore_index, how, shared
-):
-    elements = _whole(x, dense, labels, quality, weight, ignore_index)
-    region = regions(elements, mu, kind, bins, torch.int64)
-    flat = region.reshape(-1)
-    count = torch.zeros(bins + 1, dtype=torch.int64, device=x.device)
-    count = count.scatter_add(0, flat, torch.ones_like(flat))[:bins]
-    count = _of_all(count, shared)
-    weights, new_state = region_weights(count, state, *how, elements.x.dtype)
-    loss = (weights[region] * _each(KINDS[kind].value, elements, mu)).sum()
-    return _loss_of_all(loss, shared), new_state
-
-
-def _targets_of(x, dense, labels, quality, weight, ignore_index):
+def _targets_of(x, labels, quality, dense, weight, ignore_index):
     """``(y, index, rows, logit_weight)``: targets as Elements takes them, and rows that count."""
     row_weight, logit_weight = split_weight(x, weight)
     if labels is None:
         return dense, None, None if row_weight is None else row_weight > 0, logit_weight
-    rows = label_rows(x.detach(), Targets(labels, quality, None), ignore_index, row_weight)
+    rows = label_rows(x.detach(), labels, quality, ignore_index, row_weight)
     y = torch.where(rows.positive, rows.y, 0).unsqueeze(-1)
     return y, rows.index, rows.keep, logit_weight
 
 
-def _whole(x, dense, labels, quality, weight, ignore_index) -> Elements:
-    y, index, rows, logit_weight = _targets_of(x, dense, labels, quality, weight, ignore_index)
+def _whole(x, labels, quality, dense, weight, ignore_index) -> Elements:
+    y, index, rows, logit_weight = _targets_of(x, labels, quality, dense, weight, ignore_index)
     keep = None if rows is None else rows.unsqueeze(-1)
     if logit_weight is not None:
         keep = logit_weight > 0 if keep is None else keep & (logit_weight > 0)
@@ -250,14 +236,22 @@ def _put(out, index, values):
     return out if index is None else out.scatter_(-1, index, values)
 
 
-def _forward(x, dense, labels, quality, weight, amount, updates, momentum, mu, kind, bins,
-             bias_correction, normalize, ignore_index, shared, want_grad):  # fmt: skip
+def harmonised_by_blocks(x, *args):
+    """``(loss, *new state, gradient, 1)`` of the arguments of ``harmonised`` and want_grad."""
+    with torch.autocast(x.device.type, enabled=False):
+        loss, *rest = _by_blocks(x, *args)
+    return loss, *rest, torch.ones_like(loss)
+
+
+def _by_blocks(x, labels, quality, dense, weight, amount, updates, params, kind, bins,
+               bias_correction, normalize, ignore_index, *shared_and_want_grad):  # fmt: skip
     """Count the regions, and remember them in a byte each; then value and gradient together."""
     norm, _, value_of, slope_of = KINDS[kind]
-    state = None if amount is None else (amount, updates)
-    how = (momentum, bias_correction, normalize)
+    mu = params[0]
+    *shared, want_grad = shared_and_want_grad
+    shared = shared or ("", None)
     y, index, _, logit_weight = targets = _targets_of(
-        x, dense, labels, quality, weight, ignore_index
+        x, labels, quality, dense, weight, ignore_index
     )
     region_at = value_at = slope_at = None
     if index is not None:
@@ -280,11 +274,13 @@ def _forward(x, dense, labels, quality, weight, amount, updates, momentum, mu, k
     if not finite.isfinite():
         # Rare, and a case for the formula: an infinite logit gives NaN.
         return _formula_and_gradient(
-            x, dense, labels, quality, weight, state, mu, kind, bins, ignore_index, how, shared,
-            want_grad,
+            x, labels, quality, dense, weight, amount, updates, params, kind, bins,
+            bias_correction, normalize, ignore_index, *shared, want_grad,
         )  # fmt: skip
-    count = _of_all(count[:bins], shared)
-    weights, new_state = region_weights(count, state, *how, block.dtype)
+    count = _of_all(count[:bins], *shared)
+    weights, *new_state = region_weights(
+        count, (amount, updates), params, bias_correction, normalize, block.dtype
+    )
 
     gradient = torch.empty_like(x, dtype=block.dtype) if want_grad else block.new_empty(0)
     totals = []
@@ -299,29 +295,13 @@ def _forward(x, dense, labels, quality, weight, amount, updates, momentum, mu, k
                 gradient[where[0]][where[1]] = grad
             else:
                 gradient[where[0]] = grad
-    return (_loss_of_all(torch.stack(totals).sum(), shared), *new_state), (gradient,)
+    return _loss_of_all(torch.stack(totals).sum(), *shared), *new_state, gradient
 
 
 def _formula_and_gradient(x, *args):
     *args, want_grad = args
     with torch.set_grad_enabled(want_grad):
         leaf = x.detach().requires_grad_(want_grad)
-        loss, new_state = _whole_loss(leaf, *args)
+        loss, *new_state = harmonised(leaf, *args)
     gradient = torch.autograd.grad(loss, leaf)[0] if want_grad else x.new_empty(0)
-    return (loss.detach(), *new_state), (gradient,)
-
-
-def _backward(grads, saved, x, *args):
-    return (saved[0] * grads[0]).to(x.dtype)
-
-
-def _reference(x, dense, labels, quality, weight, amount, updates, momentum, mu, kind, bins,
-               bias_correction, normalize, ignore_index, shared, want_grad):  # fmt: skip
-    state = None if amount is None else (amount, updates)
-    how = (momentum, bias_correction, normalize)
-    return _whole_loss(
-        x, dense, labels, quality, weight, state, mu, kind, bins, ignore_index, how, shared
-    )[:1]  # fmt: skip
-
-
-_blockwise = _op.differentiable(_forward, _backward, _reference, constants=2)
+    return loss.detach(), *new_state, gradient

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonloss._targets import Targets
 from tritonloss.eager._blocks import summed
 
 from ._entry import entered, mean_divisor, reduced, upcast
@@ -194,7 +193,9 @@ KINDS = {
 
 def pointwise(
     x: Tensor,
-    targets: Targets,
+    labels: Tensor | None,
+    quality: Tensor | None,
+    dense: Tensor | None,
     weight: Tensor | None,
     class_weight: Tensor | None,
     avg_factor,
@@ -207,10 +208,10 @@ def pointwise(
     with torch.autocast(x.device.type, enabled=False):
         x = entered(x)
         row_weight, logit_weight = split_weight(x, weight)
-        if targets.dense is not None:
-            value, count = _dense(x, targets.dense, row_weight, logit_weight, params, kind)
+        if dense is not None:
+            value, count = _dense(x, dense, row_weight, logit_weight, params, kind)
         else:
-            rows = label_rows(x, targets, ignore_index, row_weight)
+            rows = label_rows(x, labels, quality, ignore_index, row_weight)
             whole = reduction != "none" and class_weight is None and logit_weight is None
             value, count = _labelled(x, rows, logit_weight, params, kind, whole)
         if class_weight is not None:
@@ -218,17 +219,24 @@ def pointwise(
         return reduced(value, count, reduction, avg_factor)
 
 
+def has_blocks(x, labels, quality, dense, weight, class_weight, avg_factor, *args) -> bool:
+    """True for sums with weights per row."""
+    by_row = class_weight is None and (weight is None or weight.dim() < x.dim())
+    return by_row and args[-1] != "none"
+
+
 def pointwise_by_blocks(
-    x, targets, weight, avg_factor, params, kind, ignore_index, reduction, want_grad
+    x, labels, quality, dense, weight, class_weight, avg_factor, params, kind, ignore_index,
+    reduction, want_grad,
 ):  # fmt: skip
     """``(loss, gradient of the sum, 1 / divisor)`` of a pointwise loss with weights per row."""
     loss = KINDS[kind]
     weight, _ = split_weight(x, weight)
-    if targets.dense is not None:
+    if dense is not None:
         count = x.numel() if weight is None else (weight > 0).sum() * x.shape[-1]
-        total, gradient = _dense_by_blocks(x, targets.dense, weight, params, kind, want_grad)
+        total, gradient = _dense_by_blocks(x, dense, weight, params, kind, want_grad)
     else:
-        rows = label_rows(x.detach(), targets, ignore_index, weight)
+        rows = label_rows(x.detach(), labels, quality, ignore_index, weight)
         count = rows.keep.sum() * x.shape[-1]
         # The labelled logits take the value of no loss, the rest of their rows keeps its own.
         x_at_index = x.detach().gather(-1, rows.index).to(rows.y.dtype)
@@ -344,10 +352,10 @@ class LabelRows(NamedTuple):
     weight: Tensor | None  # (...) 0 where not kept
 
 
-def label_rows(x: Tensor, targets: Targets, ignore_index: int, weight) -> LabelRows:
+def label_rows(x: Tensor, labels: Tensor, quality, ignore_index: int, weight) -> LabelRows:
     """An invalid label counts as ignored."""
     n_classes = x.shape[-1]
-    labels = targets.labels.long()
+    labels = labels.long()
     keep = (labels >= 0) & (labels <= n_classes) & (labels != ignore_index)
     if weight is not None:
         keep = keep & (weight > 0)
@@ -355,8 +363,8 @@ def label_rows(x: Tensor, targets: Targets, ignore_index: int, weight) -> LabelR
     positive = keep & (labels < n_classes)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.ones(labels.shape, dtype=dtype, device=x.device)
-    if targets.quality is not None:
-        y = torch.where(positive, targets.quality.to(dtype), y)
+    if quality is not None:
+        y = torch.where(positive, quality.to(dtype), y)
     return LabelRows(
         labels, keep, positive, labels.clamp(0, n_classes - 1).unsqueeze(-1), y, weight
     )

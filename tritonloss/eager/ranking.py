@@ -645,116 +645,93 @@ def over_lists(
     return values, grad, extra
 
 
+class Spec(NamedTuple):
+    """One ranking loss of a list."""
+
+    name: str  # of the public function
+    of_list: Callable
+    n_values: int = 2
+    settings: dict = {}  # noqa: RUF012 (not changed)
+
+
+SPECS = {
+    "rank_sort": Spec("rank_sort_loss", rank_sort_list),
+    "ap": Spec("ap_loss", partial(ap_list, interpolated=True), 1, {"interpolated": True}),
+    "ap_plain": Spec("ap_loss", partial(ap_list, interpolated=False), 1, {"interpolated": False}),
+    "alrp": Spec("alrp_loss", alrp_list),
+}
+
+
 def settings(
-    loss: str, implementation: str, logits: Tensor, targets: Tensor, quality: Tensor | None,
-    delta: float | Tensor, ignore_index: int, num_groups: int | None, **more,
+    implementation: str, x: Tensor, labels: Tensor | None, value: Tensor | None, delta, loss: str,
+    ignore_index: int, num_groups: int,
 ) -> dict:  # fmt: skip
     """What must be the same in all processes that share a batch."""
-    labels = "labels" if quality is None else "(labels, quality)"
+    with_quality = loss == "rank_sort" and value is not None
+    form = "(labels, quality)" if with_quality else "labels"
     return {
-        "loss": loss,
+        "loss": SPECS[loss].name,
         "implementation": implementation,
-        "dtype": str(logits.dtype)[6:],
-        "number of classes": logits.shape[-1],
-        "targets": "dense" if targets.is_floating_point() else labels,
+        "dtype": str(x.dtype)[6:],
+        "number of classes": x.shape[-1],
+        "targets": "dense" if labels is None else form,
         "delta": delta,
         "ignore_index": ignore_index,
         "num_groups": num_groups,
-        **more,
+        **SPECS[loss].settings,
     }
 
 
 @on_device_of_logits
-def rank_sort(
-    logits: Tensor,
-    targets: Tensor,
-    quality: Tensor | None,
+def ranking(
+    x: Tensor,
+    labels: Tensor | None,
+    value: Tensor | None,
+    dense: Tensor | None,
     weight: Tensor | None,
     group: Tensor | None,
-    delta: float,
+    delta: Tensor | float,
+    loss: str,
     ignore_index: int,
-    num_groups: int | None,
+    num_groups: int,
     process_group: str,
     capacity: int,
     scale: int,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(ranking and sorting error (2,), gradient of the first, gradient of the second).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(first value, second value, coefficient, gradient of the first, of the second)``.
 
-    The second gradient lives at positives: one entry per anchor with labels, per logit otherwise.
+    The second value is Rank & Sort's sorting error, whose gradient lives at positives: one entry
+    per anchor with labels, per logit otherwise; or aLRP's loc, with the coefficient of each
+    anchor's error in it. What a loss lacks is empty.
     """
-    dense = targets.is_floating_point()
-    value = targets if dense else torch.ones_like(targets, dtype=torch.float32)
-    value = value if quality is None else quality
-    problem = normalise(logits, targets, value, weight, group, ignore_index, num_groups)
+    delta = float(delta)
+    shared = settings("eager", x, labels, value, delta, loss, ignore_index, num_groups)
+    targets = labels if dense is None else dense
+    if loss == "rank_sort" and value is None:
+        value = torch.ones_like(targets, dtype=torch.float32) if dense is None else dense
+    spec, dtype = SPECS[loss], result_dtype(x)
+    problem = normalise(x, targets, value, weight, group, ignore_index, num_groups)
     values, grad, extra = over_lists(
-        rank_sort_list, 2, problem, delta, need_grad, Sharing(process_group, capacity, scale),
-        settings("rank_sort_loss", "eager", logits, targets, quality, delta, ignore_index,
-                 num_groups),
-    )  # fmt: skip
-    sort_grad = torch.zeros(targets.numel(), dtype=result_dtype(logits))
-    if need_grad:
-        place = problem.index if dense else problem.anchor
-        sort_grad[place] = extra.to(sort_grad.dtype)
-        grad = unflat(grad, logits.shape, problem.order)
-    sort_grad = unflat(sort_grad, logits.shape, problem.order) if dense else sort_grad
-    return values.to(sort_grad.dtype), grad, sort_grad.view(targets.shape)
-
-
-@on_device_of_logits
-def average_precision(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor | None,
-    group: Tensor | None,
-    delta: float,
-    interpolated: bool,
-    ignore_index: int,
-    num_groups: int | None,
-    process_group: str,
-    capacity: int,
-    scale: int,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """(1 - mean precision (1,), gradient)."""
-    problem = normalise(logits, targets, None, weight, group, ignore_index, num_groups)
-    loss = partial(ap_list, interpolated=interpolated)
-    values, grad, _ = over_lists(
-        loss, 1, problem, delta, need_grad, Sharing(process_group, capacity, scale),
-        settings("ap_loss", "eager", logits, targets, None, delta, ignore_index, num_groups,
-                 interpolated=interpolated),
+        spec.of_list, spec.n_values, problem, delta, need_grad,
+        Sharing(process_group, capacity, scale), shared,
     )  # fmt: skip
     if need_grad:
-        grad = unflat(grad, logits.shape, problem.order)
-    return values.to(result_dtype(logits)), grad
-
-
-@on_device_of_logits
-def alrp(
-    logits: Tensor,
-    targets: Tensor,
-    error: Tensor,
-    weight: Tensor | None,
-    group: Tensor | None,
-    delta: float,
-    ignore_index: int,
-    num_groups: int | None,
-    process_group: str,
-    capacity: int,
-    scale: int,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(cls and loc (2,), gradient of cls, coefficient of each anchor's error in loc)."""
-    problem = normalise(logits, targets, error, weight, group, ignore_index, num_groups)
-    values, grad, extra = over_lists(
-        alrp_list, 2, problem, delta, need_grad, Sharing(process_group, capacity, scale),
-        settings("alrp_loss", "eager", logits, targets, None, delta, ignore_index, num_groups),
-    )  # fmt: skip
-    coefficient = torch.zeros(error.numel(), dtype=result_dtype(logits))
-    coefficient.index_add_(0, problem.anchor, extra.to(coefficient.dtype))
-    if need_grad:
-        grad = unflat(grad, logits.shape, problem.order)
-    return values.to(coefficient.dtype), grad, coefficient.view(error.shape)
+        grad = unflat(grad, x.shape, problem.order)
+    coefficient = second_grad = torch.zeros(0, dtype=dtype)
+    if loss == "alrp":
+        coefficient = torch.zeros(value.numel(), dtype=dtype)
+        coefficient.index_add_(0, problem.anchor, extra.to(dtype))
+        coefficient = coefficient.view(value.shape)
+    if loss == "rank_sort" and need_grad:
+        second_grad = torch.zeros(targets.numel(), dtype=dtype)
+        second_grad[problem.index if dense is not None else problem.anchor] = extra.to(dtype)
+        if dense is not None:
+            second_grad = unflat(second_grad, x.shape, problem.order)
+        second_grad = second_grad.view(targets.shape)
+    values = values.to(dtype)
+    second = values[1].clone() if spec.n_values > 1 else torch.zeros((), dtype=dtype)
+    return values[0].clone(), second, coefficient, grad, second_grad.clone()
 
 
 def result_dtype(logits: Tensor) -> torch.dtype:

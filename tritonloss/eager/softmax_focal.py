@@ -16,8 +16,8 @@ NO_LOGIT = -1e38
 def softmax_focal(
     x: Tensor,
     labels: Tensor,
-    alpha: Tensor | None,
     weight: Tensor | None,
+    alpha: Tensor | None,
     avg_factor,
     params: tuple,
     ignore_index: int,
@@ -56,8 +56,12 @@ def _rows(x, labels, alpha, weight, ignore_index):
     return keep, index, factor
 
 
+def has_blocks(x, labels, weight, alpha, avg_factor, params, ignore_index, reduction) -> bool:
+    return reduction != "none"
+
+
 def softmax_focal_by_blocks(
-    x, labels, alpha, weight, avg_factor, params, ignore_index, reduction, want_grad
+    x, labels, weight, alpha, avg_factor, params, ignore_index, reduction, want_grad
 ):
     """``(loss, gradient of the sum, 1 / divisor)``: the derivative of d written out.
 

@@ -2,80 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tritonloss import _checks as check
-from tritonloss import _op
-from tritonloss._dispatch import not_empty, use_triton
-from tritonloss._op import wrap_triton
+from tritonloss._dispatch import launchers
+from tritonloss._loss import Loss
 from tritonloss._targets import parse_row_weight
 from tritonloss.eager import boxes as eager
 
-try:
-    from tritonloss.kernels._finish import finish_kernel
-    from tritonloss.kernels._rows import rows_walkable
-    from tritonloss.kernels.boxes import (
-        box_backward_kernel,
-        box_forward_kernel,
-        launch_box_backward,
-        launch_box_forward,
-    )
-except ImportError:  # no Triton: the eager path alone
-    launch_box_forward = launch_box_backward = finish_kernel = None
-    box_forward_kernel = box_backward_kernel = None
-
-
-@_op.kernel_op(_op.fake_row_loss)
-def box_forward(
-    pred: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    avg_factor: Tensor | None,
-    params: Tensor,
-    kind: str,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    return launch_box_forward(
-        pred, target, weight, avg_factor, params, kind, reduction,
-        wrap_triton(box_forward_kernel), wrap_triton(finish_kernel),
-    )  # fmt: skip
-
-
-@_op.kernel_op(lambda pred, *args: torch.empty_like(pred))
-def box_backward(
-    pred: Tensor,
-    grad: Tensor,
-    scale: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    params: Tensor,
-    kind: str,
-    reduction: str,
-) -> Tensor:
-    return launch_box_backward(
-        pred, grad, scale, target, weight, params, kind, reduction,
-        wrap_triton(box_backward_kernel),
-    )  # fmt: skip
-
-
-def _forward(pred, *args):
-    loss, scale = _op.call(box_forward, launch_box_forward, pred, *args)
-    return (loss,), (scale,)
-
-
-def _backward(grads, saved, pred, target, weight, avg_factor, *rest):
-    return _op.call(
-        box_backward, launch_box_backward, pred, grads[0], saved[0], target, weight, *rest
-    )
-
-
-def _reference(pred, target, weight, avg_factor, params, kind, reduction):
-    avg_factor = None if avg_factor is None else avg_factor[0]
-    return eager.box_loss(pred, target, weight, avg_factor, tuple(params), kind, reduction)
-
-
-_kernels = _op.differentiable(_forward, _backward, _reference)
+kernels = launchers("boxes")
+_loss = Loss(eager.box_loss, kernels.forward, kernels.backward, kernels.takes)
 
 
 def _check_boxes(target, weight) -> None:
@@ -86,7 +22,7 @@ def _check_boxes(target, weight) -> None:
 
 
 def _box_loss(kind, pred, target, eps, alpha_threshold, weight, reduction, avg_factor) -> Tensor:
-    """Checks, choice of the implementation, call: the same for every box loss."""
+    """Checks and call: the same for every box loss."""
     check.is_floating("pred", pred)
     if pred.dim() == 0 or pred.shape[-1] != 4:
         raise ValueError(f"pred must have shape (..., 4); got {tuple(pred.shape)}")
@@ -97,17 +33,7 @@ def _box_loss(kind, pred, target, eps, alpha_threshold, weight, reduction, avg_f
     weight = parse_row_weight(pred, weight, "pred")
     if check.values_checked(pred):
         _check_boxes(target, weight)
-    if use_triton(pred) and not_empty(pred) and rows_walkable(pred, target):
-        return _kernels(
-            pred,
-            target,
-            weight,
-            None if avg_factor is None else _op.scalars(pred, avg_factor),
-            _op.scalars(pred, eps, alpha_threshold),
-            kind,
-            reduction,
-        )
-    return eager.box_loss(pred, target, weight, avg_factor, (eps, alpha_threshold), kind, reduction)
+    return _loss(pred, target, weight, avg_factor, (eps, alpha_threshold), kind, reduction)
 
 
 KINDS = ("iou", "giou", "diou", "ciou", "eiou")

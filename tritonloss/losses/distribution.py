@@ -2,91 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tritonloss import _checks as check
-from tritonloss import _op
-from tritonloss._dispatch import not_empty, use_triton
-from tritonloss._op import wrap_triton
+from tritonloss._dispatch import launchers
+from tritonloss._loss import Loss
 from tritonloss._targets import parse_row_weight
 from tritonloss.eager import distribution as eager
 
-try:
-    from tritonloss.kernels._finish import finish_kernel
-    from tritonloss.kernels.distribution import (
-        distribution_focal_backward_kernel,
-        distribution_focal_forward_kernel,
-        expectation_kernel,
-        kernels_take,
-        launch_expectation_backward,
-        launch_expectation_forward,
-        launch_focal_backward,
-        launch_focal_forward,
-    )
-except ImportError:  # no Triton: the eager path alone
-    launch_focal_forward = launch_focal_backward = finish_kernel = None
-    launch_expectation_forward = launch_expectation_backward = expectation_kernel = None
-    distribution_focal_forward_kernel = distribution_focal_backward_kernel = None
-
-
-@_op.kernel_op(_op.fake_row_loss)
-def distribution_focal_forward(
-    x: Tensor, target: Tensor, weight: Tensor | None, avg_factor: Tensor | None, reduction: str
-) -> tuple[Tensor, Tensor]:
-    return launch_focal_forward(
-        x, target, weight, avg_factor, reduction,
-        wrap_triton(distribution_focal_forward_kernel), wrap_triton(finish_kernel),
-    )  # fmt: skip
-
-
-@_op.kernel_op(lambda x, *args: torch.empty_like(x))
-def distribution_focal_backward(
-    x: Tensor, grad: Tensor, scale: Tensor, target: Tensor, weight: Tensor | None, reduction: str
-) -> Tensor:
-    return launch_focal_backward(
-        x, grad, scale, target, weight, reduction, wrap_triton(distribution_focal_backward_kernel)
-    )
-
-
-@_op.kernel_op(lambda x: x.new_empty(x.shape[:-1], dtype=torch.float32))
-def expectation_forward(x: Tensor) -> Tensor:
-    return launch_expectation_forward(x, wrap_triton(expectation_kernel))
-
-
-@_op.kernel_op(lambda x, grad: torch.empty_like(x))
-def expectation_backward(x: Tensor, grad: Tensor) -> Tensor:
-    return launch_expectation_backward(x, grad, wrap_triton(expectation_kernel))
-
-
-def _focal_forward(x, *args):
-    loss, scale = _op.call(distribution_focal_forward, launch_focal_forward, x, *args)
-    return (loss,), (scale,)
-
-
-def _focal_backward(grads, saved, x, target, weight, avg_factor, reduction):
-    return _op.call(
-        distribution_focal_backward, launch_focal_backward,
-        x, grads[0], saved[0], target, weight, reduction,
-    )  # fmt: skip
-
-
-def _focal_reference(x, target, weight, avg_factor, reduction):
-    avg_factor = None if avg_factor is None else avg_factor[0]
-    return eager.distribution_focal(x, target, weight, avg_factor, reduction)
-
-
-def _expectation_forward(x):
-    return (_op.call(expectation_forward, launch_expectation_forward, x),), ()
-
-
-def _expectation_backward(grads, saved, x):
-    return _op.call(expectation_backward, launch_expectation_backward, x, grads[0])
-
-
-_focal_kernels = _op.differentiable(_focal_forward, _focal_backward, _focal_reference)
-_expectation_kernels = _op.differentiable(
-    _expectation_forward, _expectation_backward, eager.expectation
+kernels = launchers("distribution")
+_loss = Loss(eager.distribution_focal, kernels.forward, kernels.backward, kernels.takes)
+_expectation = Loss(
+    eager.expectation, kernels.expectation, kernels.expectation_backward, kernels.takes
 )
 
 
@@ -149,10 +76,7 @@ def distribution_focal_loss(
     weight = parse_row_weight(logits, weight)
     if check.values_checked(logits):
         _check_target(logits, target, weight)
-    if use_triton(logits) and not_empty(logits) and kernels_take(logits, target):
-        avg_factor = None if avg_factor is None else _op.scalars(logits, avg_factor)
-        return _focal_kernels(logits, target, weight, avg_factor, reduction)
-    return eager.distribution_focal(logits, target, weight, avg_factor, reduction)
+    return _loss(logits, target, weight, avg_factor, reduction)
 
 
 def distribution_expectation(logits: Tensor, *, sides: int = 1) -> Tensor:
@@ -190,6 +114,4 @@ def distribution_expectation(logits: Tensor, *, sides: int = 1) -> Tensor:
         )
     if sides > 1:
         logits = logits.unflatten(-1, (sides, logits.shape[-1] // sides))
-    if use_triton(logits) and not_empty(logits) and kernels_take(logits):
-        return _expectation_kernels(logits)
-    return eager.expectation(logits)
+    return _expectation(logits)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss import _op
-from tritonloss._dispatch import not_empty, use_triton
-from tritonloss._op import wrap_triton
-from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
+from tritonloss._dispatch import launchers
+from tritonloss._loss import Loss
+from tritonloss._targets import is_logits, parse_targets, parse_weight
 from tritonloss.distributed import (
     ProcessGroup,
     agree,
@@ -29,62 +29,24 @@ from tritonloss.eager import ghm as eager
 
 from .pointwise import parse_regression
 
-try:
-    from tritonloss.kernels._logits import walkable
-    from tritonloss.kernels.ghm import (
-        harmonise_kernel,
-        launch_backward,
-        launch_forward,
-        region_sums_kernel,
-        region_totals_kernel,
-    )
-    from tritonloss.kernels.pointwise import pointwise_kernel
-except ImportError:  # no Triton: the eager path alone
-    launch_forward = launch_backward = pointwise_kernel = None
-    region_sums_kernel = region_totals_kernel = harmonise_kernel = None
-
 NORMALIZE = ("nonempty", "all")
 State = tuple[Tensor, Tensor]
 
+kernels = launchers("ghm")
 
-def _fake_forward(x, dense, labels, quality, weight, amount, updates, params, kind, bins, *rest):
+
+def _fake_shared(x, labels, quality, dense, weight, amount, updates, params, kind, bins, *args):
     weights = x.new_empty(bins, dtype=torch.float32)
     new_state = (torch.empty_like(weights if t is None else t) for t in (amount, updates))
     return x.new_empty((), dtype=torch.float32), *new_state, weights
 
 
-@_op.kernel_op(_fake_forward)
-def ghm_forward(
+@_op.opaque(_fake_shared)
+def ghm_forward_shared(
     x: Tensor,
-    dense: Tensor | None,
     labels: Tensor | None,
     quality: Tensor | None,
-    weight: Tensor | None,
-    amount: Tensor | None,
-    updates: Tensor | None,
-    params: Tensor,
-    kind: str,
-    bins: int,
-    bias_correction: bool,
-    normalize: str,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = (
-        wrap_triton(region_sums_kernel),
-        wrap_triton(region_totals_kernel),
-        wrap_triton(harmonise_kernel),
-    )
-    return launch_forward(
-        x, dense, labels, quality, weight, amount, updates, params, kind, bins, bias_correction,
-        normalize, ignore_index, kernels,
-    )  # fmt: skip
-
-
-def _launch_shared(
-    x: Tensor,
     dense: Tensor | None,
-    labels: Tensor | None,
-    quality: Tensor | None,
     weight: Tensor | None,
     amount: Tensor | None,
     updates: Tensor | None,
@@ -97,67 +59,24 @@ def _launch_shared(
     process_group: str,
     flag: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The launcher with a sum over the processes between its kernels: opaque to a graph."""
-    loss, *rest = launch_forward(
-        x, dense, labels, quality, weight, amount, updates, params, kind, bins, bias_correction,
-        normalize, ignore_index,
-        of_all=lambda total: summed_regions(total, flag, group_of(process_group)),
-    )  # fmt: skip
+    """``kernels.forward`` with a sum over the processes between its kernels."""
+    total = kernels.region_totals(
+        x, labels, quality, dense, weight, params, kind, bins, ignore_index
+    )
+    total = summed_regions(total, flag, group_of(process_group)).float()
+    loss, *rest = kernels.harmonise(
+        total, amount, updates, params, bins, bias_correction, normalize
+    )
     return loss + flag.float(), *rest
 
 
-ghm_forward_shared = _op.opaque_op(_fake_forward, "ghm_forward_shared")(_launch_shared)
-
-
-@_op.kernel_op(lambda x, *args: torch.empty_like(x))
-def ghm_backward(
-    x: Tensor,
-    grad: Tensor,
-    weights: Tensor,
-    dense: Tensor | None,
-    labels: Tensor | None,
-    quality: Tensor | None,
-    weight: Tensor | None,
-    params: Tensor,
-    kind: str,
-    ignore_index: int,
-) -> Tensor:
-    return launch_backward(
-        x, grad, weights, dense, labels, quality, weight, params, kind, ignore_index,
-        wrap_triton(pointwise_kernel),
-    )  # fmt: skip
-
-
-def _forward(x, *args):
-    loss, amount, updates, weights = _op.call(ghm_forward, launch_forward, x, *args)
-    return (loss, amount, updates), (weights,)
-
-
-def _shared_forward(x, *args):
-    loss, amount, updates, weights = _op.call(ghm_forward_shared, _launch_shared, x, *args)
-    return (loss, amount, updates), (weights,)
-
-
-def _backward(grads, saved, x, dense, labels, quality, weight, amount, updates, params, kind,
-              bins, bias_correction, normalize, ignore_index, *shared):  # fmt: skip
-    return _op.call(
-        ghm_backward, launch_backward, x, grads[0], saved[0], dense, labels, quality, weight,
-        params, kind, ignore_index,
-    )  # fmt: skip
-
-
-def _reference(x, dense, labels, quality, weight, amount, updates, params, kind, bins,
-               bias_correction, normalize, ignore_index, *shared):  # fmt: skip
-    state = None if amount is None else (amount, updates)
-    shared = (group_of(shared[0]), shared[1]) if shared else None
-    return eager.harmonised(
-        x, Targets(labels, quality, dense), weight, state, params[1], params[0], kind, bins,
-        bias_correction, normalize, ignore_index, shared,
-    )[:1]  # fmt: skip
-
-
-_kernels = _op.differentiable(_forward, _backward, _reference, constants=2)
-_shared_kernels = _op.differentiable(_shared_forward, _backward, _reference, constants=2)
+_options = {
+    "by_blocks": (eager.harmonised_by_blocks, lambda *args: True), "outputs": 3, "constants": 2,
+}  # fmt: skip
+_loss = Loss(eager.harmonised, kernels.forward, kernels.backward, kernels.takes, **_options)
+_shared = Loss(
+    eager.harmonised, ghm_forward_shared, kernels.backward, kernels.takes, empty=True, **_options
+)
 
 
 def _check_parameters(x, bins, momentum, state, normalize) -> None:
@@ -190,16 +109,25 @@ def _harmonised(
     kind, x, targets, weight, mu, bins, momentum, state, bias_correction, normalize, ignore_index,
     process_group, gradients_averaged,
 ):  # fmt: skip
-    """Choice of the implementation, for checked arguments."""
+    """The call, for checked arguments."""
     sharing = parse_sharing(process_group, gradients_averaged)
-    group, bias_correction = sharing.group, bool(bias_correction)
-    kernels = use_triton(x) and (group or not_empty(x)) and walkable(x, targets.dense, weight)
-    shared = None
-    if group:
+    # 1 - m and log m are formed in float64: float32 would lose both for m near 1
+    if isinstance(momentum, Tensor):
+        params = (mu, momentum, 1 - momentum.double(), momentum.double().log())
+    else:
+        params = (mu, momentum, 1 - momentum, math.log(momentum) if momentum else -math.inf)
+    amount, updates = (None, None) if state is None else (s.contiguous() for s in state)
+    args = (
+        x, *targets, weight, amount, updates, params, kind, bins, bool(bias_correction), normalize,
+        ignore_index,
+    )  # fmt: skip
+    loss = _loss
+    if sharing.group:
+        loss = _shared
         form = "labels" if targets.quality is None else "(labels, quality)"
         settings = {
             "loss": "ghm_c_loss" if kind == "bce" else "ghm_r_loss",
-            "implementation": "triton" if kernels else "eager",
+            "implementation": "triton" if loss.by_kernels(*args) else "eager",
             "dtype": str(x.dtype)[6:],
             "number of classes": x.shape[-1],
             "targets": "dense" if targets.labels is None else form,
@@ -207,31 +135,15 @@ def _harmonised(
             "bins": bins,
             "momentum": momentum,
             "mu": mu,
-            "bias_correction": bias_correction,
+            "bias_correction": bool(bias_correction),
             "normalize": normalize,
             "state": state is not None,
             "gradients_averaged": gradients_averaged,
         }
-        shared = process_group, agree(settings, x.device, group)
-    if kernels:
-        # 1 - m and log m are formed in float64: float32 would lose both for m near 1
-        if isinstance(momentum, Tensor):
-            params = (mu, momentum, 1 - momentum.double(), momentum.double().log())
-        else:
-            params = (mu, momentum, 1 - momentum, math.log(momentum) if momentum else -math.inf)
-        amount, updates = (None, None) if state is None else (s.contiguous() for s in state)
-        args = (
-            x, targets.dense, targets.labels, targets.quality, weight, amount, updates,
-            _op.scalars(x, *params), kind, bins, bias_correction, normalize, ignore_index,
-        )  # fmt: skip
-        loss, *new_state = _shared_kernels(*args, group, shared[1]) if group else _kernels(*args)
-    else:
-        loss, new_state = eager.harmonised(
-            x, targets, weight, state, momentum, mu, kind, bins, bias_correction, normalize,
-            ignore_index, shared,
-        )  # fmt: skip
-    loss = scaled_gradient(loss, sharing)
-    return loss if state is None else (loss, tuple(new_state))
+        args += sharing.group, agree(settings, x.device, sharing.group)
+    value, *new_state = loss(*args)
+    value = scaled_gradient(value, sharing)
+    return value if state is None else (value, tuple(new_state))
 
 
 def ghm_c_loss(

@@ -7,41 +7,13 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss import _op
-from tritonloss._dispatch import use_triton
-from tritonloss._op import wrap_triton
+from tritonloss._dispatch import launchers, use_triton
 from tritonloss._targets import is_logits
 from tritonloss.eager import matching as eager
 
-try:
-    from tritonloss.kernels.matching import launch_matching_cost, matching_cost_kernel
-except ImportError:  # no Triton: the eager path alone
-    launch_matching_cost = matching_cost_kernel = None
-
+kernels = launchers("matching")
 CLASS_COSTS = ("focal", "bce", "softmax", "iou_aware")
 BOX_FORMATS = ("cxcywh", "xyxy")
-
-
-def _fake(logits, boxes, labels, *args):
-    return logits.new_empty((*logits.shape[:-1], labels.shape[1]), dtype=torch.float32)
-
-
-@_op.kernel_op(_fake)
-def matching_cost_forward(
-    logits: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    target_boxes: Tensor,
-    sizes: Tensor,
-    params: Tensor,
-    kind: str,
-    centred: bool,
-    square: bool,
-    substituted: bool,
-) -> Tensor:
-    return launch_matching_cost(
-        logits, boxes, labels, target_boxes, sizes, params, kind, centred, square, substituted,
-        wrap_triton(matching_cost_kernel),
-    )  # fmt: skip
 
 
 def pad_objects(labels, target_boxes, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,10 +183,9 @@ def matching_cost(
     wide = torch.float64 in (logits.dtype, boxes.dtype)
     if not wide and 0 not in shape and use_triton(logits):
         square = not isinstance(gamma, Tensor) and gamma == 2
-        return _op.call(
-            matching_cost_forward, launch_matching_cost, _two_leading(logits), _two_leading(boxes),
-            labels, target_boxes, sizes, _op.scalars(logits, *params), class_cost, centred, square,
-            substituted,
+        return kernels.cost(
+            _two_leading(logits), _two_leading(boxes), labels, target_boxes, sizes,
+            _op.packed(logits, params), class_cost, centred, square, substituted,
         ).reshape(shape)  # fmt: skip
     if 0 in shape:
         return logits.new_empty(shape, dtype=torch.float64 if wide else torch.float32)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from tritonloss import _checks as check
-from tritonloss import _op
-from tritonloss._dispatch import not_empty, use_triton
-from tritonloss._op import wrap_triton
+from tritonloss._dispatch import launchers
+from tritonloss._loss import Loss
 from tritonloss._targets import (
     Targets,
     is_logits,
@@ -19,149 +18,31 @@ from tritonloss._targets import (
     parse_targets,
     parse_weight,
 )
-from tritonloss.eager import _blocks
 from tritonloss.eager import pointwise as eager
 
-try:
-    from tritonloss.kernels._finish import finish_kernel
-    from tritonloss.kernels._logits import walkable
-    from tritonloss.kernels.pointwise import launch_backward, launch_forward, pointwise_kernel
-except ImportError:  # no Triton: the eager path alone
-    launch_forward = launch_backward = pointwise_kernel = finish_kernel = None
-
-
-def _fake_forward(x, dense, labels, quality, weight, class_weight, avg_factor, params, kind,
-                  ignore_index, reduction):  # fmt: skip
-    if reduction == "none":
-        return torch.empty_like(x, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
-    return x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
-
-
-@_op.kernel_op(_fake_forward)
-def pointwise_forward(
-    x: Tensor,
-    dense: Tensor | None,
-    labels: Tensor | None,
-    quality: Tensor | None,
-    weight: Tensor | None,
-    class_weight: Tensor | None,
-    avg_factor: Tensor | None,
-    params: Tensor,
-    kind: str,
-    ignore_index: int,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    return launch_forward(
-        x, dense, labels, quality, weight, class_weight, avg_factor, params, kind, ignore_index,
-        reduction, wrap_triton(pointwise_kernel), wrap_triton(finish_kernel),
-    )  # fmt: skip
-
-
-@_op.kernel_op(lambda x, *args: torch.empty_like(x))
-def pointwise_backward(
-    x: Tensor,
-    grad: Tensor,
-    scale: Tensor,
-    dense: Tensor | None,
-    labels: Tensor | None,
-    quality: Tensor | None,
-    weight: Tensor | None,
-    class_weight: Tensor | None,
-    params: Tensor,
-    kind: str,
-    ignore_index: int,
-    reduction: str,
-) -> Tensor:
-    return launch_backward(
-        x, grad, scale, dense, labels, quality, weight, class_weight, params, kind, ignore_index,
-        reduction, wrap_triton(pointwise_kernel),
-    )  # fmt: skip
-
-
-def _forward(x, *args):
-    loss, scale = _op.call(pointwise_forward, launch_forward, x, *args)
-    return (loss,), (scale,)
-
-
-def _backward(grads, saved, x, dense, labels, quality, weight, class_weight, avg_factor, *rest):
-    return _op.call(
-        pointwise_backward, launch_backward, x, grads[0], saved[0],
-        dense, labels, quality, weight, class_weight, *rest,
-    )  # fmt: skip
-
-
-def _reference(x, dense, labels, quality, weight, class_weight, avg_factor, params, kind,
-               ignore_index, reduction):  # fmt: skip
-    if isinstance(avg_factor, tuple) or (isinstance(avg_factor, Tensor) and avg_factor.dim()):
-        avg_factor = avg_factor[0]  # as the kernels take it
-    return eager.pointwise(
-        x, Targets(labels, quality, dense), weight, class_weight, avg_factor, tuple(params), kind,
-        ignore_index, reduction,
-    )  # fmt: skip
-
-
-def _forward_by_blocks(x, dense, labels, quality, weight, class_weight, *rest):
-    targets = Targets(labels, quality, dense)
-    loss, gradient, scale = eager.pointwise_by_blocks(x, targets, weight, *rest)
-    return (loss,), (gradient, scale)
-
-
-def backward_by_blocks(grads, saved, x, *args):
-    gradient, scale = saved
-    return (gradient * (grads[0] * scale)).to(x.dtype)
-
-
-_kernels = _op.differentiable(_forward, _backward, _reference)
-_eager_by_blocks = _op.differentiable(
-    _forward_by_blocks, backward_by_blocks, lambda x, *args: _reference(x, *args[:-1])
+kernels = launchers("pointwise")
+_loss = Loss(
+    eager.pointwise,
+    kernels.forward,
+    kernels.backward,
+    kernels.takes,
+    by_blocks=(eager.pointwise_by_blocks, eager.has_blocks),
 )
 
 
 def _pointwise(
     kind, logits, targets, params, weight, class_weight, ignore_index, reduction, avg_factor
 ) -> Tensor:
-    """Checks, choice of the implementation, call: the same for every pointwise loss."""
+    """Checks and call: the same for every pointwise loss of logits."""
     is_logits(logits)
     avg_factor = check.is_reduction(reduction, avg_factor)
     weight = parse_weight(logits, weight)
     class_weight = parse_class_weight(logits, class_weight)
     targets = parse_targets(logits, targets, ignore_index, weight)
-    return run_pointwise(
-        kind, logits, targets, params, weight, class_weight, ignore_index, reduction, avg_factor
+    params = (*params, 0.0, 0.0, 0.0)[:4]  # as many as the kernel reads
+    return _loss(
+        logits, *targets, weight, class_weight, avg_factor, params, kind, ignore_index, reduction
     )
-
-
-def run_pointwise(
-    kind, logits, targets, params, weight, class_weight, ignore_index, reduction, avg_factor
-) -> Tensor:
-    """Choice of the implementation, for checked arguments."""
-    if use_triton(logits) and not_empty(logits) and walkable(logits, targets.dense, weight):
-        return _kernels(
-            logits,
-            targets.dense,
-            targets.labels,
-            targets.quality,
-            weight,
-            class_weight,
-            None if avg_factor is None else _op.scalars(logits, avg_factor),
-            _op.scalars(logits, *params, *(0.0,) * (4 - len(params))),
-            kind,
-            ignore_index,
-            reduction,
-        )
-    rest = (weight, class_weight, avg_factor, params, kind, ignore_index, reduction)
-    by_row = reduction != "none" and class_weight is None
-    by_row = by_row and (weight is None or weight.dim() < logits.dim())
-    if by_row and _blocks.usable(logits):
-        return _eager_by_blocks(
-            logits,
-            targets.dense,
-            targets.labels,
-            targets.quality,
-            *rest,
-            logits.requires_grad and torch.is_grad_enabled(),
-        )
-    return eager.pointwise(logits, targets, *rest)
 
 
 def _balance(alpha) -> tuple:
@@ -504,7 +385,8 @@ def authentic_smooth_l1_loss(
     """
     targets, weight, mu = parse_regression(pred, target, weight, mu)
     avg_factor = check.is_reduction(reduction, avg_factor)
-    return run_pointwise("asl1", pred, targets, (mu,), weight, None, -1, reduction, avg_factor)
+    params = (mu, 0.0, 0.0, 0.0)
+    return _loss(pred, *targets, weight, None, avg_factor, params, "asl1", -1, reduction)
 
 
 def generalized_focal_loss(

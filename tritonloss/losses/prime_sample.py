@@ -178,5 +178,5 @@ def carl_loss(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if avg_factor is not None:
-        avg_factor = check.is_number("avg_factor", avg_factor)
+        avg_factor = (check.is_number("avg_factor", avg_factor),)
     return eager.carl_loss(logits, labels, box_loss, k, bias, activation, keep_loss, avg_factor)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss import _op
-from tritonloss._dispatch import _transforms_active, not_empty, use_triton
-from tritonloss._op import wrap_triton
+from tritonloss._dispatch import _transforms_active, launchers
+from tritonloss._loss import Loss
 from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
 from tritonloss.distributed import (
     KernelExchange,
@@ -26,29 +26,7 @@ from tritonloss.distributed import (
 )
 from tritonloss.eager import ranking as eager
 
-try:
-    from tritonloss.kernels._logits import walkable
-    from tritonloss.kernels.ranking import (
-        KNOT_ROWS,
-        POSITIVE_ROWS,
-        SPECS,
-        Kernels,
-        capacity_of,
-        collect_kernel,
-        compact_kernel,
-        launch_backward,
-        launch_forward,
-        lookup_words,
-        means_kernel,
-        negatives_kernel,
-        order_kernel,
-        pairs_kernel,
-        prepare_kernel,
-        scatter_kernel,
-        settle_kernel,
-    )
-except ImportError:  # no Triton: the eager path alone
-    launch_forward = launch_backward = None
+kernels = launchers("ranking")
 
 
 def _two_parts(loss: tuple) -> TypeError:
@@ -76,216 +54,87 @@ class ALRP(NamedTuple):
         raise _two_parts(self)
 
 
-# The eager engine as ops: its shapes depend on the number of positives, so it cannot be traced.
+# The eager engine: its shapes depend on the number of positives, so it cannot be traced.
 
 
-def _fake_grad(logits, need_grad):
-    dtype = eager.result_dtype(logits)
-    if not need_grad:
-        return logits.new_empty(0, dtype=dtype)
-    return torch.empty_like(logits, dtype=dtype)
+def _fake_eager(x, labels, value, dense, weight, group, delta, loss, *args):
+    def empty(shape):
+        return x.new_empty(shape, dtype=eager.result_dtype(x))
 
-
-def _fake_values(logits, count):
-    return logits.new_empty(count, dtype=eager.result_dtype(logits))
-
-
-@_op.opaque_op(
-    lambda x, targets, *args: (
-        _fake_values(x, 2),
-        _fake_grad(x, args[-1]),
-        targets.new_empty(targets.shape, dtype=eager.result_dtype(x)),
+    need_grad = args[-1]
+    second = (dense if labels is None else labels).shape
+    return (
+        empty(()),
+        empty(()),
+        empty(x.shape[:-1] if loss == "alrp" else 0),
+        torch.empty_like(x, dtype=eager.result_dtype(x)) if need_grad else empty(0),
+        empty(second if loss == "rank_sort" and need_grad else 0),
     )
-)
-def rank_sort_eager(
+
+
+@_op.opaque(_fake_eager)
+def ranking_eager(
     x: Tensor,
-    targets: Tensor,
-    quality: Tensor | None,
+    labels: Tensor | None,
+    value: Tensor | None,
+    dense: Tensor | None,
     weight: Tensor | None,
     group: Tensor | None,
     delta: Tensor,
+    loss: str,
     ignore_index: int,
     num_groups: int,
     process_group: str,
     capacity: int,
     scale: int,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return eager.rank_sort(
-        x, targets, quality, weight, group, float(delta), ignore_index, num_groups, process_group,
-        capacity, scale, need_grad,
-    )  # fmt: skip
-
-
-@_op.opaque_op(
-    lambda x, *args: (
-        _fake_values(x, 1),
-        _fake_grad(x, args[-1]),
-    )
-)
-def average_precision_eager(
-    x: Tensor,
-    targets: Tensor,
-    weight: Tensor | None,
-    group: Tensor | None,
-    delta: Tensor,
-    interpolated: bool,
-    ignore_index: int,
-    num_groups: int,
-    process_group: str,
-    capacity: int,
-    scale: int,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    return eager.average_precision(
-        x, targets, weight, group, float(delta), interpolated, ignore_index, num_groups,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return eager.ranking(
+        x, labels, value, dense, weight, group, delta, loss, ignore_index, num_groups,
         process_group, capacity, scale, need_grad,
     )  # fmt: skip
 
 
-@_op.opaque_op(
-    lambda x, targets, error, *args: (
-        _fake_values(x, 2),
-        _fake_grad(x, args[-1]),
-        error.new_empty(error.shape, dtype=eager.result_dtype(x)),
-    )
-)
-def alrp_eager(
-    x: Tensor,
-    targets: Tensor,
-    error: Tensor,
-    weight: Tensor | None,
-    group: Tensor | None,
-    delta: Tensor,
-    ignore_index: int,
-    num_groups: int,
-    process_group: str,
-    capacity: int,
-    scale: int,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return eager.alrp(
-        x, targets, error, weight, group, float(delta), ignore_index, num_groups, process_group,
-        capacity, scale, need_grad,
-    )  # fmt: skip
-
-
-def _rank_sort_forward(x, *args):
-    values, *grads = _op.call(rank_sort_eager, eager.rank_sort, x, *args)
-    return tuple(v.clone() for v in values.unbind()), grads
-
-
-def _rank_sort_backward(upstream, saved, x, targets, *args):
-    grad, sort_grad = saved
-    grad = grad * upstream[0]
-    sort_grad = sort_grad * upstream[1]
-    if targets.is_floating_point():
-        grad = grad.add_(sort_grad)
-    else:
-        column = targets.long().clamp(0, x.shape[-1] - 1)  # sort_grad is 0 at other labels
-        grad = grad.scatter_add_(-1, column[..., None], sort_grad[..., None])
+def _backward_eager(first_grad, second_grad, grad, sort_grad, x, labels, value, dense, weight,
+                    group, delta, loss, *args):  # fmt: skip
+    grad = grad * first_grad
+    if loss == "rank_sort":
+        sort_grad = sort_grad * second_grad
+        if labels is None:
+            grad = grad.add_(sort_grad)
+        else:
+            column = labels.long().clamp(0, x.shape[-1] - 1)  # sort_grad is 0 at other labels
+            grad = grad.scatter_add_(-1, column[..., None], sort_grad[..., None])
     return grad.to(x.dtype)
 
 
-def _average_precision_forward(x, *args):
-    values, grad = _op.call(average_precision_eager, eager.average_precision, x, *args)
-    return (values.view(()),), (grad,)
+_by_engine = _op.differentiable(ranking_eager, _backward_eager, None, outputs=3, constants=1)
 
 
-def _alrp_forward(x, *args):
-    values, grad, coefficient = _op.call(alrp_eager, eager.alrp, x, *args)
-    return (*(v.clone() for v in values.unbind()), coefficient), (grad,)
+def _eager(x, labels, value, dense, weight, group, delta, *args):
+    (delta,) = delta
+    if _op.traced(x) and not isinstance(delta, Tensor):
+        # an op's float would recompile the graph at each new value
+        delta = torch.full((), delta, dtype=torch.float64)
+    need_grad = x.requires_grad and torch.is_grad_enabled()
+    return _by_engine(x, labels, value, dense, weight, group, delta, *args, need_grad)
 
 
-def _first_backward(upstream, saved, x, *args):
-    return (saved[0] * upstream[0]).to(x.dtype)
-
-
-_rank_sort = _op.differentiable(_rank_sort_forward, _rank_sort_backward, None)
-_average_precision = _op.differentiable(_average_precision_forward, _first_backward, None)
-_alrp = _op.differentiable(_alrp_forward, _first_backward, None)
-
-
-def _fake_forward(x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups,
-                  capacity=None):  # fmt: skip
-    capacity = capacity or capacity_of(x, labels)
-    shape = x.shape[:-1] if SPECS[loss].coefficient else (0,)
-    return (
-        x.new_empty((), dtype=torch.float32),
-        x.new_empty((), dtype=torch.float32),
-        x.new_empty(shape, dtype=torch.float32),
-        x.new_empty((POSITIVE_ROWS, capacity), dtype=torch.float32),
-        x.new_empty((KNOT_ROWS, 2 * capacity), dtype=torch.float32),
-        x.new_empty(lookup_words(capacity), dtype=torch.int64),
-        x.new_empty(capacity, dtype=torch.int64),
-        x.new_empty((2, num_groups), dtype=torch.int32),
-        x.new_empty(2, dtype=torch.int64),
-        x.new_empty((), dtype=torch.float32),
-    )
-
-
-@_op.kernel_op(_fake_forward)
-def ranking_forward(
-    x: Tensor,
-    dense: Tensor | None,
-    labels: Tensor | None,
-    value: Tensor | None,
-    weight: Tensor | None,
-    group: Tensor | None,
-    delta: Tensor,
-    loss: str,
-    ignore_index: int,
-    num_groups: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernels = Kernels(
-        wrap_triton(compact_kernel), wrap_triton(order_kernel), wrap_triton(pairs_kernel),
-        wrap_triton(prepare_kernel), wrap_triton(negatives_kernel), wrap_triton(collect_kernel),
-        wrap_triton(settle_kernel), wrap_triton(means_kernel), wrap_triton(scatter_kernel),
-    )  # fmt: skip
-    return launch_forward(
-        x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups,
-        kernels=kernels,
-    )  # fmt: skip
-
-
-@_op.kernel_op(lambda x, *args: torch.empty_like(x))
-def ranking_backward(
-    x: Tensor,
-    first_grad: Tensor,
-    second_grad: Tensor | None,
-    dense: Tensor | None,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    group: Tensor | None,
-    delta: Tensor,
-    ignore_index: int,
-    num_groups: int,
-    positives: Tensor,
-    knots: Tensor,
-    lookup: Tensor,
-    items: Tensor,
-    lists: Tensor,
-    counter: Tensor,
-    scale: Tensor,
-) -> Tensor:
-    kernels = Kernels(negatives=wrap_triton(negatives_kernel), scatter=wrap_triton(scatter_kernel))
-    return launch_backward(
-        x, first_grad, second_grad, dense, labels, weight, group, delta, ignore_index, num_groups,
-        positives, knots, lookup, items, lists, counter, scale, kernels=kernels,
-    )  # fmt: skip
-
-
-def _fake_shared(x, dense, labels, *args):
-    *args, process_group, capacity, _ = args
+def _fake_shared(x, labels, value, dense, weight, group, delta, loss, ignore_index, num_groups,
+                 process_group, capacity, scale):  # fmt: skip
     room = group_of(process_group).size() * capacity
-    return _fake_forward(x, dense, labels, *args, capacity=room)
+    first = x.new_empty((), dtype=torch.float32)
+    coefficient = x.new_empty(x.shape[:-1] if loss == "alrp" else 0, dtype=torch.float32)
+    scratch = kernels.scratch_of(x, room, None, num_groups, x.new_empty(2, dtype=torch.int64))
+    return first, torch.empty_like(first), coefficient, *scratch
 
 
-def _launch_shared(
+@_op.opaque(_fake_shared)
+def ranking_forward_shared(
     x: Tensor,
-    dense: Tensor | None,
     labels: Tensor | None,
     value: Tensor | None,
+    dense: Tensor | None,
     weight: Tensor | None,
     group: Tensor | None,
     delta: Tensor,
@@ -296,46 +145,25 @@ def _launch_shared(
     capacity: int,
     scale: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The launcher with exchanges between its kernels: opaque to a graph."""
-    spec = SPECS[loss]
-    more = {"interpolated": spec.interpolated} if spec.name == "ap_loss" else {}
-    settings = eager.settings(
-        spec.name, "triton", x, labels if dense is None else dense,
-        value if spec.sorts_by == "quality" else None, delta[0], ignore_index, num_groups, **more,
-    )  # fmt: skip
+    """``kernels.forward`` with exchanges between its kernels."""
+    settings = eager.settings("triton", x, labels, value, delta[0], loss, ignore_index, num_groups)
     exchange = KernelExchange(Sharing(process_group, capacity, scale), settings)
-    return launch_forward(
-        x, dense, labels, value, weight, group, delta, loss, ignore_index, num_groups,
-        exchange=exchange,
-    )  # fmt: skip
-
-
-ranking_forward_shared = _op.opaque_op(_fake_shared, "ranking_forward_shared")(_launch_shared)
-
-
-def _shared_forward(x, *args):
-    first, second, coefficient, *scratch = _op.call(
-        ranking_forward_shared, _launch_shared, x, *args
+    return kernels.launch(
+        x, labels, value, dense, weight, group, delta, loss, ignore_index, num_groups, exchange
     )
-    return (first, second, coefficient), scratch
 
 
-def _forward(x, *args):
-    first, second, coefficient, *scratch = _op.call(ranking_forward, launch_forward, x, *args)
-    return (first, second, coefficient), scratch
-
-
-def _backward(upstream, saved, x, dense, labels, value, weight, group, delta, loss, ignore_index,
-              num_groups, *sharing):  # fmt: skip
-    return _op.call(
-        ranking_backward, launch_backward, x, upstream[0],
-        upstream[1] if SPECS[loss].second_gradient else None, dense, labels, weight, group, delta,
-        ignore_index, num_groups, *saved,
-    )  # fmt: skip
-
-
-_kernels = _op.differentiable(_forward, _backward, None)
-_shared_kernels = _op.differentiable(_shared_forward, _backward, None)
+_options = {"outputs": 3, "constants": 1}
+_loss = Loss(
+    lambda *args: _eager(*args, *Sharing()),
+    kernels.forward,
+    kernels.backward,
+    kernels.takes,
+    **_options,
+)
+_shared = Loss(
+    _eager, ranking_forward_shared, kernels.backward, kernels.takes, empty=True, **_options
+)
 
 
 class _Inputs(NamedTuple):
@@ -370,34 +198,20 @@ def _parse(
 
 
 def _run(loss: str, inputs: _Inputs, value: Tensor | None):
-    """The kernels' outputs, or None where the eager path is taken."""
+    """``(first value, second value, coefficient)``."""
     logits, targets, weight, group, delta, ignore_index, num_groups, sharing = inputs
-    if not use_triton(logits) or not (sharing.group or not_empty(logits)):
-        return None
-    wide_group = None if group is None else group.expand(logits.shape)
-    if not walkable(logits, targets.dense, weight, wide_group):
-        return None
+    labels, _, dense = targets
     args = (
-        logits, targets.dense, targets.labels, value, weight, wide_group,
-        _op.scalars(logits, delta), loss, ignore_index, num_groups,
+        logits, labels, value, dense, weight, group, (delta,), loss, ignore_index, num_groups,
     )  # fmt: skip
     if not sharing.group:
-        return _kernels(*args)
-    if not sharing.capacity and _op.traced(logits):
+        return _loss(*args)
+    if not sharing.capacity and _op.traced(logits) and _shared.by_kernels(*args):
         raise RuntimeError(
             "capacity must be a number of positives to compile the kernels with process_group: a "
             "graph cannot hold the sizes that the processes agree on at each call; got None"
         )
-    return _shared_kernels(*args, *sharing)
-
-
-def _eager_args(inputs: _Inputs, *between):
-    logits, _, weight, group, delta, ignore_index, num_groups, sharing = inputs
-    if _op.traced(logits) and not isinstance(delta, Tensor):
-        # an op's float would recompile the graph at each new value
-        delta = torch.full((), delta, dtype=torch.float64)
-    need_grad = logits.requires_grad and torch.is_grad_enabled()
-    return weight, group, delta, *between, ignore_index, num_groups, *sharing, need_grad
+    return _shared(*args, *sharing)
 
 
 def _parse_group(logits: Tensor, group: Tensor | None, num_groups: int | None) -> Tensor | None:
@@ -517,12 +331,8 @@ def rank_sort_loss(
         logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
         gradients_averaged,
     )  # fmt: skip
-    labels, quality, dense = inputs.targets
-    outputs = _run("rank_sort", inputs, quality)
-    if outputs is None:
-        targets = labels if dense is None else dense
-        outputs = _rank_sort(logits, targets, quality, *_eager_args(inputs))
-    return RankSort(*(scaled_gradient(loss, inputs.sharing) for loss in outputs[:2]))
+    rank, sort, _ = _run("rank_sort", inputs, inputs.targets.quality)
+    return RankSort(*(scaled_gradient(loss, inputs.sharing) for loss in (rank, sort)))
 
 
 def ap_loss(
@@ -568,13 +378,8 @@ def ap_loss(
         logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
         gradients_averaged,
     )  # fmt: skip
-    labels, _, dense = inputs.targets
-    outputs = _run("ap" if interpolated else "ap_plain", inputs, None)
-    if outputs is None:
-        targets = labels if dense is None else dense
-        args = _eager_args(inputs, bool(interpolated))
-        outputs = (_average_precision(logits, targets, *args),)
-    return scaled_gradient(outputs[0], inputs.sharing)
+    value, _, _ = _run("ap" if interpolated else "ap_plain", inputs, None)
+    return scaled_gradient(value, inputs.sharing)
 
 
 def alrp_loss(
@@ -634,15 +439,10 @@ def alrp_loss(
         "localization_error", error, logits.shape[:-1], "one per anchor: logits without the classes"
     )
     check.on_device_of("localization_error", error, "logits", logits)
-    labels, _, dense = inputs.targets
-    outputs = _run("alrp", inputs, error.detach().contiguous())
-    if outputs is None:
-        targets = labels if dense is None else dense
-        outputs = _alrp(logits, targets, error.detach(), *_eager_args(inputs))
-    cls, coefficient = outputs[0], outputs[-1].detach()
+    cls, loc_of_all, coefficient = _run("alrp", inputs, error.detach().contiguous())
     loc = (coefficient * torch.where(coefficient != 0, error.to(coefficient.dtype), 0.0)).sum()
     # the value of all processes, whose sum does not depend on the order of the anchors
-    loc = valued(outputs[1].detach(), loc)
+    loc = valued(loc_of_all.detach(), loc)
     return ALRP(*(scaled_gradient(loss, inputs.sharing) for loss in (cls, loc)))
 
 

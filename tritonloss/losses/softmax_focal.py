@@ -2,101 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tritonloss import _checks as check
-from tritonloss import _op
-from tritonloss._dispatch import not_empty, use_triton
-from tritonloss._op import wrap_triton
+from tritonloss._dispatch import launchers
+from tritonloss._loss import Loss
 from tritonloss._targets import is_logits, parse_class_weight, parse_labels, parse_row_weight
-from tritonloss.eager import _blocks
 from tritonloss.eager import softmax_focal as eager
 
-from .pointwise import backward_by_blocks
-
-try:
-    from tritonloss.kernels._finish import finish_kernel
-    from tritonloss.kernels._rows import rows_walkable
-    from tritonloss.kernels.softmax_focal import (
-        launch_backward,
-        launch_forward,
-        softmax_focal_backward_kernel,
-        softmax_focal_forward_kernel,
-    )
-except ImportError:  # no Triton: the eager path alone
-    launch_forward = launch_backward = finish_kernel = None
-    softmax_focal_forward_kernel = softmax_focal_backward_kernel = None
-
-
-def _fake_forward(x, *args):
-    stats = x.new_empty((3, x.numel() // x.shape[-1]), dtype=torch.float32)
-    return *_op.fake_row_loss(x, *args), stats
-
-
-@_op.kernel_op(_fake_forward)
-def softmax_focal_forward(
-    x: Tensor,
-    labels: Tensor,
-    alpha: Tensor | None,
-    weight: Tensor | None,
-    avg_factor: Tensor | None,
-    params: Tensor,
-    ignore_index: int,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_forward(
-        x, labels, alpha, weight, avg_factor, params, ignore_index, reduction,
-        wrap_triton(softmax_focal_forward_kernel), wrap_triton(finish_kernel),
-    )  # fmt: skip
-
-
-@_op.kernel_op(lambda x, *args: torch.empty_like(x))
-def softmax_focal_backward(
-    x: Tensor,
-    grad: Tensor,
-    scale: Tensor,
-    stats: Tensor,
-    labels: Tensor,
-    alpha: Tensor | None,
-    weight: Tensor | None,
-    params: Tensor,
-    ignore_index: int,
-    reduction: str,
-) -> Tensor:
-    return launch_backward(
-        x, grad, scale, stats, labels, alpha, weight, params, ignore_index, reduction,
-        wrap_triton(softmax_focal_backward_kernel),
-    )  # fmt: skip
-
-
-def _forward(x, *args):
-    loss, *saved = _op.call(softmax_focal_forward, launch_forward, x, *args)
-    return (loss,), tuple(saved)
-
-
-def _backward(grads, saved, x, labels, alpha, weight, avg_factor, *rest):
-    return _op.call(
-        softmax_focal_backward, launch_backward, x, grads[0], *saved,
-        labels, alpha, weight, *rest,
-    )  # fmt: skip
-
-
-def _reference(x, labels, alpha, weight, avg_factor, params, ignore_index, reduction):
-    avg_factor = None if avg_factor is None else avg_factor[0]
-    return eager.softmax_focal(
-        x, labels, alpha, weight, avg_factor, tuple(params), ignore_index, reduction
-    )
-
-
-def _forward_by_blocks(x, *args):
-    loss, gradient, scale = eager.softmax_focal_by_blocks(x, *args)
-    return (loss,), (gradient, scale)
-
-
-_kernels = _op.differentiable(_forward, _backward, _reference)
-_eager_by_blocks = _op.differentiable(
-    _forward_by_blocks, backward_by_blocks, lambda x, *args: eager.softmax_focal(x, *args[:-1])
+kernels = launchers("softmax_focal")
+_loss = Loss(
+    eager.softmax_focal,
+    kernels.forward,
+    kernels.backward,
+    kernels.takes,
+    by_blocks=(eager.softmax_focal_by_blocks, eager.has_blocks),
 )
 
 
@@ -153,19 +73,4 @@ def softmax_focal_loss(
     weight = parse_row_weight(logits, weight)
     alpha = parse_class_weight(logits, alpha, "alpha")
     labels = parse_labels("labels", labels, logits, ignore_index, logits.shape[-1] - 1)
-    if use_triton(logits) and not_empty(logits) and rows_walkable(logits):
-        return _kernels(
-            logits,
-            labels,
-            alpha,
-            weight,
-            None if avg_factor is None else _op.scalars(logits, avg_factor),
-            _op.scalars(logits, gamma),
-            ignore_index,
-            reduction,
-        )
-    args = (labels, alpha, weight, avg_factor, (gamma,), ignore_index, reduction)
-    if reduction != "none" and _blocks.usable(logits):
-        want_grad = logits.requires_grad and torch.is_grad_enabled()
-        return _eager_by_blocks(logits, *args, want_grad)
-    return eager.softmax_focal(logits, *args)
+    return _loss(logits, labels, weight, alpha, avg_factor, (gamma,), ignore_index, reduction)
