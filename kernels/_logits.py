@@ -195,7 +195,7 @@ def walk_over(x, dense, labels, weight, class_weight=None, per_logit=(), *stride
     row_weight = weight is not None and weight.dim() < x.dim()
     per_logit = [dense, None if row_weight else weight, *per_logit]
     linear = same_memory_order(
-        shape, [x.stride(), *(t.stride() for t in per_logit if t is not None)]
+        shape, [x.stride(), *[t.stride() for t in per_logit if t is not None]]
     )
     rows = (*contiguous_strides(shape[:-1]), 0) if labels is not None or row_weight else zeros
     by_class = labels is not None or class_weight is not None or row_weight
@@ -205,7 +205,7 @@ def walk_over(x, dense, labels, weight, class_weight=None, per_logit=(), *stride
             x.stride(),
             rows,
             (*zeros[:-1], 1 if by_class else 0),
-            *(zeros if t is None or linear else t.stride() for t in per_logit),
+            *[zeros if t is None or linear else t.stride() for t in per_logit],
             *strides,
         ],
     )

@@ -11,7 +11,7 @@ def scalar_args(values: Tensor | tuple[float, ...] | None, count: int):
     """``(pointer, numbers)`` for a kernel that takes hyper-parameters from either."""
     if values is None or isinstance(values, Tensor):
         return values, (0.0,) * count
-    return None, tuple(float(v) for v in values) + (0.0,) * (count - len(values))
+    return None, (*map(float, values), *(0.0,) * (count - len(values)))
 
 
 @triton.jit

@@ -226,10 +226,6 @@ def takes(x, labels, quality, dense, weight, *args) -> bool:
     return walkable(x, dense, weight)
 
 
-def _programs(x) -> int:
-    return triton.cdiv(x.numel(), span_of(x.numel()))
-
-
 def _launch(
     x, labels, quality, dense, weight, class_weight, params, kind, ignore_index, out, count=None,
     grad=None, scale=None, regions=None, *, backward, reduced,
@@ -314,7 +310,7 @@ def forward(
         loss = torch.empty_like(x, dtype=torch.float32)
         _launch(*args, loss, backward=False, reduced=False)
         return loss, no_scale(x)
-    partials, counts = sums(x, _programs(x), avg_factor, reduction)
+    partials, counts = sums(x, triton.cdiv(x.numel(), span_of(x.numel())), avg_factor, reduction)
     _launch(*args, partials, counts, backward=False, reduced=True)
     return finish(partials, counts, avg_factor, reduction)
 

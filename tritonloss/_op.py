@@ -97,13 +97,21 @@ def _opaque(body: Callable, fake: Callable, name: str):
     return op
 
 
-def packed(x: Tensor, values: tuple) -> Tensor | tuple[float, ...]:
-    """Hyper-parameters for a kernel: plain numbers, or one float32 vector on the device of ``x``.
+def packed(x: Tensor, args: tuple) -> list:
+    """The arguments as a launcher takes them, each tuple of hyper-parameters packed."""
+    in_graph = traced(x)
+    result = list(args)
+    for k, a in enumerate(args):
+        if isinstance(a, tuple) and (in_graph or [v for v in a if isinstance(v, Tensor)]):
+            result[k] = _vector(x, a)
+    return result
 
-    A graph gets the vector, so that a scheduled value does not recompile it.
+
+def _vector(x: Tensor, values: tuple) -> Tensor:
+    """Hyper-parameters as one float32 vector on the device of ``x``.
+
+    A graph gets it, so that a scheduled value does not recompile it.
     """
-    if not traced(x) and not any(isinstance(v, Tensor) for v in values):
-        return values
     tensors = [
         v.detach().to(x.device, non_blocking=True) if isinstance(v, Tensor) else v for v in values
     ]
@@ -142,11 +150,10 @@ def differentiable(
             found, saved = results[:outputs], results[outputs:]
             if constants:
                 ctx.mark_non_differentiable(*found[-constants:])
-            tensors = [a for a in args if isinstance(a, Tensor)]
-            ctx.save_for_backward(x, *saved, *tensors)
+            ctx.save_for_backward(x, *saved, *[a for a in args if isinstance(a, Tensor)])
             ctx.n_saved = len(saved)
-            ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
-            ctx.static = tuple(None if isinstance(a, Tensor) else a for a in args)
+            ctx.is_tensor = [isinstance(a, Tensor) for a in args]
+            ctx.static = [None if isinstance(a, Tensor) else a for a in args]
             return found if outputs > 1 else found[0]
 
         @staticmethod
@@ -162,7 +169,7 @@ def differentiable(
                 grad_x = _through_reference(reference, grads, x, args)
             else:
                 grad_x = backward(*grads, *saved, x, *args)
-            return grad_x, *(None for _ in args)
+            return grad_x, *[None] * len(args)
 
     return lambda x, *args: Kernel.apply(x, *(distinct(x, args) if traced(x) else args))
 

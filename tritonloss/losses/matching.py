@@ -183,10 +183,11 @@ def matching_cost(
     wide = torch.float64 in (logits.dtype, boxes.dtype)
     if not wide and 0 not in shape and use_triton(logits):
         square = not isinstance(gamma, Tensor) and gamma == 2
-        return kernels.cost(
-            _two_leading(logits), _two_leading(boxes), labels, target_boxes, sizes,
-            _op.packed(logits, params), class_cost, centred, square, substituted,
-        ).reshape(shape)  # fmt: skip
+        args = _op.packed(logits, (
+            _two_leading(boxes), labels, target_boxes, sizes, params, class_cost, centred, square,
+            substituted,
+        ))  # fmt: skip
+        return kernels.cost(_two_leading(logits), *args).reshape(shape)
     if 0 in shape:
         return logits.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
     with torch.autocast(logits.device.type, enabled=False):
