@@ -76,9 +76,11 @@ def is_group(value) -> bool:
     return ProcessGroup is not None and isinstance(value, ProcessGroup)
 
 
-def group_of(name: str) -> ProcessGroup:
-    """The group of this name: what an op's schema can hold is a string."""
-    return dist.distributed_c10d._resolve_process_group(name)
+def group_of(group: str | ProcessGroup) -> ProcessGroup:
+    """The group of this name, which an op's schema can hold; Dynamo needs the group itself."""
+    if isinstance(group, str):
+        return dist.distributed_c10d._resolve_process_group(group)
+    return group
 
 
 def scaled_gradient(loss: Tensor, sharing: Sharing) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonloss.distributed import all_reduce, group_of, summed_regions, valued
+from tritonloss.distributed import ProcessGroup, all_reduce, group_of, summed_regions, valued
 
 from . import _blocks as blocks
 from .pointwise import (
@@ -138,11 +138,11 @@ def region_weights(count, state, params, bias_correction: bool, normalize: str, 
     return weights, seen.to(dtypes[0]), updates.to(dtypes[1])
 
 
-def _of_all(count: Tensor, process_group: str, flag: Tensor | None) -> Tensor:
+def _of_all(count: Tensor, process_group, flag: Tensor | None) -> Tensor:
     return summed_regions(count, flag, group_of(process_group)) if process_group else count
 
 
-def _loss_of_all(loss: Tensor, process_group: str, flag: Tensor | None) -> Tensor:
+def _loss_of_all(loss: Tensor, process_group, flag: Tensor | None) -> Tensor:
     """The whole batch's value, this process' gradient."""
     if not process_group:
         return loss
@@ -164,7 +164,7 @@ def harmonised(
     bias_correction: bool,
     normalize: str,
     ignore_index: int,
-    process_group: str = "",
+    process_group: str | ProcessGroup = "",
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and new state: the reference of ``kernels/ghm.py``, and the CPU path.

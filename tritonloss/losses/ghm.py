@@ -123,11 +123,11 @@ def _harmonised(
     )  # fmt: skip
     loss = _loss
     if sharing.group:
-        loss = _shared
+        loss, by_kernels = _shared, _shared.by_kernels(*args)
         form = "labels" if targets.quality is None else "(labels, quality)"
         settings = {
             "loss": "ghm_c_loss" if kind == "bce" else "ghm_r_loss",
-            "implementation": "triton" if loss.by_kernels(*args) else "eager",
+            "implementation": "triton" if by_kernels else "eager",
             "dtype": str(x.dtype)[6:],
             "number of classes": x.shape[-1],
             "targets": "dense" if targets.labels is None else form,
@@ -140,7 +140,8 @@ def _harmonised(
             "state": state is not None,
             "gradients_averaged": gradients_averaged,
         }
-        args += sharing.group, agree(settings, x.device, sharing.group)
+        flag = agree(settings, x.device, sharing.group)
+        args += (sharing.group if by_kernels else process_group), flag
     value, *new_state = loss(*args)
     value = scaled_gradient(value, sharing)
     return value if state is None else (value, tuple(new_state))
