@@ -113,11 +113,19 @@ def machine(device: str = "cpu") -> dict[str, str]:
     }
 
 
-def write_rows(path: Path, rows: Iterable[dict], columns: Iterable[str] | None = None) -> None:
-    """A CSV of rows with the same keys."""
+def write_rows(
+    path: Path,
+    rows: Iterable[dict],
+    columns: Iterable[str] | None = None,
+    *,
+    append: bool = False,
+) -> None:
+    """A CSV of rows with the same keys; ``append``: behind what the file has."""
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    new = not append or not path.exists()
+    with path.open("w" if new else "a", newline="") as file:
         writer = csv.DictWriter(file, list(columns or rows[0]), lineterminator="\n")
-        writer.writeheader()
+        if new:
+            writer.writeheader()
         writer.writerows(rows)

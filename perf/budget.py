@@ -23,6 +23,7 @@ import triton
 
 from ._binary import TARGETS, Figures, Source, compile_for, source_of
 from ._examples import EXAMPLES, FLOAT64, QUICK, launches_of, wide_accesses
+from ._measure import write_rows
 from ._record import Launch
 
 TABLE = Path(__file__).parent / "results" / "budget.csv"
@@ -110,13 +111,6 @@ def rows_of(todo, figures) -> list[dict]:
     ]
 
 
-def write_table(rows: list[dict], path: Path = TABLE) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def merged(rows: list[dict]) -> list[dict]:
     """All rows of the table: those measured now, and the others as they were."""
     known = read_table() | {(r["example"], r["kernel"], r["arch"]): r for r in rows}
@@ -148,7 +142,7 @@ def main(argv=None) -> int:
     rows = rows_of(todo, figures)
     print_table(rows)
     if args.write:
-        write_table(merged(rows))
+        write_rows(TABLE, merged(rows))
     if not args.check:
         return 0
     committed = read_table()

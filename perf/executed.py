@@ -25,9 +25,9 @@ import torch
 import tritonloss as tl
 from tritonloss.diagnose import recorded
 
+from ._measure import ROOT, write_rows
 from .budget import TRITON, print_table, title
 
-ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).parent / "results" / "executed.csv"
 ARCH = "sm_90"
 SLACK = 1.1
@@ -167,10 +167,7 @@ def main(argv=None) -> int:
     if args.write:
         kept = {k: r for k, r in (read_table() if TABLE.exists() else {}).items()
                 if args.loss and k[0] not in args.loss}  # fmt: skip
-        with TABLE.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows([*kept.values(), *rows])
+        write_rows(TABLE, [*kept.values(), *rows])
     if not args.check:
         return 0
     committed, failed = read_table(), False

@@ -8,7 +8,6 @@ figures of small inputs are not those of launching. Inputs are larger than the L
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import statistics
 import sys
@@ -22,7 +21,7 @@ import triton
 import tritonloss as tl
 
 from . import workloads
-from ._measure import commit, copy_bandwidth
+from ._measure import commit, copy_bandwidth, write_rows
 from .workloads import LOSSES, Point
 
 COLUMNS = ("loss", *Point._fields, "kernel", "launches", "us", "share", "x_floor", "device",
@@ -101,12 +100,7 @@ def main(argv=None) -> int:
                 (loss, *point, name, launches, f"{us:.2f}", f"{us / total:.3f}",
                  f"{us / floor:.3f}", *versions), strict=True)))  # fmt: skip
             print(f"    {us:10.1f} us  {launches:3}  {us / floor:7.3f} x floor  {name[:70]}")
-    new = not args.out.exists()
-    with args.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.out, rows, COLUMNS, append=True)
     return 0
 
 

@@ -25,7 +25,7 @@ import triton
 import tritonloss as tl
 
 from . import workloads
-from ._measure import commit, copy_bandwidth, cpu_name, peak_bytes, quantiles
+from ._measure import commit, copy_bandwidth, cpu_name, peak_bytes, quantiles, write_rows
 from .workloads import LOSSES, Call, Point
 
 try:
@@ -148,8 +148,7 @@ class Sweep:
         self.path, self.device = path, device
         self.running = path.with_suffix(".running")
         if not path.exists():
-            with path.open("w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(COLUMNS)
+            write_rows(path, [], COLUMNS)
         with path.open(newline="") as file:
             self.done = {tuple(row[k] for k in KEY) for row in csv.DictReader(file)}
         self.constant = {
@@ -164,8 +163,7 @@ class Sweep:
         row = dict.fromkeys(COLUMNS, "") | dict(zip(KEY, key, strict=True)) | self.constant
         row |= {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in figures.items()}
         row["status"] = status
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        write_rows(self.path, [row], COLUMNS, append=True)
         self.done.add(key)
 
     def bury(self) -> bool:
