@@ -11,7 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Outside CI an installed torch or another index may be wanted: make CONSTRAINTS= demo
 CONSTRAINTS ?= -c constraints.txt
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+# The hosts have an environment and a conftest of their own.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/hosts
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 HOSTS := .venv-hosts
