@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonloss.losses.boxes import giou_loss, iou_loss
+from tritonloss.losses.boxes import giou_loss, iou
 from tritonloss.losses.matching import assign, matching_cost
 from tritonloss.losses.pointwise import sigmoid_focal_loss, varifocal_loss
 from tritonloss.set_criterion import _corners
@@ -82,7 +82,7 @@ def _loss_labels_vfl(self, outputs, targets, indices, num_boxes, log=True):
     logits = outputs["logits"]
     boxes, wanted = _pairs(outputs, targets, indices)
     corners = _corners(boxes.detach(), "cxcywh"), _corners(wanted, "cxcywh")
-    overlap = (1 - iou_loss(*corners, reduction="none")).clamp(0, 1)
+    overlap = iou(*corners)
     quality = overlap.new_zeros(logits.shape[:2])
     quality[_at(indices)] = overlap
     loss = varifocal_loss(
