@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Outside CI an installed torch or another index may be wanted: make CONSTRAINTS= demo
 CONSTRAINTS ?= -c constraints.txt
-# The hosts have an environment and a conftest of their own.
+# The hosts have an environment of their own.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/hosts
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -53,8 +53,9 @@ $(HOSTS)/installed: pyproject.toml constraints.txt tests/hosts/requirements.txt 
 	$(HOSTS)/bin/python -m pip install --quiet --no-deps --requirement tests/hosts/hosts.txt
 	touch $@
 
+# Not `python -m`: transformers would take our folder of kernels for a package that it knows.
 test-hosts: $(HOSTS)/installed
-	$(HOSTS)/bin/python -m pytest -q tests/hosts
+	$(HOSTS)/bin/pytest -q tests/hosts
 
 # Needs an installed torch with CUDA or ROCm, and nothing else: no venv, no network.
 gpu-check:
