@@ -350,8 +350,9 @@ def box_formula(kind: str):
         if kind == "eiou":
             width, height = (wc * wc).clamp(min=eps), (hc * hc).clamp(min=eps)
             return loss + (wp - wt) ** 2 / width + (hp - ht) ** 2 / height
-        v = 4 / torch.pi**2 * (torch.atan2(wt, ht) - torch.atan2(wp, hp)) ** 2
-        v = torch.where((wp == 0) & (hp == 0), 0, v)  # no size, no aspect ratio
+        point = (wp == 0) & (hp == 0)  # no size, no aspect ratio; atan2(0, 0) has a NaN derivative
+        angle = torch.atan2(wt, ht) - torch.atan2(wp, torch.where(point, 1, hp))
+        v = torch.where(point, 0, 4 / torch.pi**2 * angle**2)
         alpha = (v / (1 - iou + v).clamp(min=eps)).detach()
         return loss + torch.where(iou > alpha_threshold, alpha, 0) * v
 

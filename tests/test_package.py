@@ -175,6 +175,32 @@ def clean(built, tmp_path_factory):
 
 
 @once
+@pytest.mark.parametrize(
+    ("package", "version"), [("torch", "2.10.1+cu128"), ("triton", "3.5.0"), ("torch", "2.6.0")]
+)
+def test_says_where_the_kernels_need_newer_versions(package, version):
+    code = f"""
+import torch, {package}
+{package}.__version__ = {version!r}
+import tritonloss
+x = torch.randn(4, 3, requires_grad=True)
+tritonloss.sigmoid_focal_loss(x, torch.tensor([0, 3, 1, 3])).backward()
+words = "the kernels need torch >= 2.11 and triton >= 3.6; here are torch "
+said = tritonloss.show_config()
+assert words in said and "{package} {version}" in said, said
+with tritonloss.backend("triton"):
+    try:
+        tritonloss.sigmoid_focal_loss(x, torch.tensor([0, 3, 1, 3]))
+    except RuntimeError as error:
+        assert words in str(error)
+    else:
+        raise AssertionError("no error")
+"""
+    pytest.importorskip("triton")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@once
 def test_wheel_in_a_clean_environment(clean, tmp_path):
     """Installs nothing called ``kernels``, and imports from another folder."""
     folder, python, site = clean

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import re
 import sys
 import threading
 
@@ -27,10 +28,23 @@ KERNELS = (
 )  # fmt: skip
 
 
+# The oldest pair that compiled the kernels in a test; eager torch works with older ones.
+NEEDED = {"torch": (2, 11), "triton": (3, 6)}
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(2, 11) of 2.11.0+cu130."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
 def _import_kernels() -> str:
     """Why there are none; empty where there are."""
     if triton is None:
         return "Triton cannot be imported"
+    found = {"torch": str(torch.__version__), "triton": triton.__version__}
+    if any(_release(found[name]) < least for name, least in NEEDED.items()):
+        least = " and ".join(f"{n} >= {a}.{b}" for n, (a, b) in NEEDED.items())
+        return f"the kernels need {least}; here are " + " and ".join(map(" ".join, found.items()))
     try:
         for name in KERNELS:
             importlib.import_module(f"tritonloss.kernels.{name}")
