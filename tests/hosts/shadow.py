@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 import runpy
 import sys
 import tempfile
@@ -105,7 +106,7 @@ def shadowed(integration):
 
     host = integration._host
     places = host._places
-    host._places = lambda: [p if p.new else shadow(p) for p in places()]
+    host._places = lambda: [p if p.new else shadow(p) for p in places() if p.key != "__init__"]
     try:
         with host.installed():
             yield found
@@ -146,4 +147,12 @@ def assert_nothing_is_left_behind(integration, library: str) -> None:
     integration.uninstall()
     with contextlib.suppress(KeyError), integration.installed():
         raise KeyError
+    assert same(before, held_by(library))
+
+
+def assert_a_missing_place_is_named(integration, library: str, place: str, known: str) -> None:
+    before = held_by(library)
+    pattern = f"{re.escape(place)}.*{library} {re.escape(known)}"
+    with pytest.raises(ImportError, match=pattern):
+        integration.install()
     assert same(before, held_by(library))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shadow import assert_nothing_is_left_behind, held_by, run_example, same
+from shadow import assert_a_missing_place_is_named, assert_nothing_is_left_behind, run_example
 
 import tritonloss as tl
 from tritonloss.integrations import transformers as integration
@@ -18,7 +18,9 @@ from transformers import DFineConfig, RTDetrConfig
 from transformers.loss import (
     loss_d_fine,
     loss_deformable_detr,
+    loss_deimv2,
     loss_for_object_detection,
+    loss_lw_detr,
     loss_rt_detr,
 )
 
@@ -159,7 +161,23 @@ def deformable_criterion():
     return loss_deformable_detr.DeformableDetrImageLoss(matcher, CLASSES, 0.25, losses)
 
 
-CRITERIA = RT_DETR_LOSSES | {"deformable_detr": deformable_criterion}
+def lw_criterion(groups=3):
+    matcher = loss_lw_detr.LwDetrHungarianMatcher(2, 5, 2)
+    losses = ["labels", "boxes", "cardinality"]
+    return loss_lw_detr.LwDetrImageLoss(matcher, CLASSES, 0.25, losses, groups).train()
+
+
+def deim_criterion(mal_alpha=None):
+    config = transformers.Deimv2Config(num_labels=CLASSES, mal_alpha=mal_alpha)
+    return loss_deimv2.Deimv2Loss(config)
+
+
+CRITERIA = RT_DETR_LOSSES | {
+    "deformable_detr": deformable_criterion,
+    "lw_detr": lw_criterion,
+    "deimv2": deim_criterion,
+    "deimv2 with alpha": lambda: deim_criterion(0.6),
+}
 
 
 def run(criterion, outputs, targets) -> tuple[dict, list]:
@@ -178,7 +196,7 @@ def test_installed_criterion_equals_the_hosts(name, seed, monkeypatch):
     theirs = run(criterion, outputs, targets)
     with integration.installed():
         # what would still be the host's
-        for module in (loss_rt_detr, loss_deformable_detr):
+        for module in (loss_rt_detr, loss_deformable_detr, loss_lw_detr):
             monkeypatch.setattr(module, "linear_sum_assignment", None)
             monkeypatch.setattr(module, "generalized_box_iou", None)
         ours = run(criterion, outputs, targets)
@@ -198,6 +216,28 @@ def test_installed_criterion_without_objects_and_with_too_many(name):
         with integration.installed():
             ours = run(criterion, outputs, objects)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_fine_grained_distribution():
+    g = torch.Generator().manual_seed(4)
+    host = loss_d_fine.DFineLoss(DFineConfig(num_labels=CLASSES))
+    logits = torch.randn(40, 33, generator=g, dtype=torch.float64).requires_grad_()
+    label = torch.rand(40, generator=g, dtype=torch.float64) * 32
+    right, weight = torch.rand(2, 40, generator=g, dtype=torch.float64)
+    weight = weight.float().double()  # so the host rounds it
+    right[:3] = torch.tensor([0.0, 1.0, 1.0])
+    for options in ({"avg_factor": 7}, {}, {"reduction": "mean"}, {"reduction": "none"}):
+        for each in (weight, None):
+            found = []
+            for installed in (False, True):
+                if installed:
+                    integration.install()
+                value = host.unimodal_distribution_focal_loss(
+                    logits, label, right, 1 - right, each, **options
+                )
+                integration.uninstall()
+                found.append((value, torch.autograd.grad(value.sum(), logits)))
+            torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
 
 
 def tiny(name):
@@ -255,10 +295,7 @@ def test_nothing_is_left_behind():
 
 def test_a_missing_method_is_named_and_nothing_is_installed(monkeypatch):
     monkeypatch.delattr(loss_rt_detr.RTDetrLoss, "loss_boxes")
-    before = held_by("transformers")
-    with pytest.raises(ImportError, match=r"RTDetrLoss.loss_boxes.*transformers 5\.23"):
-        integration.install()
-    assert same(before, held_by("transformers"))
+    assert_a_missing_place_is_named(integration, "transformers", "RTDetrLoss.loss_boxes", "5.23.0")
 
 
 def test_example():

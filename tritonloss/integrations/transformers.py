@@ -1,4 +1,4 @@
-"""Matching cost and losses of transformers' detectors: RT-DETR, RT-DETRv2, D-FINE, Deformable DETR.
+"""Matching cost and losses of transformers' RT-DETR, D-FINE, DEIMv2, Deformable DETR and LW-DETR.
 
 ``install()`` exchanges the methods that compute them, for the whole process; ``uninstall()`` puts
 the originals back. A ``with installed():`` block does both.
@@ -9,9 +9,9 @@ Example:
     ...     loss = model(pixel_values, labels=labels).loss
 
 The models' files stay as they are, and so do options, weights and checkpoints. Values agree with
-the host's to float32 rounding. Conditional and DAB DETR share the classes of Deformable DETR and
-are served, too; masks, the fine-grained losses of D-FINE and RT-DETR with softmax costs stay the
-host's.
+the host's to float32 rounding. RT-DETRv2, Conditional and DAB DETR and the detectors of RF-DETR
+share these classes and are served, too. Masks, D-FINE's distillation of distributions and RT-DETR
+with softmax costs stay the host's.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ import torch
 from torch import Tensor
 
 from tritonloss.losses.boxes import giou_loss, iou
+from tritonloss.losses.distribution import distribution_focal_loss
 from tritonloss.losses.matching import assign, matching_cost
 from tritonloss.losses.pointwise import sigmoid_focal_loss, varifocal_loss
+from tritonloss.losses.quality import iou_aware_bce_loss, mal_loss
 from tritonloss.set_criterion import _corners
 
 from ._host import Host, Place
 
 
-def _match(outputs, targets, weights, alpha: float, gamma: float):
-    """Per image ``(queries, objects)`` as the host's matchers return them, sorted by query."""
+def _match(outputs, targets, weights, alpha: float, gamma: float, groups: int = 1):
+    """Per image ``(queries, objects)`` as the host's matchers return them, sorted by query.
+
+    Each group of queries is matched with all objects.
+    """
     labels = [t["class_labels"] for t in targets]
     boxes = [t["boxes"] for t in targets]
     cost = matching_cost(
@@ -36,12 +41,17 @@ def _match(outputs, targets, weights, alpha: float, gamma: float):
         weights=weights, alpha=alpha, gamma=gamma,
     )  # fmt: skip
     sizes = [len(row) for row in labels]
+    queries_each = cost.shape[1] // groups
+    cost = cost.unflatten(1, (groups, queries_each)).movedim(1, 0)
+    first = torch.arange(groups)[:, None, None] * queries_each
     table = assign(cost.cpu(), torch.tensor(sizes))
+    table = torch.where(table >= 0, table + first, -1)
     found = []
-    for row, size in zip(table, sizes, strict=True):
-        objects = (row[:size] >= 0).nonzero()[:, 0]
-        queries, order = row[objects].sort()
-        found.append((queries, objects[order]))
+    for i, size in enumerate(sizes):
+        rows = table[:, i, :size]
+        order = rows.flatten().argsort(stable=True)
+        order = order[rows.flatten()[order] >= 0]
+        found.append((rows.flatten()[order], order % max(size, 1)))
     return found
 
 
@@ -78,18 +88,48 @@ def _loss_boxes(self, outputs, targets, indices, num_boxes):
     }
 
 
-def _loss_labels_vfl(self, outputs, targets, indices, num_boxes, log=True):
-    logits = outputs["logits"]
+def _of_quality(outputs, targets, indices) -> tuple[Tensor, Tensor]:
+    """(B, Q) class of each query, and the IoU of its box with that of its object."""
     boxes, wanted = _pairs(outputs, targets, indices)
-    corners = _corners(boxes.detach(), "cxcywh"), _corners(wanted, "cxcywh")
-    overlap = iou(*corners)
-    quality = overlap.new_zeros(logits.shape[:2])
+    overlap = iou(_corners(boxes.detach(), "cxcywh"), _corners(wanted, "cxcywh"))
+    quality = overlap.new_zeros(outputs["logits"].shape[:2])
     quality[_at(indices)] = overlap
+    return _labels(outputs["logits"], targets, indices), quality
+
+
+def _loss_labels_vfl(self, outputs, targets, indices, num_boxes, log=True):
     loss = varifocal_loss(
-        logits, (_labels(logits, targets, indices), quality), alpha=self.alpha, gamma=self.gamma,
-        detach_weight=True, avg_factor=num_boxes,
+        outputs["logits"], _of_quality(outputs, targets, indices), alpha=self.alpha,
+        gamma=self.gamma, detach_weight=True, avg_factor=num_boxes,
     )  # fmt: skip
     return {"loss_vfl": loss}
+
+
+def _loss_labels_mal(self, outputs, targets, indices, num_boxes):
+    loss = mal_loss(
+        outputs["logits"], _of_quality(outputs, targets, indices), alpha=self.mal_alpha,
+        gamma=self.gamma, avg_factor=num_boxes,
+    )  # fmt: skip
+    return {"loss_mal": loss}
+
+
+def _loss_labels_iou_aware(self, outputs, targets, indices, num_boxes):
+    loss = iou_aware_bce_loss(
+        outputs["logits"], _of_quality(outputs, targets, indices), alpha=self.focal_alpha,
+        gamma=2.0, avg_factor=num_boxes,
+    )  # fmt: skip
+    return {"loss_ce": loss}
+
+
+def _fine_grained(
+    self, pred, label, weight_right, weight_left, weight=None, reduction="sum", avg_factor=None
+):
+    # the bins are not uniform, but what lies between two of them is divided as a distance would be
+    target = label.floor() + weight_right.reshape(-1)
+    if avg_factor is not None or reduction == "mean":
+        divisor = len(pred) if avg_factor is None else avg_factor
+        return distribution_focal_loss(pred, target, weight=weight, reduction="sum") / divisor
+    return distribution_focal_loss(pred, target, weight=weight, reduction=reduction)
 
 
 def _loss_labels(self, outputs, targets, indices, num_boxes):
@@ -122,12 +162,23 @@ def _matchers():
 
         return forward
 
-    return rt_detr, deformable
+    def grouped(original):
+        @torch.no_grad()
+        def forward(self, outputs, targets, group_detr):
+            weights = self.class_cost, self.bbox_cost, self.giou_cost
+            return _match(outputs, targets, weights, 0.25, 2.0, group_detr)
+
+        return forward
+
+    return rt_detr, deformable, grouped
 
 
 def _places() -> list[Place]:
-    rt_detr, deformable = _matchers()
-    theirs, other = "transformers.loss.loss_rt_detr", "transformers.loss.loss_deformable_detr"
+    rt_detr, deformable, grouped = _matchers()
+    theirs, other, third, d_fine, deim = (
+        f"transformers.loss.loss_{name}"
+        for name in ("rt_detr", "deformable_detr", "lw_detr", "d_fine", "deimv2")
+    )
     return [
         Place(theirs, "RTDetrHungarianMatcher.forward", rt_detr),
         Place(theirs, "RTDetrLoss.loss_labels_vfl", lambda original: _loss_labels_vfl),
@@ -136,6 +187,11 @@ def _places() -> list[Place]:
         Place(other, "DeformableDetrImageLoss.loss_labels", lambda original: _loss_labels),
         # inherited from ImageLoss, whose other heirs keep theirs
         Place(other, "DeformableDetrImageLoss.loss_boxes", lambda original: _loss_boxes),
+        Place(third, "LwDetrHungarianMatcher.forward", grouped),
+        Place(third, "LwDetrImageLoss.loss_labels", lambda original: _loss_labels_iou_aware),
+        Place(third, "LwDetrImageLoss.loss_boxes", lambda original: _loss_boxes),
+        Place(d_fine, "DFineLoss.unimodal_distribution_focal_loss", lambda _: _fine_grained),
+        Place(deim, "Deimv2Loss.loss_labels_mal", lambda original: _loss_labels_mal),
     ]
 
 
