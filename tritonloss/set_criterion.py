@@ -293,15 +293,4 @@ class SetCriterion(nn.Module):
         return terms | {"total": total.sum(), "indices": indices}
 
     if TYPE_CHECKING:  # nn.Module's returns Any
-
-        def __call__(
-            self,
-            logits: Tensor,
-            boxes: Tensor,
-            labels: Tensor | list[Tensor],
-            target_boxes: Tensor | list[Tensor],
-            sizes: Tensor | None = None,
-            *,
-            indices: Tensor | None = None,
-            num_boxes: float | Tensor | None = None,
-        ) -> dict[str, Tensor]: ...
+        __call__ = forward

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonloss import modules
+from tritonloss._checks import REDUCTIONS
 from tritonloss.losses import pointwise, prime_sample
 from tritonloss.losses.boxes import ciou_loss, diou_loss, giou_loss, iou
 from tritonloss.losses.distribution import distribution_focal_loss
@@ -45,7 +46,6 @@ from tritonloss.losses.ranking import self_balanced_weight
 from ._host import Host, Place
 
 EPS = torch.finfo(torch.float32).eps  # the host adds it to avg_factor
-REDUCTIONS = ("none", "mean", "sum")
 
 
 def _reduction(module, override) -> str:

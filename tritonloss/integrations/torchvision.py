@@ -23,12 +23,11 @@ from __future__ import annotations
 
 from functools import wraps
 
+from tritonloss._checks import REDUCTIONS
 from tritonloss.losses.boxes import ciou_loss, diou_loss, giou_loss
 from tritonloss.losses.pointwise import sigmoid_focal_loss
 
 from ._host import Host, Place
-
-REDUCTIONS = ("none", "mean", "sum")
 
 
 def _known(reduction) -> None:

@@ -156,25 +156,17 @@ def _matchers():
 
     def deformable(original):
         @torch.no_grad()
-        def forward(self, outputs, targets):
-            weights = self.class_cost, self.bbox_cost, self.giou_cost
-            return _match(outputs, targets, weights, 0.25, 2.0)
-
-        return forward
-
-    def grouped(original):
-        @torch.no_grad()
-        def forward(self, outputs, targets, group_detr):
+        def forward(self, outputs, targets, group_detr=1):
             weights = self.class_cost, self.bbox_cost, self.giou_cost
             return _match(outputs, targets, weights, 0.25, 2.0, group_detr)
 
         return forward
 
-    return rt_detr, deformable, grouped
+    return rt_detr, deformable
 
 
 def _places() -> list[Place]:
-    rt_detr, deformable, grouped = _matchers()
+    rt_detr, deformable = _matchers()
     theirs, other, third, d_fine, deim = (
         f"transformers.loss.loss_{name}"
         for name in ("rt_detr", "deformable_detr", "lw_detr", "d_fine", "deimv2")
@@ -187,7 +179,7 @@ def _places() -> list[Place]:
         Place(other, "DeformableDetrImageLoss.loss_labels", lambda original: _loss_labels),
         # inherited from ImageLoss, whose other heirs keep theirs
         Place(other, "DeformableDetrImageLoss.loss_boxes", lambda original: _loss_boxes),
-        Place(third, "LwDetrHungarianMatcher.forward", grouped),
+        Place(third, "LwDetrHungarianMatcher.forward", deformable),
         Place(third, "LwDetrImageLoss.loss_labels", lambda original: _loss_labels_iou_aware),
         Place(third, "LwDetrImageLoss.loss_boxes", lambda original: _loss_boxes),
         Place(d_fine, "DFineLoss.unimodal_distribution_focal_loss", lambda _: _fine_grained),
