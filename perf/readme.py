@@ -1,4 +1,4 @@
-"""Write the figures of the committed CSVs into README.md and docs/benchmarks.md, between markers.
+"""Write the figures of the committed CSVs into README.md and pages of docs/, between markers.
 
 python -m perf.readme
 """
@@ -290,6 +290,23 @@ def on_gpus(newest_only: bool = False) -> list[str]:
     ]
 
 
+def beside_host(host: str) -> str:
+    """Time of what an integration exchanges over that of the host's own."""
+    rows = [r for r in read("hosts_cpu") if r["host"].split()[0] == host]
+    first = rows[0]
+    return (
+        "Processor time of a call, forward + backward, in ms: medians of rounds that take turns in "
+        "one process, and the median of their ratios, which is what to read. "
+        f"{first['host']}, torch {first['torch']}, {first['device']} "
+        "(`python -m perf.bench_hosts_cpu`).\n\n"
+    ) + table(
+        ("exchanged", "shape", "host", "ours", "ours / host"),
+        *((f"`{r['loss']}`", *(r[k] for k in ("shape", "host_ms", "ours_ms", "ratio")))
+          for r in rows),
+    )  # fmt: skip
+
+
+HOSTS = ("torchvision", "mmdet", "transformers", "ultralytics")
 GPU = "On a GPU:"
 CPU = "On a CPU, float32, one thread:"
 FILES = {
@@ -299,6 +316,7 @@ FILES = {
     "docs/benchmarks.md": lambda: [
         GPU, *on_gpus(), CPU, ranking(), harmonising(), diagnosing(), swept("sweep_cpu"), budgets()
     ],
+    **{f"docs/hosts/{host}.md": lambda host=host: [beside_host(host)] for host in HOSTS},
 }  # fmt: skip
 
 

@@ -30,12 +30,27 @@ os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp()
 os.environ["YOLO_OFFLINE"] = "true"
 make_hosts_importable()
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "hosts"
+ROOT = Path(__file__).parents[2]
+EXAMPLES, PAGES = ROOT / "examples" / "hosts", ROOT / "docs" / "hosts"
 
 
 def run_example(name: str) -> dict:
     """A script for users, in this process: the hosts may need what ``shims.py`` gives them."""
     return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def run_page(name: str, integration) -> dict:
+    """The code of a host's page, block after block; the page names what is exchanged."""
+    text = (PAGES / f"{name}.md").read_text()
+    with integration.installed() as exchanged:
+        missing = [place for place in exchanged if f"`{place}`" not in text]
+    assert not missing, f"docs/hosts/{name}.md lacks {missing}"
+    blocks = [part.split("\n```")[0] for part in text.split("```python\n")[1:]]
+    assert blocks
+    space = {}
+    for block in blocks:
+        exec(compile(block, f"{name}.md", "exec"), space)
+    return space
 
 
 def _detached(value):

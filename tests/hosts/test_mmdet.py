@@ -13,6 +13,7 @@ from shadow import (
     assert_nothing_is_left_behind,
     gradients,
     run_example,
+    run_page,
     shadowed,
 )
 
@@ -245,7 +246,6 @@ def test_training_on_ours(name):
     theirs = steps_of(model_of(path), 3, *batch(), lr=3e-5)
     with integration.installed():
         ours = steps_of(model_of(path), 3, *batch(), lr=3e-5)
-    print("CURVE", name, theirs, ours)
     # float32, and steps that amplify what it rounds
     assert ours == pytest.approx(theirs, rel=1e-3)
     assert ours[-1] < 0.99 * ours[0] or name in GROWS
@@ -280,7 +280,6 @@ def test_ranking_head_trains(name, loss):
     with integration.installed():
         model = ranked(name, loss)
         found = steps_of(model, 5, *batch())
-    print("CURVE", name, loss, found)
     assert found[-1] < 0.98 * found[0]
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
@@ -381,4 +380,10 @@ def test_a_missing_class_is_named_and_nothing_is_installed(monkeypatch):
 def test_example():
     found = run_example("mmdet_retinanet")["losses"]
     assert found["loss_sort"].isfinite() and found["loss_bbox"].requires_grad
+    assert losses.GIoULoss.forward.__module__.startswith("mmdet")
+
+
+def test_page():
+    found = run_page("mmdet", integration)
+    assert found["logits"].grad.any() and found["found"]["loss_sort"].isfinite()
     assert losses.GIoULoss.forward.__module__.startswith("mmdet")

@@ -9,6 +9,7 @@ from shadow import (
     assert_nothing_is_left_behind,
     gradients,
     run_example,
+    run_page,
     shadowed,
 )
 
@@ -168,3 +169,8 @@ def test_example():
     assert set(losses) == {"classification", "bbox_regression"}
     assert all(v.isfinite() and v.requires_grad for v in losses.values())
     assert retinanet.sigmoid_focal_loss.__module__.startswith("torchvision")
+
+
+def test_page():
+    space = run_page("torchvision", integration)
+    assert all(p.grad is not None for p in space["model"].head.parameters())

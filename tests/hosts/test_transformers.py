@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shadow import assert_a_missing_place_is_named, assert_nothing_is_left_behind, run_example
+from shadow import (
+    assert_a_missing_place_is_named,
+    assert_nothing_is_left_behind,
+    run_example,
+    run_page,
+)
 
 import tritonloss as tl
 from tritonloss.integrations import transformers as integration
@@ -301,3 +306,8 @@ def test_a_missing_method_is_named_and_nothing_is_installed(monkeypatch):
 def test_example():
     assert run_example("transformers_detr")["loss"].isfinite()
     assert loss_rt_detr.RTDetrLoss.loss_boxes.__module__.startswith("transformers")
+
+
+def test_page():
+    model = run_page("transformers", integration)["model"]
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())

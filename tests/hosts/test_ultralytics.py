@@ -9,6 +9,7 @@ from shadow import (
     assert_nothing_is_left_behind,
     gradients,
     run_example,
+    run_page,
     shadowed,
 )
 
@@ -123,3 +124,7 @@ def test_example():
     losses = run_example("ultralytics_yolo")["losses"]
     assert losses.shape == (3,) and losses.isfinite().all()
     assert host.bbox_iou.__module__.startswith("ultralytics")
+
+
+def test_page():
+    assert run_page("ultralytics", integration)["losses"].isfinite().all()

@@ -21,7 +21,9 @@ from __future__ import annotations
 from functools import wraps
 
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
+from tritonloss._dispatch import use_triton
 from tritonloss.losses.boxes import ciou_loss
 from tritonloss.losses.distribution import distribution_focal_loss
 from tritonloss.losses.quality import bce_loss
@@ -38,6 +40,8 @@ class _Scores:
     def __call__(self, logits: Tensor, scores: Tensor) -> Tensor:
         if getattr(self.criterion, "class_weights", None) is not None:
             return bce_loss(logits, scores, reduction="none")
+        if not use_triton(logits):  # torch has this sum in one pass, too
+            return binary_cross_entropy_with_logits(logits, scores, reduction="sum").reshape(1)
         return bce_loss(logits, scores, reduction="sum").reshape(1)
 
 
