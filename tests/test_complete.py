@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -79,9 +80,17 @@ def test_module_is_exported(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_readme_has_a_row(name):
+def test_readme_has_a_row_with_the_defaults(name):
     table = (ROOT / "README.md").read_text().split("## Losses")[1].split("\n## ")[0]
-    assert f"`{name}`" in table, f"{name}: a row of the table in README.md"
+    rows = [row for row in table.splitlines() if f"`{name}`" in row.split(" | ")[0]]
+    assert len(rows) == 1, f"{name}: a row of the table in README.md"
+    functions, _, _, stated, _ = re.split(r"(?<!\\)\|", rows[0])[1:-1]
+    stated = eval(f"dict({stated.strip(' `')})")
+    defaults = {k: p.default for k, p in inspect.signature(getattr(tl, name)).parameters.items()}
+    assert stated.items() <= defaults.items(), f"{name}: its defaults in README.md"
+    if "," not in functions:  # a row of several functions states what they share
+        tuned = {k for k, v in defaults.items() if isinstance(v, float)} - {"nonfinite_cost"}
+        assert tuned <= set(stated), f"{name}: its defaults in README.md"
 
 
 def test_every_loss_has_a_workload():
