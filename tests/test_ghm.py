@@ -426,6 +426,29 @@ def test_module_is_the_function_and_resumes_from_its_state_dict(backend):
     assert train(copied, 2, seed=3) == want
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.75])
+def test_module_takes_buffers_of_mmdetection(momentum):
+    theirs = {"loss_cls.edges": torch.arange(11) / 10}
+    if momentum:
+        theirs["loss_cls.acc_sum"] = torch.rand(10) * 5 * (torch.arange(10) != 4)
+    counts = theirs.get("loss_cls.acc_sum", torch.zeros(10))
+    for correct in (False, True):  # as many updates as nothing knows: none to correct
+        head = torch.nn.ModuleDict(
+            {"loss_cls": tl.GHMCLoss(momentum=momentum, bias_correction=correct)}
+        )
+        head.load_state_dict(theirs)
+        loss = head["loss_cls"]
+        assert loss.amount.equal(counts) and "edges" not in head.state_dict()
+        x, labels = torch.randn(20, 3) * 2, torch.randint(0, 4, (20,))
+        state = (counts, torch.zeros(10)) if momentum else None
+        if correct and momentum:
+            state = (counts, torch.full((10,), 1e6) * (counts > 0))
+        expected = tl.ghm_c_loss(x, labels, momentum=momentum, state=state, bias_correction=correct)
+        expected = expected if state is None else expected[0]
+        torch.testing.assert_close(loss(x, labels), expected)
+    assert len(theirs) == 1 + bool(momentum)  # a copy was loaded
+
+
 def test_module_keeps_its_counts_in_float32(backend):
     loss = tl.GHMCLoss(momentum=0.75)
     train(loss, 2)

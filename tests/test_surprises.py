@@ -127,6 +127,23 @@ def test_masks_and_counts_are_weights(backend, on_device):
         assert tl.softmax_focal_loss(x, labels % 3, weight=weight).isfinite()
 
 
+def test_weights_of_rows_may_have_a_column(backend, on_device):
+    x, weight = torch.randn(2, 5, 3), torch.rand(2, 5) - 0.2
+    labels = torch.randint(0, 4, (2, 5))
+    boxes = torch.rand(2, 2, 5, 4).sort(-1).values
+    calls = [
+        lambda w: tl.sigmoid_focal_loss(x, labels, weight=w, reduction="none"),
+        lambda w: tl.quality_focal_loss(x, (labels, weight * 0 + 0.5), weight=w),
+        lambda w: tl.distribution_focal_loss(x, labels * 0.5, weight=w),
+        lambda w: tl.softmax_focal_loss(x, labels.clamp(max=2), weight=w),
+        lambda w: tl.giou_loss(*boxes, weight=w, reduction="sum"),
+        lambda w: tl.ghm_c_loss(x, labels, weight=w),
+        lambda w: sum(tl.rank_sort_loss(x, (labels, weight * 0 + 0.5), weight=w)),
+    ]
+    for call in calls:
+        torch.testing.assert_close(call(weight.unsqueeze(-1)), call(weight))
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64], ids=str)
 def test_one_hot_targets(dtype, backend, on_device):
     x, hot = torch.randn(4, 3), torch.eye(4, 3)

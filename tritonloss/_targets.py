@@ -136,6 +136,7 @@ def parse_weight(logits: Tensor, weight: Tensor | None) -> Tensor | None:
         return None
     weight = as_weight(weight)
     check.is_floating("weight", weight)
+    weight = _squeezed(logits, weight)
     if tuple(weight.shape) not in (tuple(logits.shape), tuple(logits.shape[:-1])):
         raise ValueError(
             f"weight must have shape {tuple(logits.shape[:-1])} (per anchor) or "
@@ -151,8 +152,14 @@ def parse_row_weight(x: Tensor, weight: Tensor | None, x_name: str = "logits") -
     if weight is None:
         return None
     weight = as_weight(weight)
-    check.is_input("weight", weight, x.shape[:-1], "one per row", x_name, x)
-    return weight.contiguous()
+    check.is_floating("weight", weight)
+    check.is_input("weight", _squeezed(x, weight), x.shape[:-1], "one per row", x_name, x)
+    return _squeezed(x, weight).contiguous()
+
+
+def _squeezed(x: Tensor, weight: Tensor) -> Tensor:
+    """(..., 1) is one per row, too."""
+    return weight.squeeze(-1) if weight.shape == (*x.shape[:-1], 1) else weight
 
 
 def parse_class_weight(logits: Tensor, class_weight: Tensor | None, name="class_weight"):

@@ -383,6 +383,16 @@ class _Harmonised(nn.Module):
         self.register_buffer("updates", torch.zeros(self.bins, dtype=torch.float32))
         self._before = None  # the state that the last training step began with
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # mmdetection's buffers: edges of the regions, which ours does not keep, and with momentum
+        # the counts, without the number of their updates; many, so nothing is corrected for it
+        if f"{prefix}edges" in state_dict and f"{prefix}amount" not in state_dict:
+            del state_dict[f"{prefix}edges"]
+            counts = state_dict.pop(f"{prefix}acc_sum", self.amount * 0)
+            state_dict[f"{prefix}amount"] = counts
+            state_dict[f"{prefix}updates"] = (counts > 0) * 1e6
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _no_state(self) -> dict:
         if not isinstance(self.bins, int) or not 1 <= self.bins <= 256:
             return {}  # said by the loss
@@ -421,6 +431,7 @@ class GHMCLoss(_Harmonised, _Loss):
     See :func:`tritonloss.ghm_c_loss`. The running counts are buffers: part of the ``state_dict``,
     float32 in a half-precision model, updated once per forward in training mode. A forward that a
     checkpoint runs again does not count; it begins with the state of the module's last forward.
+    ``load_state_dict`` takes the buffers of mmdetection's GHM losses, too.
 
     Example:
         >>> import torch, tritonloss

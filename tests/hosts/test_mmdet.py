@@ -156,6 +156,24 @@ def test_harmonising_keeps_the_hosts_counts(name, momentum):
     assert momentum == 0 or ours.acc_sum.any()
 
 
+@pytest.mark.parametrize("name", ["labels", "sides"])
+def test_counts_load_into_our_modules(name):
+    theirs, ours = losses.GHMC(bins=20, momentum=0.75), tl.GHMCLoss(bins=20, momentum=0.75)
+    if name == "sides":
+        theirs, ours = losses.GHMR(bins=20, momentum=0.75), tl.GHMRLoss(bins=20, momentum=0.75)
+    for step in range(3):
+        pred, weight = (draw(30 + step, N, C) * 2).float(), MASK.float()
+        target = LABELS.roll(step)
+        if name == "sides":
+            target, weight = draw(40 + step, N, C).float(), weight[:, None].expand(-1, C)
+        if step == 2:
+            ours.load_state_dict(theirs.state_dict())
+            found = ours(pred, target, weight=weight)
+        expected = theirs(pred, target, weight)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.amount, theirs.acc_sum)
+
+
 # ----------------------------------------------------------------------------------------- training
 
 SIZE, CLASSES = 128, 5
