@@ -31,6 +31,7 @@ from .parser import Fault, Instruction, Kernel, parse
 WARP = 32
 GARBAGE = 0xDEADBEEFDEADBEEF  # what a register holds before anything is written to it
 THREADS_AT_ONCE = 4096
+VISITS = 2_000_000  # of a block, by warps: what goes on for longer has no end
 ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 ATOMICS = BINARY | {"exch": lambda old, new: new}
 SPACES = {"global": 64, "shared": 32}  # bits of an address
@@ -564,6 +565,8 @@ class Machine:
             elif here == end:
                 return
             self.visits[here] += self.n // WARP if on is None else on.reshape(-1, WARP).any(1).sum()
+            if self.visits[here] > VISITS:
+                raise Fault(f"{self.code.kernel.name}: a loop without an end")
             following, branch = here + 1, None
             for run, instruction in self.code.blocks[here]:
                 if isinstance(run, tuple):
