@@ -75,6 +75,7 @@ def targets_and_mask(
     ignore_index,
     HAS_LABEL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    IS_LOGIT: tl.constexpr = True,
 ):
     """What the loaded values mean: ``(x, y, positive, keep, scale)``, y without box qualities.
 
@@ -104,6 +105,8 @@ def targets_and_mask(
         y = tl.where(keep, dense.to(tl.float32), 0.0)
         positive = y > 0
     x = x.to(tl.float32)
+    if IS_LOGIT:  # a class that -inf masks: neither loss nor gradient
+        x = tl.maximum(x, tl.where(positive, float("-inf"), -1e30), tl.PropagateNan.ALL)
     x += 0.0 * x  # an infinite logit gives NaN, not a plausible number
     return x, y, positive, keep, scale
 
@@ -124,6 +127,7 @@ def load_logits(
     LINEAR: tl.constexpr,
     ROW_WEIGHT: tl.constexpr,
     MASKED: tl.constexpr,
+    IS_LOGIT: tl.constexpr,
 ):
     """A tile of logits with their targets, as ``targets_and_mask`` returns them."""
     x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, class_weight_ptr = pointers
@@ -155,6 +159,7 @@ def load_logits(
         ignore_index,
         label_ptr is not None,
         weight_ptr is not None,
+        IS_LOGIT,
     )
     if quality_ptr is not None:
         if CLASS_DIM == 3:

@@ -116,6 +116,7 @@ def _add_tile(
         LINEAR,
         ROW_WEIGHT,
         MASKED,
+        KIND != "asl1",
     )
     value = pointwise_value(x, y, positive, mu, 0.0, 0.0, 0.0, KIND, False, HARD)
     region = tl.where(keep, region_of(x, y, positive, mu, bins, KIND, HARD), -1)

@@ -70,6 +70,7 @@ def _pointwise_tile(
         LINEAR,
         ROW_WEIGHT,
         MASKED,
+        KIND != "asl1",
     )
     p0, p1, p2, p3 = params
     if region_ptr is not None:

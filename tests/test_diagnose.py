@@ -41,7 +41,7 @@ def counted_by_loop(x, y, positive, keep):
             continue
         row = 1 + nearest(quality, grid.QUALITY_STEPS, 0, 1) if is_positive else 0
         column = grid.COLUMNS - 1
-        if math.isfinite(value):
+        if math.isfinite(value) or (value == -math.inf and not is_positive):  # a masked class
             column = nearest(value, grid.STEPS, -grid.LIMIT, grid.LIMIT)
         table[row, column] += 1
     return torch.from_numpy(table)

@@ -243,6 +243,22 @@ def test_a_non_finite_logit_that_counts_gives_nan(bad, path):
     assert tl.ghm_c_loss(x, labels).isfinite()
 
 
+@pytest.mark.parametrize("form", ["labels", "quality", "dense"])
+def test_a_class_masked_by_infinity_is_an_easy_negative(form, path):
+    """It counts in the first region, as a logit of very low score does."""
+    x, y, labels = torch.randn(300, 4), torch.zeros(300, 4), torch.full((300,), 4)
+    labels[::7], y[::7, 2] = 2, 0.7
+    targets = {"labels": labels, "quality": (labels, torch.full((300,), 0.7)), "dense": y}[form]
+    x[::3, 1] = -1e4
+    want = step(tl.ghm_c_loss, x, targets)
+    hidden = torch.where(x == -1e4, -math.inf, x)
+    for got, wanted in zip(step(tl.ghm_c_loss, hidden, targets), want, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-9)
+    hidden[0, 2] = -math.inf
+    assert tl.ghm_c_loss(hidden, targets).isnan()
+    assert tl.ghm_r_loss(hidden, y).isnan()
+
+
 @pytest.mark.parametrize("x", [1e30, -1e30, 1e4, -88.0, -104.0, 17.0])
 def test_large_logits_stay_finite(x, path):
     logits = torch.full((100, 2), x)

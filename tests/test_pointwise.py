@@ -162,12 +162,45 @@ def test_non_finite_logits_give_nan_unless_they_do_not_count(backend, function, 
         x, _ = logits_and_labels(9, rows, 3)
         labels = torch.full((rows,), 3, device=DEVICE)
         x[rows // 2, 1] = bad
+        if bad == -torch.inf:
+            assert function(x, labels, **hyper).isfinite()  # a masked class
+            labels[rows // 2] = 1
         assert function(x, labels, **hyper).isnan()
         labels[rows // 2] = -1
         x.requires_grad_()
         loss = function(x, labels, **hyper)
         (gradient,) = torch.autograd.grad(loss, x)
         assert loss.isfinite() and gradient.isfinite().all() and not gradient[rows // 2].any()
+
+
+@every_loss
+@pytest.mark.parametrize("form", ["labels", "pair", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_class_masked_by_infinity_has_no_loss_and_no_gradient(
+    backend, function, hyper, form, dtype
+):
+    """-inf at a negative: the rest is as it was, and the logit counts."""
+    for rows in (8, 30_000)[: 1 if backend == "triton" else 2]:
+        x, labels = logits_and_labels(21, rows, 3)
+        labels = torch.where(labels == 1, 3, labels)
+        share = torch.rand(rows, generator=generator(22)).to(DEVICE)
+        targets = {"labels": labels, "pair": (labels, share)}.get(form)
+        if form == "dense":
+            targets = F.one_hot(labels.clamp(0, 3), 4)[:, :3].to(dtype) * share[:, None].to(dtype)
+        x = x.to(dtype)
+        masked = torch.rand(rows, generator=generator(23)).to(DEVICE) < 0.3
+        hidden = x.clone()
+        hidden[masked, 1] = -torch.inf
+        x[masked, 1] = -1e4  # whose loss is exactly 0
+        sums = {}
+        for name, logits in (("hidden", hidden), ("low", x)):
+            logits.requires_grad_()
+            loss = function(logits, targets, reduction="none", **hyper)
+            total = function(logits, targets, **hyper)
+            sums[name] = loss.detach(), *torch.autograd.grad(total, logits), total.detach()
+        assert not sums["hidden"][0][masked, 1].any() and not sums["hidden"][1][masked, 1].any()
+        for got, want in zip(*sums.values(), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-30)
 
 
 @every_loss

@@ -318,7 +318,36 @@ def test_non_finite_logits_give_nan(bad, where):
     labels = torch.tensor([0, 2, 1, 2])
     values = [*ranking.rank_sort_loss(x, labels), ranking.ap_loss(x, labels),
               *ranking.alrp_loss(x, labels, torch.rand(4))]  # fmt: skip
-    assert all(v.isnan() for v in values)
+    masked = where == 1 and bad == -torch.inf  # the class of a negative
+    assert all(v.isfinite() if masked else v.isnan() for v in values)
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("delta", [0.0, 0.5])
+@pytest.mark.parametrize("form", ["labels", "dense", "grouped"])
+def test_a_class_masked_by_infinity_lies_below_everything(form, delta):
+    labels = torch.randint(0, 9, (120,))
+    labels = torch.where(labels < 3, labels, 3)
+    x = torch.randn(120, 3)
+    x[torch.rand(120, 3) < 0.3] = -1e4
+    x[labels < 3] = torch.randn(int((labels < 3).sum()), 3)
+    more = {"delta": delta}
+    targets, error = labels, torch.rand(120)
+    if form == "dense":
+        targets = torch.nn.functional.one_hot(labels, 4)[:, :3].float() * error[:, None]
+    elif form == "grouped":
+        more |= {"group": torch.arange(120)[:, None] % 2, "num_groups": 2}
+    found = []
+    for logits in (x, torch.where(x == -1e4, -torch.inf, x)):
+        logits = logits.clone().requires_grad_()
+        values = [*ranking.rank_sort_loss(logits, targets, **more),
+                  ranking.ap_loss(logits, targets, **more)]  # fmt: skip
+        if form != "dense":
+            values += ranking.alrp_loss(logits, targets, error, **more)
+        found.append([*values, *torch.autograd.grad(sum(values), logits)])
+        assert not found[-1][-1][x == -1e4].any()
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.usefixtures("on_device")

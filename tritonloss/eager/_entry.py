@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# A logit that is no negative is replaced by this one, whose loss and gradient are exactly 0.
+NO_LOSS = -1e30
+
 
 def upcast(x: Tensor) -> Tensor:
     """float32 for 16-bit inputs."""
@@ -26,6 +29,11 @@ def entered(x: Tensor, *, masked: bool = False) -> Tensor:
 def without_infinity(x: Tensor) -> Tensor:
     """``x`` with NaN for +inf; -inf stays."""
     return torch.add(x, x.detach().clamp(min=0), alpha=0)
+
+
+def masked_classes(x: Tensor, negative: Tensor) -> Tensor:
+    """``x`` without the classes that -inf masks: there, of negatives, loss and gradient are 0."""
+    return torch.where((x == -torch.inf) & negative, NO_LOSS, x)
 
 
 def mean_divisor(count, avg_factor):

@@ -13,15 +13,18 @@ from .pointwise import label_rows, split_weight
 DROPPED = ROWS * COLUMNS  # where an element goes that does not count
 
 
-def column_of(x: Tensor, finite: bool = False) -> Tensor:
-    """Column of each logit, the one to even between two; ``finite``: all are known to be."""
+def column_of(x: Tensor, finite: bool = False, negative: bool | Tensor = False) -> Tensor:
+    """Column of each logit, the one to even between two; ``finite``: all are known to be.
+
+    A ``negative`` may be -inf: a class that is masked.
+    """
     x = x.float()
     half = LIMIT * STEPS
     # The product is exact, and so is its rounding: nothing is added before.
     place = x.mul(STEPS).clamp_(-half, half).round_().add_(half)
     if finite:
         return place.int()
-    known = x.isfinite()
+    known = x.isfinite() | ((x == -torch.inf) & negative)
     return torch.where(known, torch.where(known, place, 0), POINTS).int()
 
 
@@ -57,11 +60,11 @@ def _labelled(x, rows, logit_weight):
         counted = counted & (logit_weight.gather(-1, rows.index).squeeze(-1) > 0)
     positive = torch.where(counted, row_of(rows.y) * COLUMNS + column, DROPPED)
     # A positive is no negative; what stands at the class of another row is one.
-    other = torch.where(rows.positive, DROPPED, column).unsqueeze(-1)
+    other = torch.where(rows.positive, DROPPED, column_of(at, negative=True)).unsqueeze(-1)
     count = _zeros(x)
     _add(count, positive)
     if not blocks.usable(x):
-        negative = column_of(x).scatter(-1, rows.index, other)
+        negative = column_of(x, negative=True).scatter(-1, rows.index, other)
         keep = rows.keep.unsqueeze(-1)
         if logit_weight is not None:
             keep = keep & (logit_weight > 0)
@@ -75,7 +78,7 @@ def _labelled(x, rows, logit_weight):
             keep = rows.keep[cut]
             block, index, put = block[keep], index[keep], put[keep]
             heavy = None if heavy is None else heavy[keep]
-        column = _column_of_block(block).scatter_(-1, index, put.clamp(max=COLUMNS))
+        column = _column_of_block(block, True).scatter_(-1, index, put.clamp(max=COLUMNS))
         _add_negatives(count, column, heavy)
     return count
 
@@ -84,14 +87,15 @@ def _dense(x, y, row_weight, logit_weight):
     count = _zeros(x)
     weight = logit_weight if row_weight is None else row_weight.unsqueeze(-1).expand(x.shape)
     if not blocks.usable(x):
-        column = column_of(x)
+        column = column_of(x, negative=y == 0)
         cell = torch.where(y > 0, row_of(y) * COLUMNS + column, column)
         keep = y >= 0 if weight is None else (y >= 0) & (weight > 0)
         _add(count, torch.where(keep, cell, DROPPED))
         return count
     for cut in blocks.row_blocks(x.shape[:-1], x.shape[-1]):
-        column, target = _column_of_block(x[cut]), y[cut]
+        target = y[cut]
         negative, positive = target == 0, target > 0
+        column = _column_of_block(x[cut], negative)
         if weight is not None:
             positive &= weight[cut] > 0
             negative &= weight[cut] > 0
@@ -101,9 +105,9 @@ def _dense(x, y, row_weight, logit_weight):
     return count
 
 
-def _column_of_block(block: Tensor) -> Tensor:
+def _column_of_block(block: Tensor, negative: bool | Tensor) -> Tensor:
     """A sum tells cheaply that all is finite; one that overflows costs time, no more."""
-    return column_of(block, bool(block.sum(dtype=torch.float32).isfinite()))
+    return column_of(block, bool(block.sum(dtype=torch.float32).isfinite()), negative)
 
 
 def _zeros(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tritonloss.distributed import ProcessGroup, all_reduce, group_of, summed_regions, valued
 
 from . import _blocks as blocks
+from ._entry import masked_classes
 from .pointwise import (
     asl1,
     asl1_radius,
@@ -173,7 +174,7 @@ def harmonised(
     """
     with torch.autocast(x.device.type, enabled=False):
         mu = params[0]
-        elements = _whole(x, labels, quality, dense, weight, ignore_index)
+        elements = _whole(x, labels, quality, dense, weight, kind, ignore_index)
         region = regions(elements, mu, kind, bins, torch.int64)
         flat = region.reshape(-1)
         count = torch.zeros(bins + 1, dtype=torch.int64, device=x.device)
@@ -196,8 +197,15 @@ def _targets_of(x, labels, quality, dense, weight, ignore_index):
     return y, rows.index, rows.keep, logit_weight
 
 
-def _whole(x, labels, quality, dense, weight, ignore_index) -> Elements:
+def _whole(x, labels, quality, dense, weight, kind, ignore_index) -> Elements:
     y, index, rows, logit_weight = _targets_of(x, labels, quality, dense, weight, ignore_index)
+    x = upcast(x)
+    if kind == "bce" and index is None:
+        x = masked_classes(x, y == 0)
+    elif kind == "bce":
+        negative = torch.ones_like(x, dtype=torch.bool)
+        positive = (labels >= 0) & (labels < x.shape[-1])
+        x = masked_classes(x, negative.scatter(-1, index, ~positive.unsqueeze(-1)))
     keep = None if rows is None else rows.unsqueeze(-1)
     if logit_weight is not None:
         keep = logit_weight > 0 if keep is None else keep & (logit_weight > 0)

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from tritonloss.eager._blocks import summed
 
-from ._entry import entered, mean_divisor, reduced, upcast
+from ._entry import NO_LOSS, entered, masked_classes, mean_divisor, reduced, upcast
 
-# A logit that is no negative is replaced by this one, whose loss and gradient are exactly 0.
-NO_LOSS = -1e30
 # Share of targets above 0 up to which they are worth a pass of their own.
 FEW = 0.1
 
@@ -206,7 +204,7 @@ def pointwise(
 ) -> Tensor:
     """Any pointwise loss: the reference of ``kernels/pointwise.py``, and the CPU path."""
     with torch.autocast(x.device.type, enabled=False):
-        x = entered(x)
+        x = entered(x, masked=True)
         row_weight, logit_weight = split_weight(x, weight)
         if dense is not None:
             value, count = _dense(x, dense, row_weight, logit_weight, params, kind)
@@ -245,6 +243,7 @@ def pointwise_by_blocks(
 
         def negatives_alone(block, index):
             block = torch.where(rows.keep[index].unsqueeze(-1), block, NO_LOSS)
+            block.clamp_(min=NO_LOSS)  # a class that -inf masks
             block = block.add_(block, alpha=0)  # an infinite logit gives NaN
             return block.scatter_(-1, rows.index[index], fill[index])
 
@@ -282,7 +281,6 @@ def _dense_by_blocks(x, y, weight, params, kind, want_grad):
     if kind == "asl1" or int(y.count_nonzero()) > FEW * y.numel():
 
         def values(block, index):
-            block = torch.add(block, block.detach(), alpha=0)
             block_weight = None if weight is None else weight[index]
             return _dense(block, y[index], block_weight, None, params, kind)[0]
 
@@ -292,7 +290,7 @@ def _dense_by_blocks(x, y, weight, params, kind, want_grad):
         negative = y[index] == 0
         if weight is not None:
             negative &= weight[index].unsqueeze(-1) > 0
-        block = torch.where(negative, block, NO_LOSS)
+        block = torch.where(negative, block, NO_LOSS).clamp_(min=NO_LOSS)
         return block.add_(block, alpha=0)  # an infinite logit gives NaN
 
     def negative_values(block, index):
@@ -333,6 +331,9 @@ def split_weight(x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tenso
 def _dense(x, y, row_weight, logit_weight, params, kind):
     """Losses (..., C) and how many of them count."""
     y = y.to(x.dtype)
+    if kind != "asl1":
+        x = masked_classes(x, y == 0)
+    x = torch.add(x, x.detach(), alpha=0)  # an infinite logit gives NaN
     weight = logit_weight if row_weight is None else row_weight.unsqueeze(-1)
     if weight is None:
         return KINDS[kind].dense(x, y, *params), x.numel()
@@ -388,9 +389,11 @@ def _labelled(x, rows, logit_weight, params, kind, whole):
         kept = rows.positive & (logit_weight.gather(-1, rows.index).squeeze(-1) > 0)
         rows = rows._replace(positive=kept)
     # torch.where is half the price of masked_fill on the CPU
-    negatives = loss.negative(torch.where(labelled | dropped, NO_LOSS, x), *params)
+    negatives = torch.where(labelled | dropped, NO_LOSS, x).clamp(min=NO_LOSS)  # or masked by -inf
+    negatives = loss.negative(negatives, *params)
     # a masked sum, not a gather: Inductor fuses it, and its gradient, with the negatives
     x_labelled = torch.where(labelled & rows.positive.unsqueeze(-1), x, 0).sum(-1)
+    x_labelled = torch.add(x_labelled, x_labelled.detach(), alpha=0)  # an infinite one gives NaN
     positives = _positives(x_labelled, rows, loss, params)
     if rows.weight is not None:
         negatives = negatives * rows.weight.unsqueeze(-1)

@@ -35,7 +35,7 @@ CHUNK = 1 << 16
 PAIR_TILE = 1 << 16
 # Positives up to which looking at all their pairs is quicker than sorting by bits.
 PAIRS_UP_TO = 1000
-# Stands for a hidden logit: below every knot, and finite, for 0 * BELOW is 0.
+# Stands for a hidden logit, and for -inf: below every knot, and finite, for 0 * BELOW is 0.
 BELOW = -1e307
 # Below this FP_i aLRP's published gradient skips positive i.
 ALRP_EPS = 1e-5
@@ -80,6 +80,7 @@ class Negatives:
         self, x: Tensor, hidden: Tensor | None, index: Tensor, score: Tensor, delta: float
     ):
         self.x, self.hidden, self.delta = x, hidden, delta
+        self.masks = x.numel() > 0 and bool(x.amin() == -torch.inf)
         self.where = index.sort().values
         starts = torch.arange(0, x.numel() + CHUNK, CHUNK)
         self.where_bounds = torch.searchsorted(self.where, starts).tolist()
@@ -150,6 +151,8 @@ class Negatives:
             part = slice(start, min(start + CHUNK, self.x.numel()))
             here = slice(0, part.stop - start)
             x = logit[here].copy_(self.x[part])
+            if self.masks:
+                x.clamp_(min=BELOW)
             x.index_fill_(0, self.where[slice(*self.where_bounds[k : k + 2])] - start, BELOW)
             if self.hidden is not None:
                 x.masked_fill_(self.hidden[part], BELOW)
@@ -540,10 +543,10 @@ def side_by_side(problem: Problem) -> tuple[Problem, Tensor | None]:
 
 
 def is_finite(x: Tensor, hidden: Tensor | None) -> bool:
-    """Whether every logit that counts is finite."""
-    if x.numel() == 0 or all(bool(end.isfinite()) for end in x.aminmax()):
+    """Whether every logit that counts is finite, or -inf, which a negative may be."""
+    if x.numel() == 0 or bool(x.amax() < torch.inf):  # a NaN is the maximum
         return True
-    return hidden is not None and bool((x.isfinite() | hidden).all())
+    return hidden is not None and bool(((x < torch.inf) | hidden).all())
 
 
 class List(NamedTuple):
