@@ -4,6 +4,7 @@
 # make test-hosts train the detectors of other libraries on our losses (environment of its own)
 # make test-ptx   the kernels' tests on the interpreted code of a GPU (PTX=sm_90)
 # make gpu-check  test and time everything on the GPU of this machine
+# make docs       build the documentation into site/
 # make lint       ruff alone
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 HOSTS := .venv-hosts
 
-.PHONY: demo test test-full test-hosts test-ptx lint gpu-check clean
+.PHONY: demo docs test test-full test-hosts test-ptx lint gpu-check clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/train_detector.py --data trees --loss gfl --diagnose --out runs/demo
+
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -62,4 +66,4 @@ gpu-check:
 	PYTHONPATH=. $(PYTHON) -m perf.gpu_check
 
 clean:
-	rm -rf $(VENV) $(HOSTS) build dist runs *.egg-info
+	rm -rf $(VENV) $(HOSTS) build dist runs site *.egg-info

@@ -63,16 +63,6 @@ def test_doctests(name):
 
 
 @once
-def test_readme_code_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text()
-    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-
-
-@once
 def test_one_file_names_the_binding_apis():
     """Only _op.py names autograd.Function, triton_op and custom_op."""
     for path in (ROOT / "tritonloss").rglob("*.py"):
