@@ -107,10 +107,12 @@ def upstream(
 
 
 def row_layout(x, *others) -> Layout | None:
-    """The rows of ``x`` in its memory order; strides of x, of contiguous rows, of the others."""
+    """The rows of ``x`` in its memory order; strides of x, of contiguous rows, of the others, which
+    may be None."""
     rows = tuple(x.shape[:-1])
-    n = len(rows)
-    walks = [x.stride()[:n], contiguous_strides(rows), *(t.stride()[:n] for t in others)]
+    n, none = len(rows), (0,) * len(rows)
+    walks = [x.stride()[:n], contiguous_strides(rows)]
+    walks += [none if t is None else t.stride()[:n] for t in others]
     return merged_dims(rows, walks)
 
 
@@ -145,25 +147,23 @@ def n_rows(x) -> int:
 
 
 def forward_rows(x, block, avg_factor, reduction, launch):
-    """Run ``launch(out, counts)`` over the rows of ``x``: ``(loss, scale)`` as in ``finish``."""
+    """Run ``launch(out, counts, reduced)`` over the rows of ``x``: ``(loss, scale)`` as in
+    ``finish``."""
     if reduction == "none":
         loss = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-        launch(loss, None)
+        launch(loss, None, False)
         return loss, no_scale(x)
     partials, counts = sums(x, triton.cdiv(n_rows(x), block), avg_factor, reduction)
-    launch(partials, counts)
+    launch(partials, counts, True)
     return finish(partials, counts, avg_factor, reduction)
 
 
-def backward_rows(x, out, grad, scale, reduction, *others):
-    """How the backward walks: ``(layout of x, rows, out, grad, *others; grad, scale, reduced)``."""
-    reduced = reduction != "none"
-    if not reduced:
-        scale = None
-        reduced = not any(grad.stride())  # an expanded scalar, as .sum() sends back
-    # The strides of a scalar are not used: any operand with enough dims stands in.
-    layout = row_layout(x, out, out if reduced else grad, *others)
-    if layout is None:
+def upstream_of(x, out, grad, scale, reduction, *others):
+    """``(grad, scale, reduced)``: the upstream gradient as a kernel takes it."""
+    if reduction != "none":
+        return grad, scale, True
+    if not any(grad.stride()):
+        return grad, None, True  # an expanded scalar, as .sum() sends back
+    if not rows_walkable(x, out, grad, *others):
         grad = grad.contiguous()
-        layout = row_layout(x, out, out if reduced else grad, *others)
-    return layout, grad, scale, reduced
+    return grad, None, False

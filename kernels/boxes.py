@@ -16,7 +16,6 @@ from tritonloss._op import launcher, wrap_triton
 from ._config import BOXES
 from ._numbers import number, scalar_args
 from ._rows import (
-    backward_rows,
     forward_rows,
     load_rows,
     locate,
@@ -25,6 +24,7 @@ from ._rows import (
     rows_walkable,
     store_rows,
     upstream,
+    upstream_of,
 )
 from ._walk import load_or_zero, offset_of
 
@@ -269,47 +269,67 @@ def store_boxes(
 
 
 @triton.jit
-def _load_pair(
-    pred_ptr, target_ptr, weight_ptr, start, n, coords, row, pred_strides, pred_sc, target_strides,
-    target_sc, N_DIMS: tl.constexpr, PRED_WIDE: tl.constexpr, TARGET_WIDE: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _block(
+    pointers,
+    start,
+    pid,
+    n,
+    sizes,
+    strides,  # of pred, rows, target, out, upstream gradient
+    corner_strides,  # of pred, target, out
+    params,
+    KIND: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    REDUCED: tl.constexpr,
+    N_DIMS: tl.constexpr,
+    PRED_WIDE: tl.constexpr,
+    TARGET_WIDE: tl.constexpr,
+    OUT_WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Loss or gradient of one block of pairs."""
+    pred_ptr, target_ptr, weight_ptr, grad_ptr, scale_ptr, out_ptr, count_ptr = pointers
+    pred_s, row_s, target_s, out_s, grad_s = strides
+    pred_sc, target_sc, out_sc = corner_strides
+    eps, alpha_threshold = params
+    coords, row = locate(start, tl.arange(0, BLOCK), sizes, row_s, N_DIMS)
     inside, keep, scale = load_rows(start, tl.arange(0, BLOCK), n, weight_ptr, row)
     pred = load_boxes(
-        pred_ptr, start, n, coords, pred_strides, pred_sc, keep, N_DIMS, PRED_WIDE, MASKED, BLOCK
+        pred_ptr, start, n, coords, pred_s, pred_sc, keep, N_DIMS, PRED_WIDE, MASKED, BLOCK
     )
     target = load_boxes(
-        target_ptr, start, n, coords, target_strides, target_sc, keep, N_DIMS, TARGET_WIDE, MASKED,
-        BLOCK,
-    )  # fmt: skip
-    return pred, target, inside, keep, scale
+        target_ptr, start, n, coords, target_s, target_sc, keep, N_DIMS, TARGET_WIDE, MASKED, BLOCK
+    )
+    if BACKWARD:
+        grad = upstream(grad_ptr, scale_ptr, coords, grad_s, keep, N_DIMS, REDUCED) * scale
+    loss, slopes = box_loss(pred, target, eps, alpha_threshold, KIND)
+    if BACKWARD:
+        x1, y1, x2, y2 = slopes
+        result = (
+            tl.where(keep, x1 * grad, 0.0),
+            tl.where(keep, y1 * grad, 0.0),
+            tl.where(keep, x2 * grad, 0.0),
+            tl.where(keep, y2 * grad, 0.0),
+        )
+        store_boxes(
+            out_ptr, result, start, n, coords, out_s, out_sc, inside, N_DIMS, OUT_WIDE, MASKED,
+            BLOCK,
+        )  # fmt: skip
+    else:
+        store_rows(loss * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
 
 
 @triton.jit
-def _forward_block(
-    pred_ptr, target_ptr, weight_ptr, out_ptr, count_ptr, pid, n, sizes, pred_strides, pred_sc,
-    target_strides, target_sc, row_strides, eps, alpha_threshold, KIND: tl.constexpr,
-    REDUCED: tl.constexpr, N_DIMS: tl.constexpr, PRED_WIDE: tl.constexpr,
-    TARGET_WIDE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    start = pid * BLOCK
-    coords, row = locate(start, tl.arange(0, BLOCK), sizes, row_strides, N_DIMS)
-    pred, target, inside, keep, scale = _load_pair(
-        pred_ptr, target_ptr, weight_ptr, start, n, coords, row, pred_strides, pred_sc,
-        target_strides, target_sc, N_DIMS, PRED_WIDE, TARGET_WIDE, MASKED, BLOCK,
-    )  # fmt: skip
-    loss, _ = box_loss(pred, target, eps, alpha_threshold, KIND)
-    store_rows(loss * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
-
-
-@triton.jit
-def box_forward_kernel(
+def box_kernel(
     # pointers
     pred_ptr,  # boxes
     target_ptr,  # boxes
     weight_ptr,  # [rows], or None
     params_ptr,  # [2] eps and alpha_threshold, or None
-    out_ptr,  # [rows], or [programs] partial sums
+    grad_ptr,  # upstream gradient: [] or per row
+    scale_ptr,  # [] float32, 1 / divisor, or None
+    out_ptr,  # forward: [rows], or [programs] partial sums; backward: gradient of the pred boxes
     count_ptr,  # [programs] int32, or None
     # shapes
     n,
@@ -321,7 +341,6 @@ def box_forward_kernel(
     pred_s1,
     pred_s2,
     pred_s3,
-    pred_sc,
     row_s0,
     row_s1,
     row_s2,
@@ -330,112 +349,23 @@ def box_forward_kernel(
     target_s1,
     target_s2,
     target_s3,
-    target_sc,
-    # scalars
-    eps,
-    alpha_threshold,
-    # constants
-    KIND: tl.constexpr,
-    REDUCED: tl.constexpr,
-    N_DIMS: tl.constexpr,
-    PRED_WIDE: tl.constexpr,
-    TARGET_WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """1-D grid over blocks of boxes."""
-    pid = tl.program_id(0).to(tl.int64)
-    sizes = (1, size_1, size_2, size_3)
-    pred_strides = (pred_s0, pred_s1, pred_s2, pred_s3)
-    row_strides = (row_s0, row_s1, row_s2, row_s3)
-    target_strides = (target_s0, target_s1, target_s2, target_s3)
-    eps = number(params_ptr, 0, eps)
-    alpha_threshold = number(params_ptr, 1, alpha_threshold)
-    if (pid + 1) * BLOCK <= n:
-        _forward_block(
-            pred_ptr, target_ptr, weight_ptr, out_ptr, count_ptr, pid, n, sizes, pred_strides,
-            pred_sc, target_strides, target_sc, row_strides, eps, alpha_threshold, KIND, REDUCED,
-            N_DIMS, PRED_WIDE, TARGET_WIDE, False, BLOCK,
-        )  # fmt: skip
-    else:
-        _forward_block(
-            pred_ptr, target_ptr, weight_ptr, out_ptr, count_ptr, pid, n, sizes, pred_strides,
-            pred_sc, target_strides, target_sc, row_strides, eps, alpha_threshold, KIND, REDUCED,
-            N_DIMS, PRED_WIDE, TARGET_WIDE, True, BLOCK,
-        )  # fmt: skip
-
-
-@triton.jit
-def _backward_block(
-    pred_ptr, target_ptr, weight_ptr, grad_ptr, scale_ptr, out_ptr, start, n, sizes, pred_strides,
-    pred_sc, target_strides, target_sc, row_strides, out_strides, out_sc, grad_strides, eps,
-    alpha_threshold, KIND: tl.constexpr, REDUCED: tl.constexpr, N_DIMS: tl.constexpr,
-    PRED_WIDE: tl.constexpr, TARGET_WIDE: tl.constexpr, OUT_WIDE: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    coords, row = locate(start, tl.arange(0, BLOCK), sizes, row_strides, N_DIMS)
-    pred, target, inside, keep, scale = _load_pair(
-        pred_ptr, target_ptr, weight_ptr, start, n, coords, row, pred_strides, pred_sc,
-        target_strides, target_sc, N_DIMS, PRED_WIDE, TARGET_WIDE, MASKED, BLOCK,
-    )  # fmt: skip
-    grad = upstream(grad_ptr, scale_ptr, coords, grad_strides, keep, N_DIMS, REDUCED) * scale
-    _, slopes = box_loss(pred, target, eps, alpha_threshold, KIND)
-    x1, y1, x2, y2 = slopes
-    result = (
-        tl.where(keep, x1 * grad, 0.0),
-        tl.where(keep, y1 * grad, 0.0),
-        tl.where(keep, x2 * grad, 0.0),
-        tl.where(keep, y2 * grad, 0.0),
-    )
-    store_boxes(
-        out_ptr, result, start, n, coords, out_strides, out_sc, inside, N_DIMS, OUT_WIDE, MASKED,
-        BLOCK,
-    )  # fmt: skip
-
-
-@triton.jit
-def box_backward_kernel(
-    # pointers
-    pred_ptr,  # boxes
-    target_ptr,  # boxes
-    weight_ptr,  # [rows], or None
-    params_ptr,  # [2] eps and alpha_threshold, or None
-    grad_ptr,  # upstream gradient: [] or per row
-    scale_ptr,  # [] float32, 1 / divisor, or None
-    out_ptr,  # gradient of the predicted boxes
-    # shapes
-    n,
-    size_1,
-    size_2,
-    size_3,
-    # strides
-    pred_s0,
-    pred_s1,
-    pred_s2,
-    pred_s3,
-    pred_sc,
-    row_s0,
-    row_s1,
-    row_s2,
-    row_s3,
     out_s0,
     out_s1,
     out_s2,
     out_s3,
-    out_sc,
     grad_s0,
     grad_s1,
     grad_s2,
     grad_s3,
-    target_s0,
-    target_s1,
-    target_s2,
-    target_s3,
+    pred_sc,
     target_sc,
+    out_sc,
     # scalars
     eps,
     alpha_threshold,
     # constants
     KIND: tl.constexpr,
+    BACKWARD: tl.constexpr,
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
     PRED_WIDE: tl.constexpr,
@@ -443,29 +373,29 @@ def box_backward_kernel(
     OUT_WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """1-D grid over blocks of boxes; the forward is computed again, nothing of it is kept."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    """1-D grid over blocks of boxes; the backward keeps nothing of the forward."""
+    pid = tl.program_id(0).to(tl.int64)
+    start = pid * BLOCK
+    pointers = (pred_ptr, target_ptr, weight_ptr, grad_ptr, scale_ptr, out_ptr, count_ptr)
     sizes = (1, size_1, size_2, size_3)
-    pred_strides = (pred_s0, pred_s1, pred_s2, pred_s3)
-    row_strides = (row_s0, row_s1, row_s2, row_s3)
-    target_strides = (target_s0, target_s1, target_s2, target_s3)
-    out_strides = (out_s0, out_s1, out_s2, out_s3)
-    grad_strides = (grad_s0, grad_s1, grad_s2, grad_s3)
-    eps = number(params_ptr, 0, eps)
-    alpha_threshold = number(params_ptr, 1, alpha_threshold)
+    strides = (
+        (pred_s0, pred_s1, pred_s2, pred_s3),
+        (row_s0, row_s1, row_s2, row_s3),
+        (target_s0, target_s1, target_s2, target_s3),
+        (out_s0, out_s1, out_s2, out_s3),
+        (grad_s0, grad_s1, grad_s2, grad_s3),
+    )
+    corner_strides = (pred_sc, target_sc, out_sc)
+    params = (number(params_ptr, 0, eps), number(params_ptr, 1, alpha_threshold))
     if start + BLOCK <= n:
-        _backward_block(
-            pred_ptr, target_ptr, weight_ptr, grad_ptr, scale_ptr, out_ptr, start, n, sizes,
-            pred_strides, pred_sc, target_strides, target_sc, row_strides, out_strides, out_sc,
-            grad_strides, eps, alpha_threshold, KIND, REDUCED, N_DIMS, PRED_WIDE, TARGET_WIDE,
-            OUT_WIDE, False, BLOCK,
+        _block(
+            pointers, start, pid, n, sizes, strides, corner_strides, params, KIND, BACKWARD,
+            REDUCED, N_DIMS, PRED_WIDE, TARGET_WIDE, OUT_WIDE, False, BLOCK,
         )  # fmt: skip
     else:
-        _backward_block(
-            pred_ptr, target_ptr, weight_ptr, grad_ptr, scale_ptr, out_ptr, start, n, sizes,
-            pred_strides, pred_sc, target_strides, target_sc, row_strides, out_strides, out_sc,
-            grad_strides, eps, alpha_threshold, KIND, REDUCED, N_DIMS, PRED_WIDE, TARGET_WIDE,
-            OUT_WIDE, True, BLOCK,
+        _block(
+            pointers, start, pid, n, sizes, strides, corner_strides, params, KIND, BACKWARD,
+            REDUCED, N_DIMS, PRED_WIDE, TARGET_WIDE, OUT_WIDE, True, BLOCK,
         )  # fmt: skip
 
 
@@ -478,6 +408,46 @@ def _wide(boxes, layout, strides) -> bool:
 def takes(pred, target, *args) -> bool:
     """True if the kernels can read the boxes in place."""
     return rows_walkable(pred, target)
+
+
+def _launch(
+    pred, target, weight, params, kind, out, count=None, grad=None, scale=None, *, backward, reduced
+):
+    """Loss or gradient of one tensor of boxes; a sum and a count of each program if reduced."""
+    per_row = [out if backward else None, None if reduced else grad]
+    layout = row_layout(pred, target, *per_row)
+    pred_s, row_s, target_s, out_s, grad_s = layout.strides
+    pointer, numbers = scalar_args(params, 2)
+    wrap_triton(box_kernel, pred)[(triton.cdiv(n_rows(pred), BOXES.block),)](
+        pred,
+        target,
+        weight,
+        pointer,
+        grad,
+        scale,
+        out,
+        count,
+        n_rows(pred),
+        *layout.sizes[1:],
+        *pred_s,
+        *row_s,
+        *target_s,
+        *out_s,
+        *grad_s,
+        pred.stride(-1),
+        target.stride(-1),
+        out.stride(-1) if backward else 0,
+        *numbers,
+        KIND=kind,
+        BACKWARD=backward,
+        REDUCED=reduced,
+        N_DIMS=layout.n_dims,
+        PRED_WIDE=_wide(pred, layout, pred_s),
+        TARGET_WIDE=_wide(target, layout, target_s),
+        OUT_WIDE=backward and _wide(out, layout, out_s),
+        BLOCK=BOXES.block,
+        num_warps=BOXES.num_warps,
+    )
 
 
 @launcher
@@ -501,34 +471,9 @@ def forward(
     Returns:
         ``(loss, scale)``, float32.
     """
-    layout = row_layout(pred, target)
-    pred_s, row_s, target_s = layout.strides
-    pointer, numbers = scalar_args(params, 2)
 
-    def launch(out, counts):
-        wrap_triton(box_forward_kernel, pred)[(triton.cdiv(n_rows(pred), BOXES.block),)](
-            pred,
-            target,
-            weight,
-            pointer,
-            out,
-            counts,
-            n_rows(pred),
-            *layout.sizes[1:],
-            *pred_s,
-            pred.stride(-1),
-            *row_s,
-            *target_s,
-            target.stride(-1),
-            *numbers,
-            KIND=kind,
-            REDUCED=reduction != "none",
-            N_DIMS=layout.n_dims,
-            PRED_WIDE=_wide(pred, layout, pred_s),
-            TARGET_WIDE=_wide(target, layout, target_s),
-            BLOCK=BOXES.block,
-            num_warps=BOXES.num_warps,
-        )
+    def launch(out, count, reduced):
+        _launch(pred, target, weight, params, kind, out, count, backward=False, reduced=reduced)
 
     return forward_rows(pred, BOXES.block, avg_factor, reduction, launch)
 
@@ -546,36 +491,9 @@ def backward(
     reduction: str,
 ) -> Tensor:
     """Gradient of pred: its dtype, and its strides if it is dense in memory."""
-    grad_pred = torch.empty_like(pred)
-    layout, grad, scale, reduced = backward_rows(pred, grad_pred, grad, scale, reduction, target)
-    pred_s, row_s, out_s, grad_s, target_s = layout.strides
-    pointer, numbers = scalar_args(params, 2)
-    wrap_triton(box_backward_kernel, pred)[(triton.cdiv(n_rows(pred), BOXES.block),)](
-        pred,
-        target,
-        weight,
-        pointer,
-        grad,
-        scale,
-        grad_pred,
-        n_rows(pred),
-        *layout.sizes[1:],
-        *pred_s,
-        pred.stride(-1),
-        *row_s,
-        *out_s,
-        grad_pred.stride(-1),
-        *grad_s,
-        *target_s,
-        target.stride(-1),
-        *numbers,
-        KIND=kind,
-        REDUCED=reduced,
-        N_DIMS=layout.n_dims,
-        PRED_WIDE=_wide(pred, layout, pred_s),
-        TARGET_WIDE=_wide(target, layout, target_s),
-        OUT_WIDE=_wide(grad_pred, layout, out_s),
-        BLOCK=BOXES.block,
-        num_warps=BOXES.num_warps,
+    out = torch.empty_like(pred)
+    grad, scale, reduced = upstream_of(pred, out, grad, scale, reduction, target)
+    _launch(
+        pred, target, weight, params, kind, out, None, grad, scale, backward=True, reduced=reduced
     )
-    return grad_pred
+    return out

@@ -12,7 +12,6 @@ from tritonloss._op import launcher, wrap_triton
 from ._config import DISTRIBUTION
 from ._formulas import log1p_unit
 from ._rows import (
-    backward_rows,
     by_row,
     columns_of,
     forward_rows,
@@ -26,6 +25,7 @@ from ._rows import (
     tile_of_rows,
     top_of_columns,
     upstream,
+    upstream_of,
 )
 from ._walk import offset_of
 
@@ -54,12 +54,14 @@ def load_target(target_ptr, coords, strides, bins, keep, n_bins, N_DIMS: tl.cons
 
 
 @triton.jit
-def distribution_focal_forward_kernel(
+def distribution_focal_kernel(
     # pointers
     x_ptr,  # logits
     target_ptr,  # real targets, per row
     weight_ptr,  # [rows], or None
-    out_ptr,  # [rows], or [programs] partial sums
+    grad_ptr,  # upstream gradient: [] or per row
+    scale_ptr,  # [] float32, 1 / divisor, or None
+    out_ptr,  # forward: [rows], or [programs] partial sums; backward: gradient of the logits
     count_ptr,  # [programs] int32, or None
     # shapes
     n,
@@ -72,7 +74,6 @@ def distribution_focal_forward_kernel(
     x_s1,
     x_s2,
     x_s3,
-    x_sc,
     row_s0,
     row_s1,
     row_s2,
@@ -81,76 +82,18 @@ def distribution_focal_forward_kernel(
     target_s1,
     target_s2,
     target_s3,
-    # constants
-    REDUCED: tl.constexpr,
-    N_DIMS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    STEPS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """1-D grid over blocks of rows."""
-    pid = tl.program_id(0).to(tl.int64)
-    start = pid * BLOCK_R
-    offs = tl.arange(0, BLOCK_R)
-    coords, row = locate(
-        start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
-    )
-    inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
-    bins = columns_of(STEPS, LANES)
-    x, top, e = load_bins(x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS)
-    hat = load_target(
-        target_ptr, coords, (target_s0, target_s1, target_s2, target_s3), bins, keep, n_bins,
-        N_DIMS,
-    )  # fmt: skip
-    hat += tl.where(hat == 0.0, 0.0, 0.0 * x)  # a masked target gives NaN
-    # total - 1 without cancellation: the bins at the maximum are exactly 1 each
-    at_top = (x == top) & (bins < n_bins)
-    rest = over_columns(tl.where(at_top, 0.0, e))
-    rest += (over_columns(at_top.to(tl.int32)) - 1).to(tl.float32)
-    log_total = tl.where(rest < 1.0, log1p_unit(rest), tl.log(1.0 + rest))
-    value = over_columns(tl.where(hat == 0.0, 0.0, hat * (top - x))) + log_total
-    store_rows(value * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
-
-
-@triton.jit
-def distribution_focal_backward_kernel(
-    # pointers
-    x_ptr,  # logits
-    target_ptr,  # real targets, per row
-    weight_ptr,  # [rows], or None
-    grad_ptr,  # upstream gradient: [] or per row
-    scale_ptr,  # [] float32, 1 / divisor, or None
-    out_ptr,  # gradient of the logits
-    # shapes
-    n,
-    n_bins: tl.constexpr,  # few values, and what lies beyond the last bin drops out
-    size_1,
-    size_2,
-    size_3,
-    # strides
-    x_s0,
-    x_s1,
-    x_s2,
-    x_s3,
-    x_sc,
-    row_s0,
-    row_s1,
-    row_s2,
-    row_s3,
     out_s0,
     out_s1,
     out_s2,
     out_s3,
-    out_sc,
     grad_s0,
     grad_s1,
     grad_s2,
     grad_s3,
-    target_s0,
-    target_s1,
-    target_s2,
-    target_s3,
+    x_sc,
+    out_sc,
     # constants
+    BACKWARD: tl.constexpr,
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -161,25 +104,31 @@ def distribution_focal_backward_kernel(
     pid = tl.program_id(0).to(tl.int64)
     start = pid * BLOCK_R
     offs = tl.arange(0, BLOCK_R)
-    coords, row = locate(
-        start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
-    )
+    sizes = (1, size_1, size_2, size_3)
+    x_strides = (x_s0, x_s1, x_s2, x_s3)
+    target_strides = (target_s0, target_s1, target_s2, target_s3)
+    coords, row = locate(start, offs, sizes, (row_s0, row_s1, row_s2, row_s3), N_DIMS)
     inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
     bins = columns_of(STEPS, LANES)
-    x, _, e = load_bins(x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS)
-    hat = load_target(
-        target_ptr, coords, (target_s0, target_s1, target_s2, target_s3), bins, keep, n_bins,
-        N_DIMS,
-    )  # fmt: skip
+    x, top, e = load_bins(x_ptr, coords, bins, x_strides, x_sc, keep, n_bins, N_DIMS)
+    hat = load_target(target_ptr, coords, target_strides, bins, keep, n_bins, N_DIMS)
     hat += tl.where(hat == 0.0, 0.0, 0.0 * x)  # a masked target gives NaN
-    grad = upstream(
-        grad_ptr, scale_ptr, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, REDUCED
-    )
-    result = (e * by_row(1.0 / over_columns(e)) - hat) * by_row(grad * scale)
-    result = tl.where(by_row(keep), result, 0.0)
-    out_row = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
-    out_ptrs = out_ptr + by_row(out_row) + bins * tl.cast(out_sc, tl.int64)
-    tl.store(out_ptrs, result, mask=by_row(inside) & (bins < n_bins))
+    if BACKWARD:
+        grad_strides = (grad_s0, grad_s1, grad_s2, grad_s3)
+        grad = upstream(grad_ptr, scale_ptr, coords, grad_strides, keep, N_DIMS, REDUCED)
+        result = (e * by_row(1.0 / over_columns(e)) - hat) * by_row(grad * scale)
+        result = tl.where(by_row(keep), result, 0.0)
+        out_row = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
+        out_ptrs = out_ptr + by_row(out_row) + bins * tl.cast(out_sc, tl.int64)
+        tl.store(out_ptrs, result, mask=by_row(inside) & (bins < n_bins))
+    else:
+        # total - 1 without cancellation: the bins at the maximum are exactly 1 each
+        at_top = (x == top) & (bins < n_bins)
+        rest = over_columns(tl.where(at_top, 0.0, e))
+        rest += (over_columns(at_top.to(tl.int32)) - 1).to(tl.float32)
+        log_total = tl.where(rest < 1.0, log1p_unit(rest), tl.log(1.0 + rest))
+        value = over_columns(tl.where(hat == 0.0, 0.0, hat * (top - x))) + log_total
+        store_rows(value * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
 
 
 @triton.jit
@@ -199,7 +148,6 @@ def expectation_kernel(
     x_s1,
     x_s2,
     x_s3,
-    x_sc,
     row_s0,
     row_s1,
     row_s2,
@@ -208,11 +156,12 @@ def expectation_kernel(
     out_s1,
     out_s2,
     out_s3,
-    out_sc,
     grad_s0,
     grad_s1,
     grad_s2,
     grad_s3,
+    x_sc,
+    out_sc,
     # constants
     N_DIMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -254,6 +203,18 @@ def _tile(x, layout) -> dict:
     return tile_of_rows(x, layout, DISTRIBUTION, triton.next_power_of_2(x.shape[-1]))
 
 
+def _launch(
+    x, target, weight, layout, tile, out, count=None, grad=None, scale=None, *, backward, reduced
+):
+    """Loss or gradient of one tensor of logits; a sum and a count of each program if reduced."""
+    x_s, row_s, target_s, out_s, grad_s = layout.strides
+    wrap_triton(distribution_focal_kernel, x)[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+        x, target, weight, grad, scale, out, count, n_rows(x), x.shape[-1], *layout.sizes[1:],
+        *x_s, *row_s, *target_s, *out_s, *grad_s, x.stride(-1), out.stride(-1) if backward else 0,
+        BACKWARD=backward, REDUCED=reduced, **tile,
+    )  # fmt: skip
+
+
 @launcher
 def forward(
     x: Tensor, target: Tensor, weight: Tensor | None, avg_factor: Tensor | None, reduction: str
@@ -269,16 +230,11 @@ def forward(
     Returns:
         ``(loss, scale)``, float32.
     """
-    layout = row_layout(x, target)
+    layout = row_layout(x, target, None, None)
     tile = _tile(x, layout)
-    x_s, row_s, target_s = layout.strides
 
-    def launch(out, counts):
-        grid = (triton.cdiv(n_rows(x), tile["BLOCK_R"]),)
-        wrap_triton(distribution_focal_forward_kernel, x)[grid](
-            x, target, weight, out, counts, n_rows(x), x.shape[-1], *layout.sizes[1:],
-            *x_s, x.stride(-1), *row_s, *target_s, REDUCED=reduction != "none", **tile,
-        )  # fmt: skip
+    def launch(out, count, reduced):
+        _launch(x, target, weight, layout, tile, out, count, backward=False, reduced=reduced)
 
     return forward_rows(x, tile["BLOCK_R"], avg_factor, reduction, launch)
 
@@ -294,44 +250,35 @@ def backward(
     reduction: str,
 ) -> Tensor:
     """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
-    grad_x = torch.empty_like(x)
-    layout, grad, scale, reduced = backward_rows(x, grad_x, grad, scale, reduction, target)
-    tile = _tile(x, layout)
-    x_s, row_s, out_s, grad_s, target_s = layout.strides
-    grid = (triton.cdiv(n_rows(x), tile["BLOCK_R"]),)
-    wrap_triton(distribution_focal_backward_kernel, x)[grid](
-        x, target, weight, grad, scale, grad_x, n_rows(x), x.shape[-1], *layout.sizes[1:],
-        *x_s, x.stride(-1), *row_s, *out_s, grad_x.stride(-1), *grad_s, *target_s,
-        REDUCED=reduced, **tile,
-    )  # fmt: skip
-    return grad_x
+    out = torch.empty_like(x)
+    grad, scale, reduced = upstream_of(x, out, grad, scale, reduction, target)
+    layout = row_layout(x, target, out, None if reduced else grad)
+    args = (x, target, weight, layout, _tile(x, layout), out)
+    _launch(*args, None, grad, scale, backward=True, reduced=reduced)
+    return out
 
 
-def _launch_expectation(x, grad, out, layout, out_s, out_sc, grad_s):
+def _launch_expectation(x, out, grad=None):
+    layout = row_layout(x, None if grad is None else out, grad)
+    x_s, row_s, out_s, grad_s = layout.strides
     tile = _tile(x, layout)
-    x_s, row_s = layout.strides[:2]
     wrap_triton(expectation_kernel, x)[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
         x, grad, out, n_rows(x), x.shape[-1], *layout.sizes[1:],
-        *x_s, x.stride(-1), *row_s, *out_s, out_sc, *grad_s, **tile,
+        *x_s, *row_s, *out_s, *grad_s, x.stride(-1), 0 if grad is None else out.stride(-1), **tile,
     )  # fmt: skip
-    return out
 
 
 @launcher
 def expectation(x: Tensor) -> Tensor:
     """Mean bin, float32: (..., bins) with any strides -> (...) contiguous."""
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    unused = (0, 0, 0, 0)
-    return _launch_expectation(x, None, mean, row_layout(x), unused, 0, unused)
+    _launch_expectation(x, mean)
+    return mean
 
 
 @launcher
 def expectation_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
-    grad_x = torch.empty_like(x)
-    layout = row_layout(x, grad_x, grad)
-    if layout is None:
-        grad = grad.contiguous()
-        layout = row_layout(x, grad_x, grad)
-    out_s, grad_s = layout.strides[2:]
-    return _launch_expectation(x, grad, grad_x, layout, out_s, grad_x.stride(-1), grad_s)
+    out = torch.empty_like(x)
+    _launch_expectation(x, out, grad if rows_walkable(x, out, grad) else grad.contiguous())
+    return out

@@ -18,7 +18,6 @@ from ._config import SOFTMAX, SOFTMAX_CLASSES, SOFTMAX_CLASSES_BY_ROW
 from ._formulas import hard_derivative, hard_value
 from ._numbers import number, scalar_args
 from ._rows import (
-    backward_rows,
     by_row,
     columns_innermost,
     columns_of,
@@ -33,6 +32,7 @@ from ._rows import (
     tile_of_rows,
     top_of_columns,
     upstream,
+    upstream_of,
 )
 from ._walk import offset_of
 
@@ -53,89 +53,7 @@ def _alpha(alpha_ptr, label, keep):
 
 
 @triton.jit
-def softmax_focal_forward_kernel(
-    # pointers
-    x_ptr,  # logits
-    label_ptr,  # [rows] integers
-    alpha_ptr,  # [classes], or None
-    weight_ptr,  # [rows], or None
-    params_ptr,  # [1] gamma, or None
-    out_ptr,  # [rows], or [programs] partial sums
-    count_ptr,  # [programs] int32, or None
-    stats_ptr,  # [3, rows] in memory order: maximum and sum of exp of the others, and d
-    # shapes
-    n,
-    n_classes,
-    size_1,
-    size_2,
-    size_3,
-    # strides
-    x_s0,
-    x_s1,
-    x_s2,
-    x_s3,
-    x_sc,
-    row_s0,
-    row_s1,
-    row_s2,
-    row_s3,
-    # scalars
-    ignore_index,
-    gamma,
-    # constants
-    REDUCED: tl.constexpr,
-    N_DIMS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    STEPS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """1-D grid over blocks of rows; an online softmax walks over tiles of classes."""
-    pid = tl.program_id(0).to(tl.int64)
-    start = pid * BLOCK_R
-    offs = tl.arange(0, BLOCK_R)
-    gamma = number(params_ptr, 0, gamma)
-    coords, row = locate(
-        start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
-    )
-    inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
-    label, keep = _labels(label_ptr, row, inside, keep, n_classes, ignore_index)
-    x_row = by_row(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS))
-    columns = columns_of(STEPS, LANES)
-
-    top = tl.full([BLOCK_R], -1e38, tl.float32)
-    total = tl.zeros([BLOCK_R], tl.float32)
-    x_label = tl.zeros([BLOCK_R], tl.float32)
-    first = tl.cast(0, tl.int32)
-    while first < n_classes:
-        cls = first + columns
-        x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
-        # in rows not kept, too: the logits need not wait for the labels
-        x = tl.load(x_ptrs, mask=by_row(inside) & (cls < n_classes), other=0).to(tl.float32)
-        x += 0.0 * tl.maximum(x, 0.0)  # +inf gives NaN, and -inf a masked class: probability 0
-        here = cls == by_row(label)
-        x_label += over_columns(tl.where(here, x, 0.0))
-        others = tl.where(here | (cls >= n_classes), -1e38, x)
-        new_top = tl.maximum(top, top_of_columns(others))
-        e = tl.exp(others - by_row(new_top))
-        e = tl.where(here | (cls >= n_classes), 0.0, e)
-        total = total * tl.exp(top - new_top) + over_columns(e)
-        top = new_top
-        first += STEPS * LANES
-    x_label += 0.0 * x_label  # a masked label gives NaN
-    # one class alone: d is huge, the loss exactly 0
-    d = (x_label - top) - tl.log(tl.where(total == 0.0, 1.0, total))
-    value = hard_value(d, keep, 1.0, 1.0, gamma, 0.0, "focal", False)
-    value *= _alpha(alpha_ptr, label, keep) * scale
-    store_rows(value, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
-    if stats_ptr is not None:
-        stats_ptrs = stats_ptr + start + offs
-        tl.store(stats_ptrs, top, mask=inside)
-        tl.store(stats_ptrs + n, total, mask=inside)
-        tl.store(stats_ptrs + 2 * tl.cast(n, tl.int64), d, mask=inside)
-
-
-@triton.jit
-def softmax_focal_backward_kernel(
+def softmax_focal_kernel(
     # pointers
     x_ptr,  # logits
     label_ptr,  # [rows] integers
@@ -144,8 +62,9 @@ def softmax_focal_backward_kernel(
     params_ptr,  # [1] gamma, or None
     grad_ptr,  # upstream gradient: [] or per row
     scale_ptr,  # [] float32, 1 / divisor, or None
-    stats_ptr,  # [3, rows] from the forward
-    out_ptr,  # gradient of the logits
+    stats_ptr,  # [3, rows] in memory order: maximum and sum of exp of the others, and d
+    out_ptr,  # forward: [rows], or [programs] partial sums; backward: gradient of the logits
+    count_ptr,  # [programs] int32, or None
     # shapes
     n,
     n_classes,
@@ -157,7 +76,6 @@ def softmax_focal_backward_kernel(
     x_s1,
     x_s2,
     x_s3,
-    x_sc,
     row_s0,
     row_s1,
     row_s2,
@@ -166,63 +84,128 @@ def softmax_focal_backward_kernel(
     out_s1,
     out_s2,
     out_s3,
-    out_sc,
     grad_s0,
     grad_s1,
     grad_s2,
     grad_s3,
+    x_sc,
+    out_sc,
     # scalars
     ignore_index,
     gamma,
     # constants
+    BACKWARD: tl.constexpr,
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """1-D grid over blocks of rows; one read and one write of the logits."""
+    """1-D grid over blocks of rows. Forward: an online softmax walks over tiles of classes;
+    backward: one read and one write of the logits."""
     pid = tl.program_id(0).to(tl.int64)
     start = pid * BLOCK_R
     offs = tl.arange(0, BLOCK_R)
     gamma = number(params_ptr, 0, gamma)
-    coords, row = locate(
-        start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
-    )
+    sizes = (1, size_1, size_2, size_3)
+    coords, row = locate(start, offs, sizes, (row_s0, row_s1, row_s2, row_s3), N_DIMS)
     inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
     label, keep = _labels(label_ptr, row, inside, keep, n_classes, ignore_index)
     stats_ptrs = stats_ptr + start + offs
-    top = tl.load(stats_ptrs, mask=keep, other=0.0)
-    total = tl.load(stats_ptrs + n, mask=keep, other=1.0)
-    total = tl.where(total == 0.0, 1.0, total)
-    d = tl.load(stats_ptrs + 2 * tl.cast(n, tl.int64), mask=keep, other=0.0)
-    grad = upstream(
-        grad_ptr, scale_ptr, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, REDUCED
-    )
-    slope = hard_derivative(d, keep, 1.0, 1.0, gamma, 0.0, "focal", False)
-    slope *= _alpha(alpha_ptr, label, keep)
-    slope = tl.where(keep, slope * (grad * scale), 0.0)
-
     x_row = by_row(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS))
-    out_row = by_row(offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS))
-    others = -slope / total  # of exp(x - top)
     columns = columns_of(STEPS, LANES)
     first = tl.cast(0, tl.int32)
-    while first < n_classes:
-        cls = first + columns
-        x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
-        x = tl.load(x_ptrs, mask=by_row(inside) & (cls < n_classes), other=0).to(tl.float32)
-        e = tl.exp(tl.minimum(x - by_row(top), 0.0))
-        result = tl.where(cls == by_row(label), by_row(slope), e * by_row(others))
-        result = tl.where(by_row(keep), result, 0.0)
-        out_ptrs = out_ptr + out_row + cls * tl.cast(out_sc, tl.int64)
-        tl.store(out_ptrs, result, mask=by_row(inside) & (cls < n_classes))
-        first += STEPS * LANES
+    if BACKWARD:
+        top = tl.load(stats_ptrs, mask=keep, other=0.0)
+        total = tl.load(stats_ptrs + n, mask=keep, other=1.0)
+        total = tl.where(total == 0.0, 1.0, total)
+        d = tl.load(stats_ptrs + 2 * tl.cast(n, tl.int64), mask=keep, other=0.0)
+        grad_strides = (grad_s0, grad_s1, grad_s2, grad_s3)
+        grad = upstream(grad_ptr, scale_ptr, coords, grad_strides, keep, N_DIMS, REDUCED)
+        slope = hard_derivative(d, keep, 1.0, 1.0, gamma, 0.0, "focal", False)
+        slope *= _alpha(alpha_ptr, label, keep)
+        slope = tl.where(keep, slope * (grad * scale), 0.0)
+
+        out_row = by_row(offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS))
+        others = -slope / total  # of exp(x - top)
+        while first < n_classes:
+            cls = first + columns
+            x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
+            x = tl.load(x_ptrs, mask=by_row(inside) & (cls < n_classes), other=0).to(tl.float32)
+            e = tl.exp(tl.minimum(x - by_row(top), 0.0))
+            result = tl.where(cls == by_row(label), by_row(slope), e * by_row(others))
+            result = tl.where(by_row(keep), result, 0.0)
+            out_ptrs = out_ptr + out_row + cls * tl.cast(out_sc, tl.int64)
+            tl.store(out_ptrs, result, mask=by_row(inside) & (cls < n_classes))
+            first += STEPS * LANES
+    else:
+        top = tl.full([BLOCK_R], -1e38, tl.float32)
+        total = tl.zeros([BLOCK_R], tl.float32)
+        x_label = tl.zeros([BLOCK_R], tl.float32)
+        while first < n_classes:
+            cls = first + columns
+            x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
+            # in rows not kept, too: the logits need not wait for the labels
+            x = tl.load(x_ptrs, mask=by_row(inside) & (cls < n_classes), other=0).to(tl.float32)
+            x += 0.0 * tl.maximum(x, 0.0)  # +inf gives NaN, and -inf a masked class: probability 0
+            here = cls == by_row(label)
+            x_label += over_columns(tl.where(here, x, 0.0))
+            others = tl.where(here | (cls >= n_classes), -1e38, x)
+            new_top = tl.maximum(top, top_of_columns(others))
+            e = tl.exp(others - by_row(new_top))
+            e = tl.where(here | (cls >= n_classes), 0.0, e)
+            total = total * tl.exp(top - new_top) + over_columns(e)
+            top = new_top
+            first += STEPS * LANES
+        x_label += 0.0 * x_label  # a masked label gives NaN
+        # one class alone: d is huge, the loss exactly 0
+        d = (x_label - top) - tl.log(tl.where(total == 0.0, 1.0, total))
+        value = hard_value(d, keep, 1.0, 1.0, gamma, 0.0, "focal", False)
+        value *= _alpha(alpha_ptr, label, keep) * scale
+        store_rows(value, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
+        tl.store(stats_ptrs, top, mask=inside)
+        tl.store(stats_ptrs + n, total, mask=inside)
+        tl.store(stats_ptrs + 2 * tl.cast(n, tl.int64), d, mask=inside)
 
 
 def _tile(x, layout) -> dict:
     most = SOFTMAX_CLASSES if columns_innermost(x, layout) else SOFTMAX_CLASSES_BY_ROW
     return tile_of_rows(x, layout, SOFTMAX, min(triton.next_power_of_2(x.shape[-1]), most))
+
+
+def _launch(
+    x, labels, weight, alpha, params, ignore_index, stats, layout, tile, out, count=None, grad=None,
+    scale=None, *, backward, reduced,
+):  # fmt: skip
+    """Loss or gradient of one tensor of logits; a sum and a count of each program if reduced."""
+    x_s, row_s, out_s, grad_s = layout.strides
+    pointer, (gamma,) = scalar_args(params, 1)
+    wrap_triton(softmax_focal_kernel, x)[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+        x,
+        labels,
+        alpha,
+        weight,
+        pointer,
+        grad,
+        scale,
+        stats,
+        out,
+        count,
+        n_rows(x),
+        x.shape[-1],
+        *layout.sizes[1:],
+        *x_s,
+        *row_s,
+        *out_s,
+        *grad_s,
+        x.stride(-1),
+        out.stride(-1) if backward else 0,
+        ignore_index,
+        gamma,
+        BACKWARD=backward,
+        REDUCED=reduced,
+        **tile,
+    )
 
 
 def takes(x, *args) -> bool:
@@ -253,34 +236,13 @@ def forward(
     Returns:
         ``(loss, scale, stats)``, float32; stats has shape (3, rows).
     """
-    layout = row_layout(x)
-    tile = _tile(x, layout)
     stats = torch.empty((3, n_rows(x)), dtype=torch.float32, device=x.device)
-    pointer, (gamma,) = scalar_args(params, 1)
-    x_s, row_s = layout.strides
+    layout = row_layout(x, None, None)
+    tile = _tile(x, layout)
+    args = (x, labels, weight, alpha, params, ignore_index, stats, layout, tile)
 
-    def launch(out, counts):
-        grid = (triton.cdiv(n_rows(x), tile["BLOCK_R"]),)
-        wrap_triton(softmax_focal_forward_kernel, x)[grid](
-            x,
-            labels,
-            alpha,
-            weight,
-            pointer,
-            out,
-            counts,
-            stats,
-            n_rows(x),
-            x.shape[-1],
-            *layout.sizes[1:],
-            *x_s,
-            x.stride(-1),
-            *row_s,
-            ignore_index,
-            gamma,
-            REDUCED=reduction != "none",
-            **tile,
-        )
+    def launch(out, count, reduced):
+        _launch(*args, out, count, backward=False, reduced=reduced)
 
     return *forward_rows(x, tile["BLOCK_R"], avg_factor, reduction, launch), stats
 
@@ -300,34 +262,9 @@ def backward(
     reduction: str,
 ) -> Tensor:
     """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
-    grad_x = torch.empty_like(x)
-    layout, grad, scale, reduced = backward_rows(x, grad_x, grad, scale, reduction)
-    tile = _tile(x, layout)
-    pointer, (gamma,) = scalar_args(params, 1)
-    x_s, row_s, out_s, grad_s = layout.strides
-    grid = (triton.cdiv(n_rows(x), tile["BLOCK_R"]),)
-    wrap_triton(softmax_focal_backward_kernel, x)[grid](
-        x,
-        labels,
-        alpha,
-        weight,
-        pointer,
-        grad,
-        scale,
-        stats,
-        grad_x,
-        n_rows(x),
-        x.shape[-1],
-        *layout.sizes[1:],
-        *x_s,
-        x.stride(-1),
-        *row_s,
-        *out_s,
-        grad_x.stride(-1),
-        *grad_s,
-        ignore_index,
-        gamma,
-        REDUCED=reduced,
-        **tile,
-    )
-    return grad_x
+    out = torch.empty_like(x)
+    grad, scale, reduced = upstream_of(x, out, grad, scale, reduction)
+    layout = row_layout(x, out, None if reduced else grad)
+    args = (x, labels, weight, alpha, params, ignore_index, stats, layout, _tile(x, layout), out)
+    _launch(*args, None, grad, scale, backward=True, reduced=reduced)
+    return out

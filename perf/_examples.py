@@ -338,8 +338,7 @@ STREAMS: dict[str, Callable] = {
     "negatives_kernel": _negatives_streams,
     "region_sums_kernel": _region_streams,
     "count_kernel": _region_streams,
-    "box_forward_kernel": _box_streams,
-    "box_backward_kernel": _box_streams,
+    "box_kernel": _box_streams,
 }
 WRITTEN = "out_ptr"
 

@@ -167,7 +167,8 @@ def main(argv=None) -> int:
     if args.write:
         kept = {k: r for k, r in (read_table() if TABLE.exists() else {}).items()
                 if args.loss and k[0] not in args.loss}  # fmt: skip
-        write_rows(TABLE, [*kept.values(), *rows])
+        order = list(LOSSES)
+        write_rows(TABLE, sorted([*kept.values(), *rows], key=lambda r: order.index(r["loss"])))
     if not args.check:
         return 0
     committed, failed = read_table(), False

@@ -378,7 +378,7 @@ def asl1_formula(x, problem, mu=0.02):
 
 
 def box_case(kind: str, function: Callable, hyper=({},)) -> Case:
-    kernels = ("box_forward_kernel", "box_backward_kernel")
+    kernels = ("box_kernel", "box_kernel")
     return Case(kind, function, box_problem, box_formula(kind), list(hyper), BOX_AXES, kernels)
 
 
@@ -448,7 +448,7 @@ CASES = [
         softmax_formula,
         [{}, {"gamma": 0.0}, {"gamma": 0.5}, {"gamma": 1.5}],
         ROW_AXES | {"labels": ["int64", "int16", "uint8"], "class_weight": [False, True]},
-        ("softmax_focal_forward_kernel", "softmax_focal_backward_kernel"),
+        ("softmax_focal_kernel", "softmax_focal_kernel"),
     ),
     Case(
         "distribution_focal",
@@ -456,7 +456,7 @@ CASES = [
         distribution_problem,
         distribution_formula,
         axes=ROW_AXES | {"classes": [17, 16, 2, 101]},
-        kernels=("distribution_focal_forward_kernel", "distribution_focal_backward_kernel"),
+        kernels=("distribution_focal_kernel", "distribution_focal_kernel"),
     ),
     box_case("iou", tl.iou_loss),
     box_case("giou", tl.giou_loss),

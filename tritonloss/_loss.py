@@ -65,7 +65,7 @@ class Loss:
     def __call__(self, x: Tensor, *args):
         if self.by_kernels(x, *args):
             return self.kernels(x, *_op.packed(x, args))
-        if self.blockwise and _blocks.usable(x) and self.has_blocks(x, *args):
+        if self.has_blocks is not None and _blocks.usable(x) and self.has_blocks(x, *args):
             return self.blockwise(x, *args, x.requires_grad and torch.is_grad_enabled())
         return self.eager(x, *args)
 

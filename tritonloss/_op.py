@@ -23,6 +23,7 @@ except ImportError:  # no launchers
     triton = None
 
 NAMESPACE = "tritonloss"
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def interpret_asked() -> bool:
@@ -37,7 +38,7 @@ INTERPRET = triton is not None and interpret_asked()
 
 def traced(x: Tensor) -> bool:
     """True if ``x`` is on its way into a graph, where only ops may touch it."""
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+    return type(x) not in PLAIN or torch.compiler.is_compiling()
 
 
 class _Nothing:
@@ -50,9 +51,10 @@ class _Nothing:
 def wrap_triton(kernel, x: Tensor):
     """What a launcher launches: the kernel itself, or where ``x`` is traced its node in the graph.
 
-    torch finds the kernels of an op by this name, ``wrap_triton(kernel, ...)`` in the source.
+    torch finds the kernels of an op by this name, ``wrap_triton(kernel, ...)`` in the source. Its
+    body never runs where Dynamo traces: the type of ``x`` tells.
     """
-    if not traced(x):
+    if type(x) in PLAIN:
         return kernel
     return _Nothing() if INTERPRET else torch.library.wrap_triton(kernel)
 
@@ -97,14 +99,21 @@ def _opaque(body: Callable, fake: Callable, name: str):
     return op
 
 
-def packed(x: Tensor, args: tuple) -> list:
-    """The arguments as a launcher takes them, each tuple of hyper-parameters packed."""
-    in_graph = traced(x)
-    result = list(args)
-    for k, a in enumerate(args):
-        if isinstance(a, tuple) and (in_graph or [v for v in a if isinstance(v, Tensor)]):
-            result[k] = _vector(x, a)
-    return result
+def packed(x: Tensor, args: tuple) -> tuple | list:
+    """The arguments as a launcher takes them: tuples of hyper-parameters, where one is a tensor or
+    a graph is made, as vectors."""
+    if traced(x):
+        return [_vector(x, a) if isinstance(a, tuple) else a for a in distinct(x, args)]
+    for a in args:
+        if isinstance(a, tuple):
+            for value in a:
+                if isinstance(value, Tensor):
+                    return [_vector(x, a) if _holds_tensor(a) else a for a in args]
+    return args
+
+
+def _holds_tensor(a) -> bool:
+    return isinstance(a, tuple) and any(isinstance(v, Tensor) for v in a)
 
 
 def _vector(x: Tensor, values: tuple) -> Tensor:
@@ -171,10 +180,10 @@ def differentiable(
                 grad_x = backward(*grads, *saved, x, *args)
             return grad_x, *[None] * len(args)
 
-    return lambda x, *args: Kernel.apply(x, *(distinct(x, args) if traced(x) else args))
+    return Kernel.apply
 
 
-def distinct(x: Tensor, args: tuple) -> tuple:
+def distinct(x: Tensor, args: tuple) -> list:
     """The arguments with a view in place of each repetition, which Dynamo does not take.
 
     A box quality may well be the weight of its row, too.
@@ -187,7 +196,7 @@ def distinct(x: Tensor, args: tuple) -> tuple:
                 a = a.view_as(a)
             seen.append(a)
         result.append(a)
-    return tuple(result)
+    return result
 
 
 def _through_reference(reference, grads, x, args):

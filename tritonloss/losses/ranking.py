@@ -113,10 +113,13 @@ _by_engine = _op.differentiable(ranking_eager, _backward_eager, None, outputs=3,
 
 def _eager(x, labels, value, dense, weight, group, delta, *args):
     (delta,) = delta
-    if _op.traced(x) and not isinstance(delta, Tensor):
-        # an op's float would recompile the graph at each new value
-        delta = torch.full((), delta, dtype=torch.float64)
     need_grad = x.requires_grad and torch.is_grad_enabled()
+    if _op.traced(x):
+        if not isinstance(delta, Tensor):
+            # an op's float would recompile the graph at each new value
+            delta = torch.full((), delta, dtype=torch.float64)
+        tensors = _op.distinct(x, (labels, value, dense, weight, group))
+        return _by_engine(x, *tensors, delta, *args, need_grad)
     return _by_engine(x, labels, value, dense, weight, group, delta, *args, need_grad)
 
 
