@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from conftest import DEVICE
 import tritonloss as tl
 from tritonloss import _grid as grid
 from tritonloss._dispatch import INTERPRET
-from tritonloss.diagnose import Diagnosis, Report, __main__, _figures, diagnose, recorded
+from tritonloss.diagnose import Diagnosis, Report, __main__, _advice, _figures, diagnose, recorded
 from tritonloss.eager import _blocks
 
 once = pytest.mark.skipif(INTERPRET, reason="says the same in the plain run")
@@ -502,7 +504,7 @@ def test_page_holds_all_it_shows(tmp_path, viz, capsys):
     out = tmp_path / "new" / "folder"
     assert str(out / "index.html") in capsys.readouterr().out
     page = Page((out / "index.html").read_text(encoding="utf-8"))
-    assert page.tags.count("section") == page.tags.count("img") == 8
+    assert page.tags.count("section") == page.tags.count("img") + 1 == 9
     assert all(a.startswith(("data:image/png;base64,", "#")) for a in page.addresses)
     pictures = {p.stem for p in out.glob("*.png")}
     assert pictures == {
@@ -515,6 +517,8 @@ def test_page_holds_all_it_shows(tmp_path, viz, capsys):
     assert figures == json.loads(json.dumps(expected))
     text = "".join(page.text)
     assert "851,465" in text and "Who outranks the positives" in text
+    sentences = Report(figures).advice()
+    assert len(sentences) == 5 and all(words in text for words in sentences)
 
 
 @once
@@ -672,3 +676,82 @@ def test_command_line_takes_dense_targets_and_weights(tmp_path, viz):
     figures = json.loads((out / "report.json").read_text())
     assert (figures["summary"]["positives"], figures["summary"]["negatives"]) == (2, 7)
     assert len(figures["gradient_norms"]["negatives"]) == 4
+
+
+def trained(n: int = 4000, seed: int = 0):
+    """Logits (n, 4) of a model that does all that the advice asks for."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.where(torch.rand(n, generator=g) < 0.4, torch.randint(4, (n,), generator=g), 4)
+    quality = torch.rand(n, generator=g) * 0.9 + 0.05
+    x = torch.full((n, 4), -8.0)
+    positive = (labels < 4).nonzero()[:, 0]
+    x[positive, labels[positive]] = torch.logit(quality[positive])
+    return x, labels, quality
+
+
+@once
+def test_advice_on_models_that_are_known():
+    x, labels, quality = trained()
+    good = diagnose(x, (labels, quality)).advice()
+    kept = ("does not ask for", "Up to 10 %", "0.5 or more", "at most 30 %", "at most 0.1")
+    assert len(good) == 5
+    for words, sentence in zip(kept, good, strict=True):
+        assert words in sentence
+
+    g = torch.Generator().manual_seed(1)
+    new = torch.randn(x.shape, generator=g) * 0.01
+    words = " ".join(diagnose(new, (labels, quality)).advice())
+    assert "does not tell them apart" in words and "floods" in words and "below 0.5" in words
+
+    unsorted = quality[torch.randperm(len(quality), generator=g)]
+    words = " ".join(diagnose(x, (labels, unsorted)).advice())
+    assert "NMS keeps worse boxes" in words and "do not read a score as an IoU" in words
+
+    missing = torch.where(torch.rand(len(labels), generator=g) < 0.5, 4, labels)
+    assert "without a label, or" in " ".join(diagnose(x, missing).advice())
+    assert not any("IoU" in words for words in diagnose(x, labels).advice())
+    assert "Only 3 positives" in diagnose(torch.zeros(3, 1), torch.zeros(3).long()).advice()[0]
+    assert diagnose(x, torch.full_like(labels, 4)).advice() == []
+
+
+@once
+@pytest.mark.parametrize(
+    ("threshold", "place", "below", "above"),
+    [
+        ("SHARE", "gradient_shares by_kind 'cross entropy' -1", "does not ask", "more than 50 %"),
+        ("HARD_SHARE", "gradient_shares by_kind focal 1", "Up to 10 %", "Above 10 %"),
+        ("PRECISION", "ranking average_precision", "below 0.5", "0.5 or more"),
+        ("WRONG_ORDER", "sorting violations", "at most 30 %", "more than 30 %"),
+        ("CALIBRATION", "calibration error", "at most 0.1", "more than 0.1"),
+        ("FLOODED", "summary mean_p_of_negatives", "", "floods"),
+    ],
+)
+def test_advice_turns_at_its_threshold(threshold, place, below, above):
+    value = getattr(_advice, threshold)
+    said = []
+    for moved in (value - 0.01, value + 0.01):
+        x, labels, quality = trained()
+        figures = diagnose(x, (labels, quality)).figures
+        *path, last = shlex.split(place)
+        at = figures
+        for key in path:
+            at = at[key]
+        at[list(at)[int(last)] if last.lstrip("-").isdigit() else last] = moved
+        said.append(" ".join(Report(figures).advice()))
+        # the figure stands beside the threshold
+        in_percent = threshold in ("SHARE", "HARD_SHARE", "WRONG_ORDER")
+        number = _advice.percent(moved) if in_percent else f"{moved:.3g}"
+        assert number in said[-1] or (threshold == "FLOODED" and moved < value)
+    low, high = said
+    assert below in low and above in high and above not in low
+
+
+@once
+def test_the_guide_states_the_thresholds():
+    guide = (Path(__file__).parent.parent / "docs" / "guides" / "diagnosis.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| (?:above|below) ([\d.]+)( %)? \|", guide, re.MULTILINE)
+    stated = [float(number) / (100 if percent else 1) for number, percent in rows]
+    assert stated == [
+        _advice.FEW, _advice.APART, _advice.FLOODED, _advice.SHARE, _advice.SHARE,
+        _advice.HARD_SHARE, _advice.PRECISION, _advice.WRONG_ORDER, _advice.CALIBRATION,
+    ]  # fmt: skip

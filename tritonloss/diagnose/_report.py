@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from tritonloss._version import __version__
 
+from ._advice import advice_of, percent
+
 
 class Section(NamedTuple):
     """A picture and what it is read by."""
@@ -78,7 +80,7 @@ SECTIONS = (
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.3g} %"
+    return "–" if value is None else percent(value)
 
 
 def _number(value: float | None) -> str:
@@ -90,7 +92,7 @@ def _number(value: float | None) -> str:
 class Report:
     """What :meth:`Diagnosis.read` returns: ``figures``, a dict of plain numbers and lists.
 
-    ``str()`` gives the most telling ones; :meth:`write` draws all.
+    ``str()`` gives the most telling ones and :meth:`advice`; :meth:`write` draws all.
     """
 
     def __init__(self, figures: dict[str, Any]):
@@ -100,7 +102,7 @@ class Report:
         rows = self.overview()
         width = max(len(name) for name, *_ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value, _ in rows]
-        return "\n".join([*lines, *self.remarks()])
+        return "\n".join([*lines, *self.remarks(), *(f"* {words}" for words in self.advice())])
 
     def overview(self) -> list[tuple[str, str, str]]:
         """``(what, value, picture)`` of the most telling figures."""
@@ -165,6 +167,13 @@ class Report:
                 "about IoUs."
             )
         return remarks
+
+    def advice(self) -> list[str]:
+        """What the figures mean for this model, each with the threshold it is held against.
+
+        The thresholds are rules of thumb; that a loss helps, only a training run shows.
+        """
+        return advice_of(self.figures)
 
     def write(self, out: str | Path, title: str = "Diagnosis") -> Path:
         """Write ``index.html``, ``report.json`` and the pictures as PNG into a folder.
