@@ -220,28 +220,58 @@ def test_distributions_are_as_the_index_takes_them(built):
     assert run.returncode == 0, run.stdout
 
 
-@once
-def test_types_of_a_users_file(clean, tmp_path):
-    """With mypy, and pyright where it is; for the wheel and for an editable installation."""
-    pytest.importorskip("mypy")
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory):
+    """The Python of an environment with an editable installation."""
+    folder = tmp_path_factory.mktemp("editable")
+    source = folder / "source"
     for part in ("tritonloss", "kernels"):
         shutil.copytree(ROOT / part, source / part)
     for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, source / part)
-    editable, _ = environment(tmp_path / "editable")
+    python, _ = environment(folder / "environment")
     # the mode that type checkers and editors can follow
-    install(editable, "--config-settings", "editable_mode=strict", "--editable", source)
+    install(python, "--config-settings", "editable_mode=strict", "--editable", source)
+    return python
+
+
+CHECKERS = {
+    "mypy": ("--strict", "--python-executable"),
+    "pyright": ("--pythonpath",),
+}
+
+
+@once
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_types_of_a_users_file(checker, clean, editable, tmp_path):
+    """For the wheel and for an editable installation."""
+    pytest.importorskip(checker)
+    sample = shutil.copy(ROOT / "tests" / "types" / "sample.py", tmp_path)
     for python in (clean[1], editable):
-        sample = ROOT / "tests" / "types" / "sample.py"
-        command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python]
-        command += ["--cache-dir", tmp_path / "cache", sample]
+        command = [sys.executable, "-m", checker, *CHECKERS[checker], python, sample]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert run.returncode == 0, f"{python}: {run.stdout}"
-        if pyright := shutil.which("pyright"):
-            command = [pyright, "--pythonpath", python, sample]
-            run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-            assert run.returncode == 0, f"{python}: {run.stdout}"
+
+
+@once
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_a_wrong_type_is_seen(checker, clean, tmp_path):
+    """A checker that cannot see the package finds nothing, and its success proves nothing."""
+    pytest.importorskip(checker)
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("import tritonloss as tl\n\nloss: int = tl.FocalLoss(gamma='two')\n")
+    command = [sys.executable, "-m", checker, *CHECKERS[checker], clean[1], wrong]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout.count("error:") >= 2, run.stdout
+
+
+@once
+def test_a_call_has_the_types_of_forward():
+    tree = ast.parse((ROOT / "tritonloss" / "set_criterion.py").read_text())
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    call, forward = functions["__call__"], functions["forward"]
+    assert ast.dump(call.args) == ast.dump(forward.args)
+    assert ast.dump(call.returns) == ast.dump(forward.returns)
 
 
 @once

@@ -292,5 +292,16 @@ class SetCriterion(nn.Module):
             total = torch.stack([total[i] * weight for i, weight in enumerate(weights)])
         return terms | {"total": total.sum(), "indices": indices}
 
-    if TYPE_CHECKING:  # nn.Module's returns Any
-        __call__ = forward
+    if TYPE_CHECKING:  # nn.Module's takes and returns Any
+
+        def __call__(
+            self,
+            logits: Tensor,
+            boxes: Tensor,
+            labels: Tensor | list[Tensor],
+            target_boxes: Tensor | list[Tensor],
+            sizes: Tensor | None = None,
+            *,
+            indices: Tensor | None = None,
+            num_boxes: float | Tensor | None = None,
+        ) -> dict[str, Tensor]: ...
