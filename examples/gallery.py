@@ -328,6 +328,38 @@ def distribution_focal():
 
 
 @picture
+def distribution_distillation():
+    """Distillation of a distribution: a high temperature looks at all bins, not at the best."""
+    figure, axes = panels(
+        r"$L = T^2\,KL(\mathrm{softmax}(t/T)\,\|\,\mathrm{softmax}(x/T))$", columns=3
+    )
+    temperatures = (1.0, 2.0, 5.0, 20.0)
+    bins = torch.arange(9.0)
+    teacher, student = -((bins - 3.3) ** 2) / 3, -((bins - 5.5) ** 2) / 3
+    for t, color in zip(temperatures, shades("Purples", 4), strict=True):
+
+        def loss(x, t=t):
+            logits = torch.stack([torch.zeros_like(x), x], -1)
+            wanted = torch.tensor([0.0, 2.0]).to(x).expand_as(logits)
+            return tl.distribution_distillation_loss(
+                logits, wanted, temperature=t, reduction="none"
+            )
+
+        plot(axes[:2], loss, X, color=color, label=f"T = {t:g}")
+    label(axes[:2], r"$x_1 - x_0$, the teacher's is 2", top=8)
+    _, slope = value_and_slope(
+        lambda x: tl.distribution_distillation_loss(x[None], teacher[None]), student
+    )
+    axes[2].bar(bins - 0.3, teacher.softmax(0), 0.3, color="k", label="teacher")
+    axes[2].bar(bins, student.softmax(0), 0.3, color="tab:blue", label="student")
+    axes[2].bar(bins + 0.3, slope, 0.3, color="tab:orange", label="derivative, T = 5")
+    axes[2].axhline(0, color="k", lw=0.8)
+    axes[2].set(xlabel="bin", ylabel="probability, derivative")
+    axes[2].legend(fontsize=8, frameon=False)
+    return figure
+
+
+@picture
 def authentic_smooth_l1():
     """Authentic smooth L1 beside smooth L1: no corner in the derivative."""
     figure, axes = panels(r"$ASL_1 = \sqrt{d^2 + \mu^2} - \mu$")

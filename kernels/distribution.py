@@ -1,4 +1,4 @@
-"""Distribution focal loss and expectation: each program holds whole rows of bins in one tile."""
+"""Distribution focal loss, distillation, expectation: each program holds whole rows in one tile."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tritonloss._op import launcher, wrap_triton
 
 from ._config import DISTRIBUTION
 from ._formulas import log1p_unit
+from ._numbers import number, scalar_args
 from ._rows import (
     by_row,
     columns_of,
@@ -128,6 +129,100 @@ def distribution_focal_kernel(
         rest += (over_columns(at_top.to(tl.int32)) - 1).to(tl.float32)
         log_total = tl.where(rest < 1.0, log1p_unit(rest), tl.log(1.0 + rest))
         value = over_columns(tl.where(hat == 0.0, 0.0, hat * (top - x))) + log_total
+        store_rows(value * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
+
+
+@triton.jit
+def tempered(x_ptr, coords, bins, strides, x_sc, keep, n_bins, temperature, N_DIMS: tl.constexpr):
+    """Softmax of the logits over the temperature, and its logarithm; 0 beyond the last bin."""
+    x_ptrs = x_ptr + by_row(offset_of(coords, strides, N_DIMS)) + bins * tl.cast(x_sc, tl.int64)
+    x = tl.load(x_ptrs, mask=by_row(keep) & (bins < n_bins), other=0).to(tl.float32) / temperature
+    x += 0.0 * tl.maximum(x, 0.0)  # +inf gives NaN, and -inf a masked bin: probability 0
+    shifted = x - by_row(top_of_columns(tl.where(bins < n_bins, x, -1e38)))
+    e = tl.where(bins < n_bins, tl.exp(shifted), 0.0)
+    total = over_columns(e)
+    return e * by_row(1.0 / total), shifted - by_row(tl.log(total))
+
+
+@triton.jit
+def distillation_kernel(
+    # pointers
+    x_ptr,  # logits
+    teacher_ptr,  # the teacher's, alike
+    weight_ptr,  # [rows], or None
+    params_ptr,  # [1] temperature, or None
+    grad_ptr,  # upstream gradient: [] or per row
+    scale_ptr,  # [] float32, 1 / divisor, or None
+    out_ptr,  # forward: [rows], or [programs] partial sums; backward: gradient of the logits
+    count_ptr,  # [programs] int32, or None
+    # shapes
+    n,
+    n_bins: tl.constexpr,  # few values, and what lies beyond the last bin drops out
+    size_1,
+    size_2,
+    size_3,
+    # strides
+    x_s0,
+    x_s1,
+    x_s2,
+    x_s3,
+    row_s0,
+    row_s1,
+    row_s2,
+    row_s3,
+    teacher_s0,
+    teacher_s1,
+    teacher_s2,
+    teacher_s3,
+    out_s0,
+    out_s1,
+    out_s2,
+    out_s3,
+    grad_s0,
+    grad_s1,
+    grad_s2,
+    grad_s3,
+    x_sc,
+    teacher_sc,
+    out_sc,
+    # scalars
+    temperature,
+    # constants
+    BACKWARD: tl.constexpr,
+    REDUCED: tl.constexpr,
+    N_DIMS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """1-D grid over blocks of rows."""
+    pid = tl.program_id(0).to(tl.int64)
+    start = pid * BLOCK_R
+    offs = tl.arange(0, BLOCK_R)
+    temperature = number(params_ptr, 0, temperature)
+    sizes = (1, size_1, size_2, size_3)
+    x_strides = (x_s0, x_s1, x_s2, x_s3)
+    teacher_strides = (teacher_s0, teacher_s1, teacher_s2, teacher_s3)
+    coords, row = locate(start, offs, sizes, (row_s0, row_s1, row_s2, row_s3), N_DIMS)
+    inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
+    bins = columns_of(STEPS, LANES)
+    p, log_p = tempered(x_ptr, coords, bins, x_strides, x_sc, keep, n_bins, temperature, N_DIMS)
+    q, log_q = tempered(
+        teacher_ptr, coords, bins, teacher_strides, teacher_sc, keep, n_bins, temperature, N_DIMS
+    )
+    # what the student alone excludes gives NaN
+    poison = over_columns(tl.where(q == 0.0, 0.0, 0.0 * log_p))
+    if BACKWARD:
+        grad_strides = (grad_s0, grad_s1, grad_s2, grad_s3)
+        grad = upstream(grad_ptr, scale_ptr, coords, grad_strides, keep, N_DIMS, REDUCED)
+        result = (p - q) * by_row(temperature * grad * scale + poison)
+        result = tl.where(by_row(keep), result, 0.0)
+        out_row = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
+        out_ptrs = out_ptr + by_row(out_row) + bins * tl.cast(out_sc, tl.int64)
+        tl.store(out_ptrs, result, mask=by_row(inside) & (bins < n_bins))
+    else:
+        value = poison + over_columns(tl.where(q == 0.0, 0.0, q * (log_q - log_p)))
+        value *= temperature * temperature
         store_rows(value * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
 
 
@@ -255,6 +350,73 @@ def backward(
     layout = row_layout(x, target, out, None if reduced else grad)
     args = (x, target, weight, layout, _tile(x, layout), out)
     _launch(*args, None, grad, scale, backward=True, reduced=reduced)
+    return out
+
+
+def distillation_takes(x, teacher, *args) -> bool:
+    """True if the kernel can read both in place and a row fits in a tile."""
+    return takes(x, teacher)
+
+
+def _launch_distillation(
+    x, teacher, weight, params, layout, tile, out, count=None, grad=None, scale=None, *, backward,
+    reduced,
+):  # fmt: skip
+    pointer, (temperature,) = scalar_args(params, 1)
+    x_s, row_s, teacher_s, out_s, grad_s = layout.strides
+    wrap_triton(distillation_kernel, x)[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+        x, teacher, weight, pointer, grad, scale, out, count, n_rows(x), x.shape[-1],
+        *layout.sizes[1:], *x_s, *row_s, *teacher_s, *out_s, *grad_s, x.stride(-1),
+        teacher.stride(-1), out.stride(-1) if backward else 0, temperature,
+        BACKWARD=backward, REDUCED=reduced, **tile,
+    )  # fmt: skip
+
+
+@launcher
+def distillation(
+    x: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """Divergence of all rows from the teacher's, and the factor that the backward needs.
+
+    Args:
+        x, teacher: logits (..., bins), any strides.
+        weight: contiguous (...), or None.
+        avg_factor, params: numbers or float tensors of 1 entry; params holds the temperature.
+
+    Returns:
+        ``(loss, scale)``, float32.
+    """
+    layout = row_layout(x, teacher, None, None)
+    args = (x, teacher, weight, params, layout, _tile(x, layout))
+
+    def launch(out, count, reduced):
+        _launch_distillation(*args, out, count, backward=False, reduced=reduced)
+
+    return forward_rows(x, args[-1]["BLOCK_R"], avg_factor, reduction, launch)
+
+
+@launcher
+def distillation_backward(
+    grad: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    reduction: str,
+) -> Tensor:
+    """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
+    out = torch.empty_like(x)
+    grad, scale, reduced = upstream_of(x, out, grad, scale, reduction, teacher)
+    layout = row_layout(x, teacher, out, None if reduced else grad)
+    args = (x, teacher, weight, params, layout, _tile(x, layout), out)
+    _launch_distillation(*args, None, grad, scale, backward=True, reduced=reduced)
     return out
 
 

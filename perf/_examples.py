@@ -148,7 +148,7 @@ def rowwise(
 
     def call():
         x = logits(_operands.rows, classes, dtype, layout)
-        if kind == "boxes":
+        if kind in ("boxes", "logits"):
             targets = (empty(*x.shape, kind=kind),)
         elif kind:
             targets = (empty(*x.shape[:-1], dtype="int64" if kind == "classes" else "float32",
@@ -171,6 +171,10 @@ def softmax(*args, **kwargs) -> Callable:
 
 def distribution(*args, **kwargs) -> Callable:
     return rowwise(tl.distribution_focal_loss, 17, "distances", *args, **kwargs)
+
+
+def distillation(*args, **kwargs) -> Callable:
+    return rowwise(tl.distribution_distillation_loss, 33, "logits", *args, **kwargs)
 
 
 def ranking(loss: Callable, form: str = "labels", dtype: str = "float32", layout="contiguous",
@@ -259,6 +263,10 @@ EXAMPLES: dict[str, Callable] = {
     "distribution_focal bf16": distribution("bfloat16"),
     "distribution_focal nchw": distribution(layout="nchw"),
     "distribution_focal none": distribution(reduction="none"),
+    "distribution_distillation": distillation(),
+    "distribution_distillation bf16 nchw": distillation("bfloat16", "nchw"),
+    "distribution_distillation none": distillation(reduction="none"),
+    "distribution_distillation scheduled": distillation(scheduled="temperature"),
     "expectation": rowwise(tl.distribution_expectation, 17, None),
     "iou": boxes(tl.iou_loss),
     "giou": boxes(tl.giou_loss),
@@ -301,6 +309,7 @@ QUICK = [
     "focal nchw, targets nhwc",
     "softmax_focal",
     "distribution_focal",
+    "distribution_distillation",
     "expectation",
     "ciou",
     "ghm_c",

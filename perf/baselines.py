@@ -252,6 +252,11 @@ def distribution_focal(x: Tensor, target: Tensor) -> Tensor:
     return sum(w * loss for w, loss in zip((to_left, to_right), by_label, strict=True))
 
 
+def distribution_distillation(x: Tensor, teacher: Tensor, temperature: float = 5.0) -> Tensor:
+    log_p, q = F.log_softmax(x / temperature, -1), F.softmax(teacher / temperature, -1)
+    return temperature**2 * F.kl_div(log_p, q, reduction="none").sum(-1)
+
+
 def expectation(x: Tensor) -> Tensor:
     return F.softmax(x, -1) @ torch.arange(x.shape[-1], dtype=x.dtype, device=x.device)
 

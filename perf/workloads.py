@@ -182,6 +182,15 @@ def _distribution(point, x, labels, quality):
     )
 
 
+def _distillation(point, x, labels, quality):
+    teacher = x.detach().float().roll(1, 0)
+    return Call(
+        lambda x: tl.distribution_distillation_loss(x, teacher),
+        x,
+        lambda x: baselines.distribution_distillation(x, teacher).mean(),
+    )
+
+
 def _expectation(point, x, labels, quality):
     return Call(
         lambda x: tl.distribution_expectation(x).sum(),
@@ -232,6 +241,7 @@ LOSSES: dict[str, Workload] = {
     "ap": Workload(_ap),
     "alrp": Workload(_alrp),
     "distribution_focal": Workload(_distribution, 17),
+    "distribution_distillation": Workload(_distillation, 33),
     "expectation": Workload(_expectation, 17),
     "ghm_r": Workload(_regression(tl.ghm_r_loss, baselines.ghm_r_loop), 4),
     "authentic_smooth_l1": Workload(

@@ -308,6 +308,25 @@ def distribution_formula(x, problem):
     return -(left + 1 - y) * at[..., 0] - (y - left) * at[..., 1]
 
 
+def distillation_problem(axes: Axes, g: torch.Generator) -> Problem:
+    x = draw_logits(axes, g)
+    kwargs = reduction_kwargs(axes, g)
+    teacher = torch.randn(x.shape, generator=g) * 3
+    close = torch.rand(x.shape[:-1], generator=g).unsqueeze(-1) < 0.2
+    teacher = torch.where(close, x.float(), teacher)  # it says the same
+    keep = torch.ones(x.shape[:-1], dtype=torch.bool)
+    positive = teacher == teacher.amax(-1, keepdim=True)
+    x = row_weight(axes, x, keep, kwargs, g)
+    teacher = torch.where(keep.unsqueeze(-1), teacher, float("nan"))
+    return Problem(x, (teacher,), kwargs, keep, positive)
+
+
+def distillation_formula(x, problem, temperature=5.0):
+    teacher = torch.where(problem.keep.unsqueeze(-1), problem.args[0].double(), 0)
+    q, p = (teacher / temperature).softmax(-1), (x / temperature).softmax(-1)
+    return temperature**2 * (torch.special.xlogy(q, q) - torch.special.xlogy(q, p)).sum(-1)
+
+
 def box_problem(axes: Axes, g: torch.Generator) -> Problem:
     centre, size = torch.rand(axes.rows, 2, generator=g), torch.rand(axes.rows, 2, generator=g)
     target = torch.cat([centre - size / 2, centre + size / 2], -1) * 64
@@ -457,6 +476,15 @@ CASES = [
         distribution_formula,
         axes=ROW_AXES | {"classes": [17, 16, 2, 101]},
         kernels=("distribution_focal_kernel", "distribution_focal_kernel"),
+    ),
+    Case(
+        "distribution_distillation",
+        tl.distribution_distillation_loss,
+        distillation_problem,
+        distillation_formula,
+        [{}, {"temperature": 1.0}],
+        ROW_AXES | {"classes": [33, 17, 2, 101]},
+        ("distillation_kernel", "distillation_kernel"),
     ),
     box_case("iou", tl.iou_loss),
     box_case("giou", tl.giou_loss),

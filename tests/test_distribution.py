@@ -101,6 +101,80 @@ def test_masked_bins_have_probability_zero(dtype, backend):
     assert (gradient.isnan().any(-1) == (y + 3 > 5)).all()
 
 
+def distilled(row, teacher, temperature):
+    """The divergence of one row, in plain Python."""
+    p, q = ([math.exp(v / temperature) for v in r] for r in (row, teacher))
+    p, q = ([v / sum(r) for v in r] for r in (p, q))
+    return temperature**2 * sum(b * math.log(b / a) for a, b in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 5.0, torch.tensor(3.0)], ids=str)
+def test_distillation_is_written_out(temperature, backend):
+    x, teacher = torch.randn(2, 12, 33) * 4
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.to(DEVICE)
+    loss = tl.distribution_distillation_loss(
+        x.to(DEVICE), teacher.to(DEVICE), temperature=temperature, reduction="none"
+    )
+    rows = zip(x.double().tolist(), teacher.double().tolist(), strict=True)
+    expected = torch.tensor([distilled(*pair, float(temperature)) for pair in rows])
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_distillation_ends_at_the_teacher(backend):
+    teacher = torch.randn(50, 17, device=DEVICE)
+    shift = torch.randn(50, 1, device=DEVICE)
+    x = (teacher + shift).requires_grad_()  # the same distributions
+    loss = tl.distribution_distillation_loss(x, teacher, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.abs().max() < 1e-4 and gradient.abs().max() < 1e-5
+    # sharp: T (p - q), whatever the temperature
+    x = torch.randn(50, 17, device=DEVICE, requires_grad=True)
+    loss = tl.distribution_distillation_loss(x, teacher, temperature=2.0, reduction="sum")
+    expected = 2 * ((x / 2).softmax(-1) - (teacher / 2).softmax(-1))
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
+
+
+def test_distillation_of_extremes(backend):
+    values = torch.tensor([-1e30, -65504.0, 0.0, 65504.0, 1e30], device=DEVICE)
+    x = torch.cartesian_prod(values, values, values).requires_grad_()
+    for teacher in (x.detach().flip(0), x.detach().flip(1)):
+        loss = tl.distribution_distillation_loss(x, teacher, reduction="none")
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        assert loss.isfinite().all() and gradient.isfinite().all() and (loss >= 0).all()
+    for value in (torch.nan, torch.inf):
+        x = torch.zeros(4, 9, device=DEVICE)
+        teacher = torch.zeros(4, 9, device=DEVICE)
+        x[0, 3] = x[1, 3] = teacher[2, 3] = value
+        x.requires_grad_()
+        weight = torch.tensor([0.0, 1.0, 1.0, 2.0], device=DEVICE)
+        loss = tl.distribution_distillation_loss(x, teacher, weight=weight, reduction="none")
+        assert loss[0] == 0 and loss[1:3].isnan().all() and loss[3] == 0
+        (gradient,) = torch.autograd.grad(loss[0] + loss[3], x)
+        assert not gradient[0].any() and gradient[3].isfinite().all()
+
+
+def test_distillation_with_masked_bins(backend):
+    x, teacher = torch.randn(2, 20, 6, device=DEVICE)
+    wide = torch.full((2, 20, 9), -torch.inf, device=DEVICE)
+    wide[:, :, :6] = torch.stack([x, teacher])
+    x.requires_grad_()
+    expected = tl.distribution_distillation_loss(x, teacher)
+    (slope,) = torch.autograd.grad(expected, x)
+    student = wide[0].clone().requires_grad_()
+    found = tl.distribution_distillation_loss(student, wide[1])
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, student)
+    torch.testing.assert_close(gradient[:, :6], slope)
+    assert not gradient[:, 6:].any()
+    # a bin that the student alone excludes
+    loss = tl.distribution_distillation_loss(student, torch.zeros_like(wide[1]))
+    assert loss.isnan() and torch.autograd.grad(loss, student)[0].isnan().all()
+    student = torch.zeros(20, 9, device=DEVICE, requires_grad=True)
+    loss = tl.distribution_distillation_loss(student, wide[1])
+    assert loss.isfinite() and torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "nchw", "sliced"])
 @pytest.mark.parametrize("sides", [1, 4])
 def test_expectation(sides, layout, backend):
@@ -125,9 +199,11 @@ def test_expectation(sides, layout, backend):
 
 def test_traced(backend):
     x, y = torch.randn(6, 17, device=DEVICE, requires_grad=True), torch.rand(6, device=DEVICE) * 16
+    teacher = torch.randn(6, 17, device=DEVICE)
 
     def call(x):  # one tensor in two places, as a quality that is also the weight
         side = tl.distribution_expectation(x).sum()
+        side = side + tl.distribution_distillation_loss(x, teacher, weight=y)
         return side + tl.distribution_focal_loss(x, y, weight=y)
 
     values = [call(x), torch.compile(call, backend="aot_eager", fullgraph=True)(x)]
@@ -138,10 +214,12 @@ def test_traced(backend):
 def test_derivatives_of_any_order():
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     y = torch.tensor([0.0, 1.3, 4.0, 2.7], dtype=torch.float64)
+    teacher = torch.randn(4, 5, dtype=torch.float64)
 
     def call(x):
         loss = tl.distribution_focal_loss(x, y, reduction="none")
-        return loss, tl.distribution_expectation(x)
+        distilled = tl.distribution_distillation_loss(x, teacher, reduction="none")
+        return loss, distilled, tl.distribution_expectation(x)
 
     assert torch.autograd.gradcheck(call, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, x)

@@ -156,6 +156,12 @@ LOSSES: dict[str, tuple] = {
         lambda o, **k: tl.distribution_focal_loss(o.x, o.share * 16, weight=o.weight, **k),
         17, False, "row",
     ),
+    "distillation": (
+        lambda o, **k: tl.distribution_distillation_loss(
+            o.x, o.dense, temperature=0.5, weight=o.weight, **k
+        ),
+        33, True, "row",
+    ),
     "ciou": (
         lambda o, **k: tl.ciou_loss(o.x, o.dense.sort(-1).values * 4, weight=o.weight, **k),
         4, True, "row",

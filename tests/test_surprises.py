@@ -135,6 +135,7 @@ def test_weights_of_rows_may_have_a_column(backend, on_device):
         lambda w: tl.sigmoid_focal_loss(x, labels, weight=w, reduction="none"),
         lambda w: tl.quality_focal_loss(x, (labels, weight * 0 + 0.5), weight=w),
         lambda w: tl.distribution_focal_loss(x, labels * 0.5, weight=w),
+        lambda w: tl.distribution_distillation_loss(x, x * 2, weight=w),
         lambda w: tl.softmax_focal_loss(x, labels.clamp(max=2), weight=w),
         lambda w: tl.giou_loss(*boxes, weight=w, reduction="sum"),
         lambda w: tl.ghm_c_loss(x, labels, weight=w),

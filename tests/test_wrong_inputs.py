@@ -181,6 +181,14 @@ wrong(
 )
 wrong("dfl: beyond", ValueError, "target must lie in", tl.distribution_focal_loss, X, HALF + 3)
 wrong("dfl: labels", TypeError, "target must be float16", tl.distribution_focal_loss, X, Y)
+for name, error, words, args, kwargs in (
+    ("one bin", ValueError, "logits must have shape", (X[:, :1], X[:, :1]), {}),
+    ("teacher", ValueError, "teacher must have shape", (X, X[:, :1]), {}),
+    ("labels", TypeError, "teacher must be float16", (X, Y), {}),
+    ("no constant", ValueError, "teacher requires grad", (X, X.clone().requires_grad_()), {}),
+    ("temperature", ValueError, "temperature must be finite and > 0", (X, X), {"temperature": 0}),
+):
+    wrong(f"distillation: {name}", error, words, tl.distribution_distillation_loss, *args, **kwargs)
 wrong(
     "expectation: sides",
     ValueError,

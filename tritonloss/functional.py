@@ -1,7 +1,11 @@
 """The loss functions: the same objects as in ``tritonloss`` itself."""
 
 from .losses.boxes import ciou_loss, diou_loss, eiou_loss, giou_loss, iou, iou_loss
-from .losses.distribution import distribution_expectation, distribution_focal_loss
+from .losses.distribution import (
+    distribution_distillation_loss,
+    distribution_expectation,
+    distribution_focal_loss,
+)
 from .losses.ghm import ghm_c_loss, ghm_r_loss
 from .losses.matching import assign, matching_cost
 from .losses.pointwise import (
@@ -40,6 +44,7 @@ __all__ = [
     "ciou_loss",
     "class_balanced_weight",
     "diou_loss",
+    "distribution_distillation_loss",
     "distribution_expectation",
     "distribution_focal_loss",
     "eiou_loss",

@@ -259,6 +259,18 @@ class DistributionFocalLoss(_Loss):
         return torch.zeros(0, 2, device=device), torch.zeros(0, device=device)
 
 
+class DistributionDistillationLoss(_Loss):
+    """``forward(logits, teacher, *, weight=None, avg_factor=None)``.
+
+    See :func:`tritonloss.distribution_distillation_loss`.
+    """
+
+    function = staticmethod(distribution.distribution_distillation_loss)
+
+    def _no_rows(self, n_classes, device) -> tuple:
+        return _pair_of_no_rows(2, device)
+
+
 class Integral(_Loss):
     """``forward(logits)``: the mean bin of each distribution.
 

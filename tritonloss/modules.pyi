@@ -349,6 +349,32 @@ class DistributionFocalLoss(nn.Module):
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
+class DistributionDistillationLoss(nn.Module):
+    temperature: float | Tensor
+    reduction: str
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 5.0,
+        reduction: str = "mean",
+    ) -> None: ...
+    def forward(
+        self,
+        logits: Tensor,
+        teacher: Tensor,
+        *,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+    ) -> Tensor: ...
+    def __call__(
+        self,
+        logits: Tensor,
+        teacher: Tensor,
+        *,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+    ) -> Tensor: ...
+
 class Integral(nn.Module):
     sides: int
     def __init__(

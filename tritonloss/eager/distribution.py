@@ -33,6 +33,35 @@ def distribution_focal(
         return reduced(value, count, reduction, avg_factor)
 
 
+def distillation(
+    x: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    avg_factor,
+    params: tuple,
+    reduction: str,
+) -> Tensor:
+    """Divergence of each distribution from the teacher's, at a temperature, times its square."""
+    (temperature,) = params
+    with torch.autocast(x.device.type, enabled=False):
+        x = entered(x, masked=True)
+        teacher = entered(teacher.to(x.dtype), masked=True)
+        count = x.shape[:-1].numel()
+        if weight is not None:
+            keep = weight > 0
+            count = keep.sum()
+            x = torch.where(keep.unsqueeze(-1), x, 0)
+            teacher = torch.where(keep.unsqueeze(-1), teacher, 0)
+        log_p, log_q = (torch.log_softmax(t / temperature, -1) for t in (x, teacher))
+        q = log_q.exp()
+        log_p = torch.where(q == 0, 0, log_p)  # what the teacher excludes says nothing
+        log_p = log_p * (1 + log_p.detach() * 0)  # what the student alone excludes gives NaN
+        value = (q * (torch.where(q == 0, 0, log_q) - log_p)).sum(-1) * temperature**2
+        if weight is not None:
+            value = torch.where(keep, value * weight.to(x.dtype), 0)
+        return reduced(value, count, reduction, avg_factor)
+
+
 def expectation(x: Tensor) -> Tensor:
     """Mean bin of softmax(x): (..., bins) -> (...)."""
     with torch.autocast(x.device.type, enabled=False):

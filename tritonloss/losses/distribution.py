@@ -12,6 +12,12 @@ from tritonloss.eager import distribution as eager
 
 kernels = launchers("distribution")
 _loss = Loss(eager.distribution_focal, kernels.forward, kernels.backward, kernels.takes)
+_distillation = Loss(
+    eager.distillation,
+    kernels.distillation,
+    kernels.distillation_backward,
+    kernels.distillation_takes,
+)
 _expectation = Loss(
     eager.expectation, kernels.expectation, kernels.expectation_backward, kernels.takes
 )
@@ -77,6 +83,63 @@ def distribution_focal_loss(
     if check.values_checked(logits):
         _check_target(logits, target, weight)
     return _loss(logits, target, weight, avg_factor, reduction)
+
+
+def distribution_distillation_loss(
+    logits: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float | Tensor = 5.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    r"""Divergence of each distribution from a teacher's, both softened by a temperature.
+
+    .. math:: L = T^2 \sum_k q_k (\log q_k - \log p_k), \quad
+              q = \mathrm{softmax}(t / T), \quad p = \mathrm{softmax}(x / T)
+
+    D-FINE's decoupled distillation focal loss takes it with T = 5, the last decoder layer as the
+    teacher and the best class score of each query, or its IoU where it is matched, as the weight.
+
+    Args:
+        logits: ``(..., n + 1)``, one per bin, n >= 1; float16, bfloat16, float32 or float64, any
+            strides. -inf masks a bin, but not one that the teacher gives a probability: NaN.
+        teacher: logits of the same shape, floating; they get no gradient.
+        temperature: T > 0, a number or a 0-d tensor.
+        weight: ``(...)``; rows whose weight is not above 0 are removed from loss, gradient and
+            divisor, whatever stands in them.
+        reduction: ``"none"`` (one value per row), ``"sum"`` or ``"mean"``.
+        avg_factor: number or 0-d tensor; with ``"mean"``, divide the sum by this; a value <= 0
+            counts as 1. Without it, divide by the number of rows that have a weight above 0.
+
+    Returns:
+        float32 (float64 for float64 logits); computed in it, too.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+
+    Example:
+        >>> import torch, tritonloss
+        >>> logits, teacher = torch.tensor([[0.0, 5.0, 0.0]]), torch.tensor([[0.0, 0.0, 5.0]])
+        >>> loss = tritonloss.distribution_distillation_loss(logits, teacher)
+        >>> round(loss.item(), 4)
+        9.1044
+
+    Reference:
+        Peng et al., D-FINE: Redefine Regression Task in DETRs as Fine-grained Distribution
+        Refinement, ICLR 2025.
+    """
+    check.is_floating("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] < 2:
+        raise ValueError(
+            f"logits must have shape (..., n + 1) with n >= 1; got {tuple(logits.shape)}"
+        )
+    temperature = check.is_number("temperature", temperature, 0, open_low=True)
+    avg_factor = check.is_reduction(reduction, avg_factor)
+    check.is_input("teacher", teacher, logits.shape, "as logits", "logits", logits)
+    weight = parse_row_weight(logits, weight)
+    return _distillation(logits, teacher, weight, avg_factor, (temperature,), reduction)
 
 
 def distribution_expectation(logits: Tensor, *, sides: int = 1) -> Tensor:
