@@ -75,6 +75,11 @@ def _place(name: str) -> tuple[str, str]:
     return getattr(functional, name).__module__, name
 
 
+def _import(module: str, name: str) -> str:
+    line = f"from {module} import {name} as {name}\n"
+    return line if len(line) <= 101 else f"from {module} import (\n    {name} as {name},\n)\n"
+
+
 def functional_stub() -> str:
     """What ghm returns depends on whether a state is given; all others are as they stand."""
     names, overloads = [], []
@@ -82,7 +87,7 @@ def functional_stub() -> str:
         function = getattr(functional, name)
         signature = inspect.signature(function)
         if inspect.isclass(function) or not _has_state(signature):
-            names.append(f"from {function.__module__} import {name} as {name}\n")
+            names.append(_import(function.__module__, name))
             continue
         for given, result in (("None", "Tensor"), ("State", "tuple[Tensor, State]")):
             parameters, star = [], False

@@ -11,7 +11,9 @@ from tritonloss.losses.boxes import eiou_loss as eiou_loss
 from tritonloss.losses.boxes import giou_loss as giou_loss
 from tritonloss.losses.boxes import iou as iou
 from tritonloss.losses.boxes import iou_loss as iou_loss
-from tritonloss.losses.distribution import distribution_distillation_loss as distribution_distillation_loss
+from tritonloss.losses.distribution import (
+    distribution_distillation_loss as distribution_distillation_loss,
+)
 from tritonloss.losses.distribution import distribution_expectation as distribution_expectation
 from tritonloss.losses.distribution import distribution_focal_loss as distribution_focal_loss
 from tritonloss.losses.matching import assign as assign
