@@ -310,3 +310,31 @@ def test_a_diagnosis_is_read_whatever_the_default_device():
     expected = repr(diagnosis.read().figures)
     with torch.device("meta"):
         assert repr(diagnosis.read().figures) == expected
+
+
+# No sums of Rank & Sort: a tuple is written too
+EXPORTED = {
+    **ROWS_OF_A_MASK,
+    "rank & sort": lambda x, b, y, q: tl.rank_sort_loss(x, y),
+    "alrp": lambda x, b, y, q: tl.alrp_loss(x, y, q),
+}
+
+
+@pytest.mark.skipif(INTERPRET, reason="says the same in the plain run")
+@pytest.mark.parametrize("loss", EXPORTED)
+def test_exports_take_any_number_of_rows(loss):
+    class Step(torch.nn.Module):
+        def forward(self, *inputs):
+            return EXPORTED[loss](*inputs)
+
+    def inputs(rows):
+        boxes = torch.rand(rows, 4).cumsum(-1)
+        return torch.randn(rows, 5), boxes, torch.randint(5, (rows,)), torch.rand(rows)
+
+    rows = torch.export.Dim("rows", min=2, max=1000)
+    program = torch.export.export(Step(), inputs(6), dynamic_shapes={"inputs": 4 * ({0: rows},)})
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    later = inputs(12)
+    torch.testing.assert_close(torch.export.load(file).module()(*later), Step()(*later))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from tritonloss import _checks as check
 from tritonloss import _op
@@ -53,6 +54,9 @@ class ALRP(NamedTuple):
     def backward(self) -> None:
         raise _two_parts(self)
 
+
+for parts in (RankSort, ALRP):  # torch.export writes no tuple without a name
+    _pytree._register_namedtuple(parts, serialized_type_name=f"tritonloss.{parts.__name__}")
 
 # The eager engine: its shapes depend on the number of positives, so it cannot be traced.
 
