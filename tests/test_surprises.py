@@ -338,3 +338,22 @@ def test_exports_take_any_number_of_rows(loss):
     file.seek(0)
     later = inputs(12)
     torch.testing.assert_close(torch.export.load(file).module()(*later), Step()(*later))
+
+
+IN_FLOAT64 = {
+    "rank & sort": lambda x, y: tl.rank_sort_loss(x, y),
+    "ap": lambda x, y: tl.ap_loss(x, y),
+    "alrp": lambda x, y: tl.alrp_loss(x, y, torch.full(y.shape, 0.5)),
+    "momentum": lambda x, y: tl.ghm_c_loss(
+        x, y, momentum=torch.tensor(0.75), state=(torch.zeros(10), torch.zeros(10))
+    ),
+    "class balanced": lambda x, y: tl.class_balanced_weight(y),
+}
+
+
+@pytest.mark.parametrize("loss", IN_FLOAT64)
+def test_a_device_without_float64_is_named(loss, monkeypatch):
+    x, y = torch.randn(4, 3), torch.tensor([0, 3, 1, 2])
+    monkeypatch.setattr("tritonloss._checks.WITHOUT_FLOAT64", {"cpu"})
+    with pytest.raises(TypeError, match="counts in float64, which cpu lacks"):
+        IN_FLOAT64[loss](x, y)

@@ -33,6 +33,18 @@ def is_floating(name: str, value: Tensor) -> None:
         )
 
 
+WITHOUT_FLOAT64 = {"mps"}  # kinds of devices
+
+
+def float64_beside(name: str, x: Tensor) -> None:
+    """What is summed or subtracted in float64 cannot run on every device."""
+    if x.device.type in WITHOUT_FLOAT64:
+        raise TypeError(
+            f"{name} must be on a device with float64, such as a CPU: it counts in float64, which "
+            f"{x.device.type} lacks; got a tensor on {x.device}"
+        )
+
+
 def is_integer(name: str, value: Tensor) -> None:
     is_tensor(name, value)
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:

@@ -113,6 +113,7 @@ def _harmonised(
     sharing = parse_sharing(process_group, gradients_averaged)
     # 1 - m and log m are formed in float64: float32 would lose both for m near 1
     if isinstance(momentum, Tensor):
+        check.float64_beside("momentum", momentum)
         params = (mu, momentum, 1 - momentum.double(), momentum.double().log())
     else:
         params = (mu, momentum, 1 - momentum, math.log(momentum) if momentum else -math.inf)

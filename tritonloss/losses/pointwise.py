@@ -504,4 +504,5 @@ def class_balanced_weight(
     if check.values_checked(samples_per_class):
         valid = samples_per_class >= 0
         check.require(valid, "samples_per_class must be >= 0", samples_per_class)
+    check.float64_beside("samples_per_class", samples_per_class)
     return eager.class_balanced_weight(samples_per_class, beta, normalize)

@@ -191,6 +191,7 @@ def _parse(
     gradients_averaged,
 ) -> _Inputs:  # fmt: skip
     is_logits(logits)
+    check.float64_beside("logits", logits)
     if _transforms_active():
         raise RuntimeError(
             "ranking losses have an error-driven gradient, which is no derivative of their value: "
