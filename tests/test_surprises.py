@@ -357,3 +357,29 @@ def test_a_device_without_float64_is_named(loss, monkeypatch):
     monkeypatch.setattr("tritonloss._checks.WITHOUT_FLOAT64", {"cpu"})
     with pytest.raises(TypeError, match="counts in float64, which cpu lacks"):
         IN_FLOAT64[loss](x, y)
+
+
+# The input that changes comes second.
+IN_PLACE = {
+    **{name: lambda x, y, b, n, f=f: f(x, y) for name, f in LABELLED.items() if name != "carl"},
+    **{f.__name__: lambda x, b, y, n, f=f: f(x[:, :4], b) for f in BOX_LOSSES},
+    "dfl": lambda x, b, y, n: tl.distribution_focal_loss(x, b[:, 0]),
+    "divided": lambda x, n, y, b: tl.sigmoid_focal_loss(x, y, avg_factor=n),
+    "divided boxes": lambda x, n, y, b: tl.giou_loss(x[:, :4], b, avg_factor=n),
+}
+
+
+@pytest.mark.parametrize("rows", [4, 30_000])
+@pytest.mark.parametrize("loss", IN_PLACE)
+def test_inputs_changed_in_place_before_the_backward_are_noticed(loss, rows, backend):
+    if rows > 4 and (INTERPRET or loss in ("rank & sort", "ap", "alrp")):
+        pytest.skip("as few rows are as good")
+    x = torch.randn(rows, 5, device=DEVICE, requires_grad=True)
+    b = torch.rand(rows, 4, device=DEVICE).cumsum(-1)
+    y, n = torch.randint(4, (rows,), device=DEVICE), torch.tensor(3.0, device=DEVICE)
+    first = y if loss in LABELLED else n if loss.startswith("divided") else b
+    value = IN_PLACE[loss](x, first, *(t for t in (y, b, n) if t is not first))
+    torch.autograd.grad(value, x, retain_graph=True)
+    first.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(value, x)

@@ -66,8 +66,39 @@ class Loss:
         if self.by_kernels(x, *args):
             return self.kernels(x, *_op.packed(x, args))
         if self.has_blocks is not None and _blocks.usable(x) and self.has_blocks(x, *args):
-            return self.blockwise(x, *args, x.requires_grad and torch.is_grad_enabled())
-        return self.eager(x, *args)
+            result = self.blockwise(x, *args, x.requires_grad and torch.is_grad_enabled())
+        else:
+            result = self.eager(x, *args)
+        return result if _op.traced(x) else watched(result, (x, *args))
+
+
+def watched(result, args: tuple):
+    """The result, whose backward raises if an input was changed in place since, as the kernels'.
+
+    Plain torch may keep a copy of an input and not notice, or the input and notice.
+    """
+    outputs = [r for r in ((result,) if isinstance(result, Tensor) else result) if r.requires_grad]
+    if not outputs:
+        return result
+    inputs = [a for a in args if isinstance(a, Tensor)]
+    for arg in args:
+        if type(arg) is tuple:
+            inputs += [a for a in arg if isinstance(a, Tensor)]
+    try:
+        versions = [a._version for a in inputs]
+    except RuntimeError:  # tensors of inference mode have none
+        return result
+
+    def check(gradients):
+        if [a._version for a in inputs] != versions:
+            raise RuntimeError(
+                "an input of the loss (logits, boxes, targets, weights, avg_factor ...) has been "
+                "modified by an inplace operation between the loss and its backward: clone it first"
+            )
+
+    for output in outputs:
+        output.grad_fn.register_prehook(check)
+    return result
 
 
 def _backward_by_blocks(grad, gradient, scale, x, *args):
