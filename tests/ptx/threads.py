@@ -452,8 +452,11 @@ def constant(value: int, as_):
     return UNSIGNED[bits](value & (1 << bits) - 1).view(as_)
 
 
-ATOM = r"\.(global|shared)(?:\.(?:gpu|cta))?(?:\.(?:relaxed|acquire|release|acq_rel))?" \
-       r"(?:\.(?:gpu|cta))?\.(add|min|max|and|or|exch)\.([busf](?:32|64))"  # fmt: skip
+SHARED = r"(?:::cta)?"  # as Triton 3.9 spells it
+ORDERING = r"(?:\.(?:relaxed|acquire|release|acq_rel))?(?:\.(?:cta|gpu|sys))?"
+ATOM = rf"{ORDERING}\.(global|shared){SHARED}(?:\.(?:gpu|cta))?{ORDERING}" \
+       r"\.(add|min|max|and|or|exch)\.([busf](?:32|64))"  # fmt: skip
+MATRIX, BITS_16 = r"{}matrix\.sync\.aligned\.m8n8\.x([124])", SHARED + r"\.b16"
 VECTOR = r"(?:\.v([248]))?\.([busf](?:8|16|32|64))"
 INSTRUCTIONS: list[tuple[re.Pattern, Callable, int]] = [
     (re.compile(pattern), method, count)
@@ -463,8 +466,8 @@ INSTRUCTIONS: list[tuple[re.Pattern, Callable, int]] = [
         (r"ld\.param" + VECTOR, Code.load_param, 2),
         (rf"ld\.(global){CACHING}" + VECTOR, Code.load, 2),
         (rf"st\.(global){CACHING}" + VECTOR, Code.store, 2),
-        (r"ld\.(shared)" + VECTOR, Code.load, 2),
-        (r"st\.(shared)" + VECTOR, Code.store, 2),
+        (rf"ld\.(shared){SHARED}" + VECTOR, Code.load, 2),
+        (rf"st\.(shared){SHARED}" + VECTOR, Code.store, 2),
         ("atom" + ATOM, Code.atom, 3),
         ("red" + ATOM, Code.red, 2),
         (r"bar\.warp\.sync", Code.meet, 1),
@@ -472,8 +475,8 @@ INSTRUCTIONS: list[tuple[re.Pattern, Callable, int]] = [
         (r"redux\.sync\.(add|min|max|and|or|xor)\.(s32|u32|b32)", Code.reduce_warp, 3),
         (r"redux\.sync\.(min|max)\.(f32)", Code.reduce_warp, 3),
         (r"vote\.sync\.ballot\.b32", Code.ballot, 3),
-        (r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", Code.load_matrix, 2),
-        (r"stmatrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16", Code.store_matrix, 2),
+        (MATRIX.format("ld") + r"(\.trans)?\.shared" + BITS_16, Code.load_matrix, 2),
+        (MATRIX.format("st") + r"\.shared" + BITS_16, Code.store_matrix, 2),
     )
 ]  # fmt: skip
 
