@@ -242,8 +242,8 @@ def pointwise_by_blocks(
         fill = torch.where(rows.keep.unsqueeze(-1), fill, NO_LOSS)
 
         def negatives_alone(block, index):
-            block = torch.where(rows.keep[index].unsqueeze(-1), block, NO_LOSS)
-            block.clamp_(min=NO_LOSS)  # a class that -inf masks
+            kept = rows.keep[index].unsqueeze(-1) & (block != -torch.inf)  # or a masked class
+            block = torch.where(kept, block, NO_LOSS)
             block = block.add_(block, alpha=0)  # an infinite logit gives NaN
             return block.scatter_(-1, rows.index[index], fill[index])
 
@@ -290,7 +290,7 @@ def _dense_by_blocks(x, y, weight, params, kind, want_grad):
         negative = y[index] == 0
         if weight is not None:
             negative &= weight[index].unsqueeze(-1) > 0
-        block = torch.where(negative, block, NO_LOSS).clamp_(min=NO_LOSS)
+        block = torch.where(negative & (block != -torch.inf), block, NO_LOSS)
         return block.add_(block, alpha=0)  # an infinite logit gives NaN
 
     def negative_values(block, index):
@@ -389,7 +389,8 @@ def _labelled(x, rows, logit_weight, params, kind, whole):
         kept = rows.positive & (logit_weight.gather(-1, rows.index).squeeze(-1) > 0)
         rows = rows._replace(positive=kept)
     # torch.where is half the price of masked_fill on the CPU
-    negatives = torch.where(labelled | dropped, NO_LOSS, x).clamp(min=NO_LOSS)  # or masked by -inf
+    # no clamp: its gradient at NaN is 0
+    negatives = torch.where(labelled | dropped | (x == -torch.inf), NO_LOSS, x)
     negatives = loss.negative(negatives, *params)
     # a masked sum, not a gather: Inductor fuses it, and its gradient, with the negatives
     x_labelled = torch.where(labelled & rows.positive.unsqueeze(-1), x, 0).sum(-1)
