@@ -325,14 +325,15 @@ def edited(kernel: str, pattern: str, new: str, count: int = 1):
         if name != kernel:
             return ptx
         changed, n = re.subn(pattern, new, ptx, count=count)
-        assert n, f"{pattern} is not in {kernel}"
+        if not n:
+            pytest.fail(f"{pattern} is not in {kernel}")
         return changed
 
     return edit
 
 
 GUARDED = r"@!?%p\d+ (?={}\.global)"
-ATOMIC = r"(@!?%p\d+ )?atom\.global\S*\.add\.(\w)(\d+) (%\w+), (\[.*?\]), (%\w+);"
+ATOMIC = r"(@!?%p\d+ )?atom\.\S*global\S*\.add\.(\w)(\d+) (%\w+), (\[.*?\]), (%\w+);"
 PLAIN = r"\1ld.global.b\3 \4, \5; \1add.s\3 \4, \4, \6; \1st.global.b\3 \5, \4;"
 
 DIVERGED = "setp.lt.u32 %p1, %tid.x, 7; @%p1 "

@@ -258,7 +258,7 @@ def mixed(n, name, type_):
     return Operation("f32", (type_, "f32"), lambda a, b: function(np.asarray(a, np.float32), b))
 
 
-@form(r"(abs|neg)(\.ftz)?\.(f32|f64)")
+@form(r"(abs|neg)(\.ftz)?\.(f32|f64|bf16)")
 def sign(n, name, ftz, type_):
     return Operation(type_, (type_,), flushing({"abs": np.abs, "neg": np.negative}[name], ftz))
 
