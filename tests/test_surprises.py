@@ -263,6 +263,7 @@ ROWS_OF_A_MASK = {
     **{f.__name__: lambda x, b, y, q, f=f: f(b, 0.9 * b.detach()) for f in BOX_LOSSES},
     "ghm-r": lambda x, b, y, q: tl.ghm_r_loss(b, 0.9 * b.detach()),
     "dfl": lambda x, b, y, q: tl.distribution_focal_loss(x, 3 * q),
+    "distillation": lambda x, b, y, q: tl.distribution_distillation_loss(x, x.detach().flip(-1)),
     "softmax carl": lambda x, b, y, q: tl.carl_loss(x, y, q, activation="softmax"),
     "isr-p": lambda x, b, y, q: (tl.isr_p_weight(x.sum(-1), q, y, y) * x.sum(-1)).sum(),
     "hlr": lambda x, b, y, q: (tl.iou_hlr(q, y, y) * x.sum(-1)).sum(),
