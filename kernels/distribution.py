@@ -353,11 +353,6 @@ def backward(
     return out
 
 
-def distillation_takes(x, teacher, *args) -> bool:
-    """True if the kernel can read both in place and a row fits in a tile."""
-    return takes(x, teacher)
-
-
 def _launch_distillation(
     x, teacher, weight, params, layout, tile, out, count=None, grad=None, scale=None, *, backward,
     reduced,

@@ -153,8 +153,9 @@ def parse_row_weight(x: Tensor, weight: Tensor | None, x_name: str = "logits") -
         return None
     weight = as_weight(weight)
     check.is_floating("weight", weight)
-    check.is_input("weight", _squeezed(x, weight), x.shape[:-1], "one per row", x_name, x)
-    return _squeezed(x, weight).contiguous()
+    weight = _squeezed(x, weight)
+    check.is_input("weight", weight, x.shape[:-1], "one per row", x_name, x)
+    return weight.contiguous()
 
 
 def _squeezed(x: Tensor, weight: Tensor) -> Tensor:

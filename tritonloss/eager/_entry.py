@@ -19,11 +19,21 @@ def entered(x: Tensor, *, masked: bool = False) -> Tensor:
 
     With ``masked``, -inf stays: probability 0. The gradient leaves with the strides of x.
     """
+    x = laid_out(x)
+    return without_infinity(x) if masked else finite_or_nan(x)
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """``x`` in at least float32, and contiguous; the gradient leaves with the strides of x."""
     if not x.is_contiguous():
         # The backward of torch.where lays its result out like its first operand, the mask.
         x = torch.where(torch.ones_like(x, dtype=torch.bool), x, 0)
-    x = upcast(x)
-    return without_infinity(x) if masked else torch.add(x, x.detach(), alpha=0)
+    return upcast(x)
+
+
+def finite_or_nan(x: Tensor) -> Tensor:
+    """``x`` with NaN for what is infinite."""
+    return torch.add(x, x.detach(), alpha=0)
 
 
 def without_infinity(x: Tensor) -> Tensor:

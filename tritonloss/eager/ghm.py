@@ -15,7 +15,7 @@ from torch import Tensor
 from tritonloss.distributed import ProcessGroup, all_reduce, group_of, summed_regions, valued
 
 from . import _blocks as blocks
-from ._entry import masked_classes
+from ._entry import finite_or_nan, masked_classes
 from .pointwise import (
     asl1,
     asl1_radius,
@@ -88,8 +88,7 @@ def _each(function: Callable, elements: Elements, mu) -> Tensor:
 
 def elements_of(x, y, index, keep) -> Elements:
     """Upcast, and put zeros where an element does not count."""
-    x = upcast(x)
-    x = torch.add(x, x.detach(), alpha=0)  # an infinite logit gives NaN, not a plausible number
+    x = finite_or_nan(upcast(x))
     if keep is not None:
         x = torch.where(keep, x, torch.zeros_like(x))
         if index is None:

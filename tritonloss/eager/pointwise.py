@@ -16,7 +16,15 @@ from torch import Tensor
 
 from tritonloss.eager._blocks import summed
 
-from ._entry import NO_LOSS, entered, masked_classes, mean_divisor, reduced, upcast
+from ._entry import (
+    NO_LOSS,
+    finite_or_nan,
+    laid_out,
+    masked_classes,
+    mean_divisor,
+    reduced,
+    upcast,
+)
 
 # Share of targets above 0 up to which they are worth a pass of their own.
 FEW = 0.1
@@ -204,7 +212,7 @@ def pointwise(
 ) -> Tensor:
     """Any pointwise loss: the reference of ``kernels/pointwise.py``, and the CPU path."""
     with torch.autocast(x.device.type, enabled=False):
-        x = entered(x, masked=True)
+        x = laid_out(x)
         row_weight, logit_weight = split_weight(x, weight)
         if dense is not None:
             value, count = _dense(x, dense, row_weight, logit_weight, params, kind)
@@ -333,7 +341,7 @@ def _dense(x, y, row_weight, logit_weight, params, kind):
     y = y.to(x.dtype)
     if kind != "asl1":
         x = masked_classes(x, y == 0)
-    x = torch.add(x, x.detach(), alpha=0)  # an infinite logit gives NaN
+    x = finite_or_nan(x)
     weight = logit_weight if row_weight is None else row_weight.unsqueeze(-1)
     if weight is None:
         return KINDS[kind].dense(x, y, *params), x.numel()
@@ -391,11 +399,10 @@ def _labelled(x, rows, logit_weight, params, kind, whole):
     # torch.where is half the price of masked_fill on the CPU
     # no clamp: its gradient at NaN is 0
     negatives = torch.where(labelled | dropped | (x == -torch.inf), NO_LOSS, x)
-    negatives = loss.negative(negatives, *params)
+    negatives = loss.negative(finite_or_nan(negatives), *params)
     # a masked sum, not a gather: Inductor fuses it, and its gradient, with the negatives
     x_labelled = torch.where(labelled & rows.positive.unsqueeze(-1), x, 0).sum(-1)
-    x_labelled = torch.add(x_labelled, x_labelled.detach(), alpha=0)  # an infinite one gives NaN
-    positives = _positives(x_labelled, rows, loss, params)
+    positives = _positives(finite_or_nan(x_labelled), rows, loss, params)
     if rows.weight is not None:
         negatives = negatives * rows.weight.unsqueeze(-1)
         positives = positives * rows.weight
@@ -408,8 +415,7 @@ def _labelled(x, rows, logit_weight, params, kind, whole):
 def generalized_focal(x_left, x_right, y, y_left, y_right, beta, reduction, avg_factor):
     """General form of the GFocal paper on the softmax of a pair of logits."""
     with torch.autocast(x_left.device.type, enabled=False):
-        x = upcast(x_right) - upcast(x_left)
-        x = torch.add(x, x.detach(), alpha=0)  # an infinite logit gives NaN
+        x = finite_or_nan(upcast(x_right) - upcast(x_left))
         y, y_left, y_right = (
             t.to(x.dtype) if isinstance(t, Tensor) else t for t in (y, y_left, y_right)
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import row_blocks
-from ._entry import entered, reduced, without_infinity
+from ._entry import entered, finite_or_nan, reduced, without_infinity
 from .pointwise import FOCAL, divided, value_and_slope
 
 # Stands in for the labelled logit among the others: far below every allowed logit.
@@ -34,8 +34,7 @@ def softmax_focal(
         others = x.masked_fill(index == torch.arange(x.shape[-1], device=x.device), NO_LOGIT)
         top = others.detach().amax(-1, keepdim=True)
         log_total = torch.exp(others - top).sum(-1).log()
-        x_label = x.gather(-1, index)
-        x_label = torch.add(x_label, x_label.detach(), alpha=0)  # a masked label gives NaN
+        x_label = finite_or_nan(x.gather(-1, index))  # a masked label gives NaN
         d = (x_label - top).squeeze(-1) - log_total
         value = torch.where(keep, FOCAL.negative(-d, 1.0, 1.0, *params) * factor, 0)
         return reduced(value, keep.sum(), reduction, avg_factor)

@@ -13,10 +13,7 @@ from tritonloss.eager import distribution as eager
 kernels = launchers("distribution")
 _loss = Loss(eager.distribution_focal, kernels.forward, kernels.backward, kernels.takes)
 _distillation = Loss(
-    eager.distillation,
-    kernels.distillation,
-    kernels.distillation_backward,
-    kernels.distillation_takes,
+    eager.distillation, kernels.distillation, kernels.distillation_backward, kernels.takes
 )
 _expectation = Loss(
     eager.expectation, kernels.expectation, kernels.expectation_backward, kernels.takes
