@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import sys
 import time
 from dataclasses import dataclass, field
@@ -168,10 +169,14 @@ def train(config: Config) -> Result:
 
     result = Result(parameters=sum(p.numel() for p in model.parameters()))
     if saved:
-        model.load_state_dict(saved["model"])
-        criterion.load_state_dict(saved["criterion"])
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
+        try:
+            model.load_state_dict(saved["model"])
+            criterion.load_state_dict(saved["criterion"])
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UsageError(f"--resume: {config.resume} is of another model: {first}") from None
         result.losses = saved["losses"]
     first, last = len(result.losses), min(config.steps, config.stop_after or config.steps)
     waiting: list[dict] = []
@@ -253,16 +258,35 @@ def save_checkpoint(config, model, criterion, optimizer, result) -> None:
     os.replace(path.with_suffix(".tmp"), path)  # an interrupted run leaves the last whole one
 
 
+CHECKPOINT = {
+    "config": dict, "model": dict, "criterion": dict, "optimizer": dict, "rng": torch.Tensor,
+    "losses": list,
+}  # fmt: skip
+
+
 def load_checkpoint(path: str) -> dict:
+    """What ``save_checkpoint`` wrote: tensors and plain values, nothing that could run code."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"config", "model", "optimizer", "criterion", "rng", "losses"} <= set(saved):
-            raise ValueError("not written by this example")
-    except FileNotFoundError:
-        raise UsageError(f"--resume: no such file: {path}") from None
-    except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"--resume: cannot read the checkpoint {path}: {first}") from None
+    except OSError as error:
+        raise UsageError(f"--resume: cannot read {path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError:  # torch's words recommend to unpickle whatever it holds
+        what = "it holds objects other than tensors and plain values, or is no file of torch.save"
+        raise UsageError(f"--resume: {path} was not written by this example: {what}") from None
+    except Exception:
+        raise UsageError(
+            f"--resume: {path} is damaged, or no file of torch.save: give a checkpoint.pt that "
+            "this example wrote"
+        ) from None
+    parts = saved if isinstance(saved, dict) else {}
+    wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(parts.get(name), kind)]
+    if not wrong:  # settings of another version of the example
+        wrong = sorted(set(saved["config"]) - {f.name for f in dataclasses.fields(Config)})
+    if wrong:
+        raise UsageError(
+            f"--resume: {path} was not written by this example: {', '.join(wrong)} "
+            f"{'is' if len(wrong) == 1 else 'are'} missing or not what it writes"
+        )
     return saved
 
 
@@ -350,7 +374,7 @@ def parse_arguments(arguments: list[str] | None) -> Config:
     if "resume" in given:
         before = load_checkpoint(given["resume"])["config"]
         kept = {name: v for name, v in before.items() if name not in {"stop_after", "resume"}}
-        config = Config(**{**kept, **given, "digits": tuple(before["digits"])})
+        config = Config(**{**kept, **given, "digits": tuple(kept.get("digits", Config.digits))})
     else:
         config = Config(**given)
     if config.channels % 16:

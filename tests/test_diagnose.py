@@ -609,6 +609,14 @@ GOOD = {
         ({"labels": None, "targets": np.zeros((4, 2)), "quality": None}, "targets must have shape"),
         ({"labels": None, "targets": np.zeros((4, 3))}, "quality: goes with 'labels'"),
         ({"logits": np.array([None, {}])}, "cannot read .*Python objects; expected numbers"),
+        ({"quality": None, "qualty": np.zeros(4)}, "qualty: looks like 'quality' misspelt, and"),
+        ({"Weights": np.zeros(4)}, "Weights: looks like 'weight' misspelt, .*; .* holds Weights, "),
+        ({"labels": None, "label": np.zeros(4, int)}, "label: looks like 'labels' misspelt"),
+        ({"logits": None, "logit": np.zeros((4, 3))}, "no array 'logits' .* holds labels, logit, "),
+        (
+            {"labels": np.array([0, 1, 2, 2**64 - 1], np.uint64)},
+            r"labels must be below 2\*\*63; got 18446744073709551615",
+        ),
     ],
 )
 def test_command_line_errors_are_one_sentence(change, sentence, tmp_path, capsys):
@@ -660,7 +668,7 @@ def test_what_is_ignored_may_hold_anything(tmp_path, capsys, viz):
     logits[3] = np.nan
     np.savez(tmp_path / "a.npz", **GOOD | {"logits": logits, "iou": np.zeros(4)})
     assert __main__.main([str(tmp_path / "a.npz"), "--out", str(tmp_path / "out")]) == 0
-    assert "read: logits, labels, quality\n" in capsys.readouterr().out
+    assert "read: logits, labels, quality; not read: iou\n" in capsys.readouterr().out
 
 
 @once

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,54 @@ def test_truncated_image_is_named(coco, capsys, tmp_path):
         file.write_bytes(file.read_bytes()[:500])
     arguments = ["--coco", path, "--images", path.parent, "--out", tmp_path / "out", "--steps", 1]
     fails(capsys, arguments, "--images", "cannot read the image")
+
+
+class Other:
+    """No tensor and no plain value."""
+
+
+UNFIT = {
+    "object": ({"config": Other()}, "objects other than tensors and plain values"),
+    "pickle": (pickle.dumps(Other()), "objects other than tensors and plain values"),
+    "bytes": (b"abc", "is damaged, or no file of torch.save"),
+    "nothing": (b"", "is damaged, or no file of torch.save"),
+    "list": ([1, 2], "config, model, criterion, optimizer, rng, losses are missing"),
+    "weights": ({"model": {}}, "config, criterion, optimizer, rng, losses are missing"),
+    "numbers": (dict.fromkeys(train_detector.CHECKPOINT, 1), "config, model, criterion, optimizer"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_what_cannot_be_resumed(name, tmp_path, capsys):
+    path = tmp_path / "unfit.pt"
+    content, words = UNFIT[name]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    assert train_detector.main(["--resume", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--resume" in error and "unfit.pt" in error and words in error
+    assert "weights_only" not in error
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda saved: saved["config"].update(colour="red"), "colour is missing or not what"),
+        (lambda saved: saved["model"].popitem(), "is of another model"),
+        (lambda saved: saved["optimizer"].update(param_groups=[]), "is of another model"),
+        (lambda saved: saved.update(rng=torch.zeros(3)), "is of another model"),
+    ],
+)
+def test_a_checkpoint_of_another_model(change, words, tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    train_detector.train(config(steps=2, stop_after=1, out=str(tmp_path)))
+    saved = torch.load(path)
+    change(saved)
+    torch.save(saved, path)
+    fails(capsys, ["--resume", path], "--resume", words)
 
 
 def test_bad_arguments_are_named(coco, capsys, tmp_path):

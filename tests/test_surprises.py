@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -384,3 +385,57 @@ def test_inputs_changed_in_place_before_the_backward_are_noticed(loss, rows, bac
     first.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(value, x)
+
+
+def of_queries(x, y):
+    """Matching takes images, queries and objects."""
+    boxes = torch.rand(1, len(x), 4)
+    return tl.matching_cost(x[None], boxes, y[None], boxes)
+
+
+SCORED = {
+    **LABELLED,
+    "matching": of_queries,
+    "mal": lambda x, y: tl.mal_loss(x, (y, torch.full(y.shape, 0.5))),
+    "diagnosis": lambda x, y: tl.Diagnosis().update(x, y),
+}
+
+
+def told(monkeypatch, function, *args) -> list[str]:
+    """Warnings of one call of a process that has warned of nothing yet, and where they point."""
+    monkeypatch.setattr("tritonloss._checks._told_of_probabilities", False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function(*args)
+        function(*args)
+    return [f"{w.filename}: {w.message}" for w in caught if "probabilities" in str(w.message)]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are looked at on the CPU")
+@pytest.mark.parametrize("loss", SCORED)
+def test_probabilities_in_place_of_logits_are_told_once(loss, monkeypatch):
+    x, y = torch.randn(6, 5), torch.randint(5, (6,))
+    for scores in (x.sigmoid(), x.softmax(-1).half(), x.sigmoid().t().contiguous().t()):
+        if loss in ("mal", "matching"):  # quality and boxes are float32 beside
+            scores = scores.float()
+        (warning,) = told(monkeypatch, SCORED[loss], scores, y)
+        assert warning.startswith(__file__) and "all logits lie between 0 and 1" in warning
+    for logits in (x, x.abs() + 0.5, torch.zeros(6, 5), x.sigmoid()[:1], x[:0]):
+        assert not told(monkeypatch, SCORED[loss], logits, y[: len(logits)])
+
+
+@pytest.mark.skipif(INTERPRET, reason="says the same in the plain run")
+@pytest.mark.parametrize("loss", LABELLED)
+def test_a_graph_looks_at_no_logit(loss, monkeypatch):
+    torch._dynamo.reset()
+    x, y = torch.rand(6, 5, device=DEVICE), torch.randint(5, (6,), device=DEVICE)
+    compiled = torch.compile(LABELLED[loss], backend="aot_eager", fullgraph=True)
+    assert not told(monkeypatch, compiled, x, y)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on the CPU")
+@pytest.mark.parametrize("loss", LABELLED)
+def test_a_label_beyond_int64_is_no_ignored_one(loss):
+    labels = torch.from_numpy(np.array([1, 2**64 - 1], np.uint64))
+    with pytest.raises(ValueError, match=r"must be below 2\*\*63; got 18446744073709551615"):
+        LABELLED[loss](torch.zeros(2, 4), labels)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import warnings
 from numbers import Real
 
 import torch
@@ -50,6 +52,9 @@ def is_integer(name: str, value: Tensor) -> None:
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
         hint = f" ({name}.long() makes one)" if value.dtype.is_floating_point else ""
         raise TypeError(f"{name} must be an integer tensor{hint}; got {str(value.dtype)[6:]}")
+    if value.dtype == torch.uint64 and values_checked(value):
+        # widened to int64 it would be negative, such as the ignore_index
+        require(value.view(torch.int64) >= 0, f"{name} must be below 2**63", value)
 
 
 def has_shape(name: str, value: Tensor, shape, meaning: str) -> None:
@@ -149,6 +154,41 @@ def _holds_values(x: Tensor) -> bool:
     )
 
 
+_told_of_probabilities = False
+
+
+def are_logits(name: str, x: Tensor) -> None:
+    """Warn, once in a process, where logits look like what a sigmoid or a softmax returned.
+
+    On the CPU alone. Nearly all logits are told by the first few, of which one is negative.
+    """
+    global _told_of_probabilities
+    if _told_of_probabilities or x.device.type != "cpu" or not values_checked(x):
+        return
+    if x.numel() < 8:  # so few are between 0 and 1 by chance
+        return
+    first = x[(0,) * (x.dim() - 1)][:16].tolist()
+    if min(first) < 0 or max(first) > 1:
+        return
+    low, high = torch.aminmax(x.detach())
+    if not 0 <= low < high <= 1:  # all the same: a head that was just initialised
+        return
+    _told_of_probabilities = True
+    warnings.warn(
+        f"all {name} lie between 0 and 1: are they probabilities? The loss applies the sigmoid or "
+        "the softmax itself: pass what the head returns before it",
+        stacklevel=_depth(),
+    )
+
+
+def _depth() -> int:
+    """Of the caller's line, for a warning of the function that asks."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith(("tritonloss.", "torch.")):
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
 def values_checked(x: Tensor) -> bool:
     """True where values may be looked at: plain eager CPU tensors, or TRITONLOSS_CHECK=1."""
     if torch.compiler.is_compiling() or not _holds_values(x):
@@ -166,7 +206,10 @@ def require(valid: Tensor, sentence: str, values: Tensor) -> None:
     if valid.is_cuda:
         torch._assert_async(valid.all(), sentence)
     elif not valid.all():
-        wrong = values[~valid].unique()[:5].tolist()
+        wrong = values[~valid]
+        if wrong.dtype != torch.uint64:  # of which torch finds no unique ones
+            wrong = wrong.unique()
+        wrong = wrong[:5].tolist()
         raise ValueError(f"{sentence}; got {', '.join(_in_full(v, values.dtype) for v in wrong)}")
 
 

@@ -23,6 +23,8 @@ def is_logits(logits: Tensor, name: str = "logits") -> None:
     check.is_floating(name, logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must have shape (..., C) with C >= 1; got {tuple(logits.shape)}")
+    if name == "logits":
+        check.are_logits(name, logits)
 
 
 def parse_targets(

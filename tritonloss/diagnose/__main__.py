@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import zipfile
 from pathlib import Path
@@ -20,7 +21,8 @@ arrays of LOGITS.npz:
   quality                 (...), IoU of the predicted boxes in [0, 1]; optional, read at positives
   targets                 (..., C), floating, instead of labels: > 0 positive, 0 negative, < 0 ignored
   weight                  (...) or (..., C); optional: what is not above 0 does not count
-Logits that count have to be finite; other arrays are not read.
+Logits that count have to be finite. Other arrays are not read, but for a name that is nearly one of
+these: that is an error.
 """  # noqa: E501
 
 
@@ -31,8 +33,19 @@ class UsageError(Exception):
 READ = ("labels", "quality", "targets", "weight")
 
 
-def load(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of the file that are read here."""
+def _misspelt(names: set[str], found) -> tuple[str, str] | None:
+    """An array that would be passed over, and what it was probably meant to be."""
+    absent = [name for name in READ if name not in found]
+    if "labels" in found or "targets" in found:  # one stands in place of the other
+        absent = [name for name in absent if name not in ("labels", "targets")]
+    for name in sorted(names - {"logits", "cls_logits", *READ}):
+        if close := difflib.get_close_matches(name.lower().strip(" _"), absent, 1, 0.8):
+            return name, close[0]
+    return None
+
+
+def load(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays of the file that are read here, and the names of the others."""
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
     if not zipfile.is_zipfile(path):
@@ -48,6 +61,11 @@ def load(path: Path) -> dict[str, np.ndarray]:
             error = "an array holds Python objects; expected numbers"
         raise UsageError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     held = f"{path} holds {', '.join(sorted(names)) or 'nothing'}"
+    if wrong := _misspelt(names, found):
+        raise UsageError(
+            f"{wrong[0]}: looks like '{wrong[1]}' misspelt, and would not be read: rename it, or "
+            f"leave it out; {held}"
+        )
     if "logits" not in found:
         raise UsageError(f"logits: no array 'logits' or 'cls_logits'; {held}")
     if {"logits", "cls_logits"} <= names:
@@ -60,7 +78,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
         raise UsageError(f"labels: neither 'labels' nor dense 'targets'; {held}")
     if "quality" in found and "targets" in found:
         raise UsageError("quality: goes with 'labels'; dense 'targets' hold it already")
-    return found
+    return found, sorted(names - {logits, *found})
 
 
 def report_of(arrays: dict[str, np.ndarray], ignore_index: int, bins: int) -> Report:
@@ -70,7 +88,7 @@ def report_of(arrays: dict[str, np.ndarray], ignore_index: int, bins: int) -> Re
         if array.dtype.kind not in kinds:
             raise UsageError(f"{name}: must be {words}; got {array.dtype}")
     tensors = {
-        name: torch.from_numpy(a.astype(np.int64 if name == "labels" else np.float32))
+        name: torch.from_numpy(a.astype(a.dtype.newbyteorder("=") if name == "labels" else "f4"))
         for name, a in arrays.items()
     }
     logits = tensors["logits"]
@@ -119,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.logits is None:
         title = "Diagnosis of a recorded detector: NanoDet-g on three photographs"
     try:
-        arrays = load(path)
+        arrays, others = load(path)
         report = report_of(arrays, args.ignore_index, args.bins)
         page = report.write(args.out, args.title or title)
     except (UsageError, ImportError) as error:
@@ -130,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tritonloss.diagnose: error: {words}", file=sys.stderr)
         return 2
     print(args.title or title)
-    print(f"read: {', '.join(arrays)}")
+    print(f"read: {', '.join(arrays)}" + (f"; not read: {', '.join(others)}" if others else ""))
     print(report)
     print(f"page, pictures and report.json: {page}")
     return 0
