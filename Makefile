@@ -1,4 +1,5 @@
 # make demo       train a small detector on aerial photos (CPU, about two minutes)
+# make demo-detr  train a small detector of the DETR family on digits (CPU, about three minutes)
 # make test       everything that CI runs
 # make test-full  the whole product of the test axes
 # make test-hosts train the detectors of other libraries on our losses (environment of its own)
@@ -18,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 HOSTS := .venv-hosts
 
-.PHONY: demo docs test test-full test-hosts test-ptx lint gpu-check clean
+.PHONY: demo demo-detr docs test test-full test-hosts test-ptx lint gpu-check clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +28,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/train_detector.py --data trees --loss gfl --diagnose --out runs/demo
+
+demo-detr: $(VENV)/installed
+	$(BIN)/python examples/train_detr.py --loss varifocal --out runs/demo-detr
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import math
 import os
 import pickle
 import sys
@@ -29,9 +27,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 try:
-    from detection import UsageError, data, evaluate
+    from detection import UsageError, common, data, evaluate
     from detection.losses import BOX_LOSSES, LOSSES, Criterion, Pointwise, assign
-    from detection.model import Detector, cells
+    from detection.model import Detector, cells, detect
     from tqdm import tqdm
 except ModuleNotFoundError as missing:
     sys.exit(f"train_detector.py needs {missing.name}: pip install 'tritonloss[examples]'")
@@ -115,15 +113,6 @@ def pick_device(config: Config) -> torch.device:
     return device
 
 
-def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up over the first 5 %, then a cosine to 1 %."""
-    warm = max(1, config.steps // 20)
-    if step < warm:
-        return config.lr * (step + 1) / warm
-    done = (step - warm) / max(1, config.steps - warm)
-    return config.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
-
-
 def train(config: Config) -> Result:
     """Train, evaluate on the held-out part and, with ``config.out``, write pictures and figures.
 
@@ -151,7 +140,7 @@ def train(config: Config) -> Result:
     if rank > 0:
         config.out, config.progress = None, False
     if config.out is not None:
-        make_folder(config.out)
+        common.make_folder(config.out)
 
     torch.manual_seed(config.seed)
     torch.backends.cudnn.deterministic = True
@@ -196,7 +185,7 @@ def train(config: Config) -> Result:
             images, gt_boxes, gt_labels = (x.to(device) for x in share)
             targets = assign(points, strides, gt_boxes, gt_labels, len(dataset.classes), every)
             for parameters in optimizer.param_groups:
-                parameters["lr"] = learning_rate(step, config)
+                parameters["lr"] = common.learning_rate(step, config)
             if config.diagnose and step == max(first, last - DIAGNOSED):
                 criterion.diagnosis = tritonloss.Diagnosis()
             logits, outputs = predict(images.contiguous(memory_format=torch.channels_last))
@@ -214,11 +203,7 @@ def train(config: Config) -> Result:
                 result.losses += [dict(zip(losses, row, strict=True)) for row in rows]
                 waiting.clear()
                 bar.set_postfix({k: f"{v:.3f}" for k, v in result.losses[-1].items()})
-                if not all(map(math.isfinite, result.losses[-1].values())):
-                    raise UsageError(
-                        f"--lr {config.lr}: the loss is not finite at step {step + 1}; "
-                        "try a smaller value"
-                    )
+                common.is_finite(result.losses[-1], step, config.lr)
                 if config.out is not None and ((step + 1) % 100 == 0 or step + 1 == last):
                     save_checkpoint(config, model, criterion, optimizer, result)
     result.train_seconds = time.perf_counter() - began
@@ -226,22 +211,18 @@ def train(config: Config) -> Result:
         result.report = criterion.diagnosis.read(process_group=group)
     result.model = model
     if last == config.steps and rank == 0:
-        found = evaluate.run(model, dataset.test, device)
+        found = evaluate.run(model, detect, dataset.test, device)
         result.ap = evaluate.average_precision(dataset.test, found, len(dataset.classes))
         if config.out is not None:
-            write_results(config, dataset, found, result)
+            title = common.write_results(config, dataset, found, result)
+            if result.report:
+                seen = f"{title}, the last {min(DIAGNOSED, len(result.losses))} training steps"
+                result.report.write(Path(config.out) / "diagnosis", seen)
     return result
 
 
 def _data_name(config: Config) -> str:
     return "coco" if config.coco is not None else config.data
-
-
-def make_folder(path: str) -> None:
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out: cannot make the folder {path}: {error.strerror}") from None
 
 
 def save_checkpoint(config, model, criterion, optimizer, result) -> None:
@@ -299,42 +280,6 @@ def same_settings(config: Config, saved: dict) -> None:
             )
 
 
-def write_results(config: Config, dataset: data.Dataset, found, result: Result) -> None:
-    from detection import pictures
-
-    out = Path(config.out)
-    metrics = {
-        "config": dataclasses.asdict(config),
-        "AP": result.ap,
-        "parameters": result.parameters,
-        "train_seconds": round(result.train_seconds, 2),
-        "versions": {"tritonloss": tritonloss.__version__, "torch": torch.__version__},
-        "losses": result.losses,
-    }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    title = f"{dataset.name}, loss {config.loss}: " + ", ".join(
-        f"{name} {result.ap[name]:.2f}" for name in ("AP40", "AP50")
-    )
-    if result.report:
-        seen = f"{title}, the last {min(DIAGNOSED, len(result.losses))} training steps"
-        result.report.write(out / "diagnosis", seen)
-    pictures.draw_training(out / "training.png", result.losses, title)
-    pictures.draw_detections(
-        out / "detections.png", dataset.test, found, dataset.classes, result.ap["score"], title
-    )
-
-
-def positive(kind):
-    def parse(text: str):
-        value = kind(text)
-        if not (value > 0 and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def parse_arguments(arguments: list[str] | None) -> Config:
     width = max(map(len, LOSSES))
     table = "\n".join(f"  {name:<{width}}  {recipe.help}" for name, recipe in LOSSES.items())
@@ -361,13 +306,18 @@ def parse_arguments(arguments: list[str] | None) -> Config:
     add("--backend", choices=("auto", "triton", "eager"), help="of the losses; default: auto")
     add("--compile", action="store_true", help="torch.compile the losses into one graph")
     steps = ", ".join(f"{count} for {name}" for name, count in STEPS.items())
-    add("--steps", type=positive(int), help=f"default: {steps}")
-    add("--stop-after", type=positive(int), metavar="STEP", help="stop early, to resume later")
-    add("--batch", type=positive(int), help="crops per step; default: 8")
-    add("--lr", type=positive(float), help="highest learning rate; default: 0.004")
-    add("--channels", type=positive(int), help="width of the network, in 16s; default: 48")
+    add("--steps", type=common.positive(int), help=f"default: {steps}")
+    add(
+        "--stop-after",
+        type=common.positive(int),
+        metavar="STEP",
+        help="stop early, to resume later",
+    )
+    add("--batch", type=common.positive(int), help="crops per step; default: 8")
+    add("--lr", type=common.positive(float), help="highest learning rate; default: 0.004")
+    add("--channels", type=common.positive(int), help="width of the network, in 16s; default: 48")
     add("--seed", type=int, help="default: 0")
-    add("--threads", type=positive(int), help="CPU threads; default: torch's choice")
+    add("--threads", type=common.positive(int), help="CPU threads; default: torch's choice")
     add("--out", metavar="DIR", help="default: runs/DATA-LOSS")
     add("--resume", metavar="CHECKPOINT", help="continue with the settings of this checkpoint")
     given = vars(parser.parse_args(arguments))
@@ -406,12 +356,10 @@ def main(arguments: list[str] | None = None) -> int:
             first = True
     if not first:
         return 0
-    steps = len(result.losses)
-    speed = f"{steps} steps, {result.parameters:,} parameters, {result.train_seconds:.0f} s"
+    print(common.summary(result))
     if not result.ap:
-        print(f"{speed}; continue with --resume {config.out}/checkpoint.pt")
+        print(f"continue with --resume {config.out}/checkpoint.pt")
         return 0
-    print(f"{speed}\nAP40 {result.ap['AP40']:.3f}  AP50 {result.ap['AP50']:.3f}")
     print(f"pictures, metrics and checkpoint: {config.out}")
     if result.report:
         print(f"{result.report}\nas a page: {config.out}/diagnosis/index.html")

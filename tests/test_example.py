@@ -1,6 +1,7 @@
 """The training example: command line, resume, COCO files, and what a small detector reaches."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 Image = importlib.import_module("PIL.Image")
 train_detector = importlib.import_module("train_detector")
+train_detr = importlib.import_module("train_detr")
 data, evaluate = train_detector.data, train_detector.evaluate
 losses = importlib.import_module("detection.losses")
 model = importlib.import_module("detection.model")
@@ -517,3 +519,77 @@ def test_average_precision_of_perfect_and_of_no_detections():
 def test_digits_are_found(loss):
     result = train_detector.train(train_detector.Config(data="digits", loss=loss, steps=500))
     assert result.ap["AP50"] >= 0.90
+
+
+# ----------------------------------------------------------------------- a detector of queries
+
+FEW_QUERIES = {"digits": (24, 8), "batch": 2, "channels": 16, "steps": 40, "queries": 12}
+
+
+def detr_config(**settings):
+    return train_detr.Config(**{**FEW_QUERIES, **settings})
+
+
+@pytest.mark.parametrize("loss", train_detr.LOSSES)
+def test_every_loss_trains_queries(loss):
+    result = train_detr.train(detr_config(loss=loss))
+    assert np.isfinite(values(result)).all()
+    l1 = np.array([step["l1"] for step in result.losses])
+    assert l1[-5:].mean() < l1[:5].mean()
+    assert 0 <= result.ap["AP50"] <= result.ap["AP40"] <= 1
+
+
+def test_queries_with_the_same_seed_have_the_same_losses():
+    first, again, other = (train_detr.train(detr_config(steps=4, seed=s)) for s in (0, 0, 1))
+    np.testing.assert_array_equal(values(first), values(again))
+    assert (values(first) != values(other)).all()
+
+
+def test_a_run_of_queries_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    small = functools.partial(data.digits, n_train=24, n_test=8)
+    monkeypatch.setattr(data, "digits", lambda seed, *_: small(seed))
+    arguments = ["--out", out, "--steps", 3, "--batch", 2, "--channels", 16, "--loss", "mal"]
+    assert train_detr.main([str(a) for a in arguments]) == 0
+    assert "AP50" in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["config"]["loss"] == "mal" and len(metrics["losses"]) == 3
+    for picture in ("detections.png", "training.png"):
+        assert min(Image.open(out / picture).size) > 200
+
+
+def test_wrong_options_of_queries_are_named(capsys, tmp_path):
+    for option, value in {"--channels": "20", "--queries": "145", "--seed": "-1"}.items():
+        assert train_detr.main([option, value]) == 2
+        assert option in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert train_detr.main(["--out", str(tmp_path / "file" / "folder")]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_objects_are_centred_boxes_in_units_of_the_image():
+    boxes = torch.tensor([[[12.0, 24, 36, 48], [0, 0, 0, 0]]])
+    labels, centred, sizes = train_detr.objects_of(boxes, torch.tensor([[7, data.IGNORE]]), 96)
+    assert labels.tolist() == [[7, 0]] and sizes.tolist() == [1]
+    assert centred[0, 0].tolist() == [0.25, 0.375, 0.25, 0.25]
+
+
+def test_each_query_finds_one_object_without_suppression():
+    detr = importlib.import_module("detection.detr")
+    torch.manual_seed(0)
+    network = detr.SmallDETR(10, 16, queries=5, layers=1).eval()
+    images = torch.randn(2, 3, 96, 64)
+    logits, boxes = network(images)
+    assert logits.shape == (2, 2, 5, 10) and boxes.shape == (2, 2, 5, 4)
+    found = detr.detect(network, images, min_score=0.0)
+    for image, (places, scores, labels) in enumerate(found):
+        assert scores.shape == labels.shape == (50,) and (scores.diff() <= 0).all()
+        x, y, w, h = boxes[-1, image, logits[-1, image].amax(-1).argmax()].tolist()
+        want = [(x - w / 2) * 64, (y - h / 2) * 96, (x + w / 2) * 64, (y + h / 2) * 96]
+        np.testing.assert_allclose(places[0].tolist(), want, rtol=1e-4, atol=1e-3)
+        assert labels[0] == logits[-1, image].flatten().argmax() % 10
+
+
+@pytest.mark.slow
+def test_digits_are_found_by_queries():
+    assert train_detr.train(train_detr.Config()).ap["AP50"] >= 0.90

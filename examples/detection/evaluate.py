@@ -7,14 +7,14 @@ import io
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from .data import IGNORE, Scene, to_tensor
-from .model import Detector, detect
 
 
-def run(model: Detector, scenes: list[Scene], device="cpu", batch: int = 32) -> list[tuple]:
-    """Boxes, scores and labels found in each scene."""
+def run(model: nn.Module, detect, scenes: list[Scene], device="cpu", batch: int = 32) -> list:
+    """Boxes, scores and labels that ``detect(model, images)`` finds in each scene."""
     found = []
     model.eval()
     start = 0

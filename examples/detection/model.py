@@ -50,6 +50,27 @@ class Tower(nn.Module):
         return towers
 
 
+class Pyramid(nn.Module):
+    """Image (B, 3, H, W) -> features (B, channels, ...) at strides 4 and 8, which has that of 16
+    added."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        c = channels
+        self.stem = conv(3, c // 2, 2)
+        self.stage4 = nn.Sequential(conv(c // 2, c, 2), Residual(c))
+        self.stage8 = nn.Sequential(conv(c, c, 2), Residual(c))
+        self.stage16 = nn.Sequential(conv(c, c, 2), Residual(c))
+        self.lateral = nn.ModuleList(nn.Conv2d(c, c, 1) for _ in range(3))
+
+    def forward(self, images):
+        x4 = self.stage4(self.stem(images))
+        x8 = self.stage8(x4)
+        x16 = self.lateral[2](self.stage16(x8))
+        y8 = self.lateral[1](x8) + F.interpolate(x16, scale_factor=2.0)
+        return self.lateral[0](x4) + F.interpolate(y8, scale_factor=2.0), y8
+
+
 class Detector(nn.Module):
     """Image (B, 3, H, W) -> class logits (B, N, C) and box outputs (B, N, 4 * (bins + 1)).
 
@@ -61,11 +82,7 @@ class Detector(nn.Module):
         super().__init__()
         c = channels
         self.bins = bins
-        self.stem = conv(3, c // 2, 2)
-        self.stage4 = nn.Sequential(conv(c // 2, c, 2), Residual(c))
-        self.stage8 = nn.Sequential(conv(c, c, 2), Residual(c))
-        self.stage16 = nn.Sequential(conv(c, c, 2), Residual(c))
-        self.lateral = nn.ModuleList(nn.Conv2d(c, c, 1) for _ in range(3))
+        self.pyramid = Pyramid(c)
         self.tower = Tower(c)
         self.classify = nn.Conv2d(c, n_classes, 3, padding=1)
         self.regress = nn.Conv2d(c, 4 * (bins + 1), 3, padding=1)
@@ -75,12 +92,7 @@ class Detector(nn.Module):
         nn.init.constant_(self.regress.bias, 0.0 if bins else 2.0)
 
     def forward(self, images):
-        x4 = self.stage4(self.stem(images))
-        x8 = self.stage8(x4)
-        x16 = self.lateral[2](self.stage16(x8))
-        y8 = self.lateral[1](x8) + F.interpolate(x16, scale_factor=2.0)
-        y4 = self.lateral[0](x4) + F.interpolate(y8, scale_factor=2.0)
-        towers = self.tower((y4, y8))
+        towers = self.tower(self.pyramid(images))
         # (B, N, channels) views of one channel-first tensor: the losses read any strides.
         logits = torch.cat([self.classify(t).flatten(2) for t in towers], 2).transpose(1, 2)
         boxes = torch.cat([self.regress(t).flatten(2) for t in towers], 2).transpose(1, 2)
