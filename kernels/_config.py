@@ -54,6 +54,7 @@ HISTOGRAM = Config(block=512, num_warps=1)
 # Enough programs to fill the largest GPU (32 warps on each multiprocessor), and so few that adding
 # up their tables costs nothing.
 HISTOGRAM_PROGRAMS = 4096
+REGION_TOTALS = Config(block=1024, num_warps=4)
 
 # Eight logits a thread: their atomics are in flight together, and nothing waits for them.
 COUNTING = Config(block=2048, num_warps=8)

@@ -91,6 +91,29 @@ def sums(x, n_programs: int, avg_factor, reduction: str):
     return partials, torch.empty(n_programs, dtype=torch.int32, device=x.device)
 
 
+def over_levels(x: list, programs, avg_factor, reduction: str, launch):
+    """``finish`` after a launch for each level that is not empty, each into its own cells.
+
+    Args:
+        programs: ``(number of the level) -> `` programs of its launch.
+        launch: ``(number of the level, first cell, partials, counts)``; not a slice of them, of
+            which a captured graph would make copies.
+    """
+    n = [0 if level.numel() == 0 else programs(k) for k, level in enumerate(x)]
+    partials, counts = sums(x[0], sum(n), avg_factor, reduction)
+    cell = 0
+    for k, n_programs in enumerate(n):
+        if x[k].numel() > 0:
+            launch(k, cell, partials, counts)
+            cell += n_programs
+    return finish(partials, counts, avg_factor, reduction)
+
+
+def at(levels: list, k: int):
+    """An argument of level k; the list of what no level has is empty."""
+    return levels[k] if levels else None
+
+
 def no_scale(x):
     """In place of the scale of a loss that is not reduced."""
     return torch.empty(0, dtype=torch.float32, device=x.device)

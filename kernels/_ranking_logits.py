@@ -38,7 +38,7 @@ from ._ranking_table import (
 from ._walk import coordinates, offset_of, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["item_start"])
 def compact_kernel(
     # pointers
     x_ptr,  # logits
@@ -52,6 +52,7 @@ def compact_kernel(
     raw_item_ptr,  # [capacity] int64 out
     counter_ptr,  # [2] int64: positives, flag of something not finite
     # shapes
+    item_start,  # items of the levels before
     n_items,  # rows with labels, logits with dense targets
     n_classes,
     num_groups,
@@ -137,7 +138,7 @@ def compact_kernel(
     tl.store(raw_ptr + place, tl.where(x_bad, 0.0, x), mask=mask)
     tl.store(raw_ptr + capacity + place, tl.where(value_bad, 0.0, value), mask=mask)
     tl.store(raw_list_ptr + place, group.to(tl.int32), mask=mask)
-    tl.store(raw_item_ptr + place, start + offs, mask=mask)
+    tl.store(raw_item_ptr + place, item_start + start + offs, mask=mask)
 
 
 @triton.jit
@@ -421,7 +422,7 @@ def collect_kernel(
         first += tl.num_programs(0) * BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["item_start"])
 def scatter_kernel(
     # pointers
     positive_ptr,
@@ -433,6 +434,8 @@ def scatter_kernel(
     scale_ptr,  # [] float32
     out_ptr,
     # shapes
+    item_start,  # items of the levels before
+    n_items,
     capacity,
     size_1,
     size_2,
@@ -460,9 +463,10 @@ def scatter_kernel(
     while first < n_pos:
         i = first + tl.arange(0, BLOCK)
         mask = i < n_pos
-        item = tl.load(item_ptr + i, mask=mask, other=0)
-        mask = mask & (item >= 0)  # those of other processes have none here
-        item = tl.maximum(item, 0)
+        item = tl.load(item_ptr + i, mask=mask, other=0) - item_start
+        # those of other levels lie elsewhere, and those of other processes have none here: below 0
+        mask = mask & (item >= 0) & (item < n_items)
+        item = tl.where(mask, item, 0)
         here = tl.zeros([BLOCK], tl.int32)
         coords = coordinates(item, here, (1, size_1, size_2, size_3), N_DIMS)
         out = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)

@@ -79,14 +79,14 @@ def load_rows(start, offs, n_rows, weight_ptr, row):
 
 @triton.jit
 def store_rows(
-    value, row, inside, keep, pid, out_ptr, count_ptr, REDUCED: tl.constexpr
+    value, row, inside, keep, cell, out_ptr, count_ptr, REDUCED: tl.constexpr
 ):  # fmt: skip
-    """Losses of a block of rows, or their sum and the number of rows that count."""
+    """Losses of a block of rows, or in one cell their sum and the number of rows that count."""
     value = tl.where(keep, value, 0.0)
     if REDUCED:
-        tl.store(out_ptr + pid, tl.sum(value, 0))
+        tl.store(out_ptr + cell, tl.sum(value, 0))
         if count_ptr is not None:
-            tl.store(count_ptr + pid, tl.sum(keep.to(tl.int32), 0))
+            tl.store(count_ptr + cell, tl.sum(keep.to(tl.int32), 0))
     else:
         tl.store(out_ptr + row, value, mask=inside)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tritonloss._op import launcher, wrap_triton
 
 from ._config import BOXES
+from ._finish import at, over_levels
 from ._numbers import number, scalar_args
 from ._rows import (
     forward_rows,
@@ -272,7 +273,7 @@ def store_boxes(
 def _block(
     pointers,
     start,
-    pid,
+    cell,
     n,
     sizes,
     strides,  # of pred, rows, target, out, upstream gradient
@@ -317,10 +318,10 @@ def _block(
             BLOCK,
         )  # fmt: skip
     else:
-        store_rows(loss * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
+        store_rows(loss * scale, row, inside, keep, cell, out_ptr, count_ptr, REDUCED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cell"])
 def box_kernel(
     # pointers
     pred_ptr,  # boxes
@@ -332,6 +333,7 @@ def box_kernel(
     out_ptr,  # forward: [rows], or [programs] partial sums; backward: gradient of the pred boxes
     count_ptr,  # [programs] int32, or None
     # shapes
+    cell,  # of the first program's sum
     n,
     size_1,
     size_2,
@@ -389,12 +391,12 @@ def box_kernel(
     params = (number(params_ptr, 0, eps), number(params_ptr, 1, alpha_threshold))
     if start + BLOCK <= n:
         _block(
-            pointers, start, pid, n, sizes, strides, corner_strides, params, KIND, BACKWARD,
+            pointers, start, cell + pid, n, sizes, strides, corner_strides, params, KIND, BACKWARD,
             REDUCED, N_DIMS, PRED_WIDE, TARGET_WIDE, OUT_WIDE, False, BLOCK,
         )  # fmt: skip
     else:
         _block(
-            pointers, start, pid, n, sizes, strides, corner_strides, params, KIND, BACKWARD,
+            pointers, start, cell + pid, n, sizes, strides, corner_strides, params, KIND, BACKWARD,
             REDUCED, N_DIMS, PRED_WIDE, TARGET_WIDE, OUT_WIDE, True, BLOCK,
         )  # fmt: skip
 
@@ -411,8 +413,9 @@ def takes(pred, target, *args) -> bool:
 
 
 def _launch(
-    pred, target, weight, params, kind, out, count=None, grad=None, scale=None, *, backward, reduced
-):
+    pred, target, weight, params, kind, out, count=None, grad=None, scale=None, *, backward,
+    reduced, cell=0,
+):  # fmt: skip
     """Loss or gradient of one tensor of boxes; a sum and a count of each program if reduced."""
     per_row = [out if backward else None, None if reduced else grad]
     layout = row_layout(pred, target, *per_row)
@@ -427,6 +430,7 @@ def _launch(
         scale,
         out,
         count,
+        cell,
         n_rows(pred),
         *layout.sizes[1:],
         *pred_s,
@@ -476,6 +480,30 @@ def forward(
         _launch(pred, target, weight, params, kind, out, count, backward=False, reduced=reduced)
 
     return forward_rows(pred, BOXES.block, avg_factor, reduction, launch)
+
+
+@launcher
+def forward_levels(
+    pred: list[Tensor],
+    target: list[Tensor],
+    weight: list[Tensor],
+    avg_factor: Tensor | None,
+    params: Tensor,
+    kind: str,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """The sum or mean of ``forward`` over levels; a list may be empty where that has None."""
+
+    def launch(k, cell, out, count):
+        _launch(
+            pred[k], target[k], at(weight, k), params, kind, out, count, backward=False,
+            reduced=True, cell=cell,
+        )  # fmt: skip
+
+    def programs(k):
+        return triton.cdiv(n_rows(pred[k]), BOXES.block)
+
+    return over_levels(pred, programs, avg_factor, reduction, launch)
 
 
 @launcher

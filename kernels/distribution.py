@@ -10,6 +10,7 @@ from torch import Tensor
 from tritonloss._op import launcher, wrap_triton
 
 from ._config import DISTRIBUTION
+from ._finish import at, over_levels
 from ._formulas import log1p_unit
 from ._numbers import number, scalar_args
 from ._rows import (
@@ -54,7 +55,7 @@ def load_target(target_ptr, coords, strides, bins, keep, n_bins, N_DIMS: tl.cons
     return tl.where((hat <= 0.0) | (bins >= n_bins), 0.0, hat)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cell"])
 def distribution_focal_kernel(
     # pointers
     x_ptr,  # logits
@@ -65,6 +66,7 @@ def distribution_focal_kernel(
     out_ptr,  # forward: [rows], or [programs] partial sums; backward: gradient of the logits
     count_ptr,  # [programs] int32, or None
     # shapes
+    cell,  # of the first program's sum
     n,
     n_bins: tl.constexpr,  # few values, and what lies beyond the last bin drops out
     size_1,
@@ -129,7 +131,7 @@ def distribution_focal_kernel(
         rest += (over_columns(at_top.to(tl.int32)) - 1).to(tl.float32)
         log_total = tl.where(rest < 1.0, log1p_unit(rest), tl.log(1.0 + rest))
         value = over_columns(tl.where(hat == 0.0, 0.0, hat * (top - x))) + log_total
-        store_rows(value * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
+        store_rows(value * scale, row, inside, keep, cell + pid, out_ptr, count_ptr, REDUCED)
 
 
 @triton.jit
@@ -144,7 +146,7 @@ def tempered(x_ptr, coords, bins, strides, x_sc, keep, n_bins, temperature, N_DI
     return e * by_row(1.0 / total), shifted - by_row(tl.log(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cell"])
 def distillation_kernel(
     # pointers
     x_ptr,  # logits
@@ -156,6 +158,7 @@ def distillation_kernel(
     out_ptr,  # forward: [rows], or [programs] partial sums; backward: gradient of the logits
     count_ptr,  # [programs] int32, or None
     # shapes
+    cell,  # of the first program's sum
     n,
     n_bins: tl.constexpr,  # few values, and what lies beyond the last bin drops out
     size_1,
@@ -223,7 +226,7 @@ def distillation_kernel(
     else:
         value = poison + over_columns(tl.where(q == 0.0, 0.0, q * (log_q - log_p)))
         value *= temperature * temperature
-        store_rows(value * scale, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
+        store_rows(value * scale, row, inside, keep, cell + pid, out_ptr, count_ptr, REDUCED)
 
 
 @triton.jit
@@ -299,15 +302,31 @@ def _tile(x, layout) -> dict:
 
 
 def _launch(
-    x, target, weight, layout, tile, out, count=None, grad=None, scale=None, *, backward, reduced
-):
+    x, target, weight, layout, tile, out, count=None, grad=None, scale=None, *, backward, reduced,
+    cell=0,
+):  # fmt: skip
     """Loss or gradient of one tensor of logits; a sum and a count of each program if reduced."""
     x_s, row_s, target_s, out_s, grad_s = layout.strides
     wrap_triton(distribution_focal_kernel, x)[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
-        x, target, weight, grad, scale, out, count, n_rows(x), x.shape[-1], *layout.sizes[1:],
-        *x_s, *row_s, *target_s, *out_s, *grad_s, x.stride(-1), out.stride(-1) if backward else 0,
-        BACKWARD=backward, REDUCED=reduced, **tile,
+        x, target, weight, grad, scale, out, count, cell, n_rows(x), x.shape[-1],
+        *layout.sizes[1:], *x_s, *row_s, *target_s, *out_s, *grad_s, x.stride(-1),
+        out.stride(-1) if backward else 0, BACKWARD=backward, REDUCED=reduced, **tile,
     )  # fmt: skip
+
+
+def _over_levels(launch, x, other, weight, params, avg_factor, reduction):
+    """The sum or mean over levels of what ``launch`` computes of each; see ``forward_levels``."""
+    layouts = [row_layout(level, y, None, None) for level, y in zip(x, other, strict=True)]
+    tiles = [_tile(*level) for level in zip(x, layouts, strict=True)]
+
+    def launch_level(k, cell, out, count):
+        args = (x[k], other[k], at(weight, k), *params, layouts[k], tiles[k], out, count)
+        launch(*args, backward=False, reduced=True, cell=cell)
+
+    def programs(k):
+        return triton.cdiv(n_rows(x[k]), tiles[k]["BLOCK_R"])
+
+    return over_levels(x, programs, avg_factor, reduction, launch_level)
 
 
 @launcher
@@ -335,6 +354,18 @@ def forward(
 
 
 @launcher
+def forward_levels(
+    x: list[Tensor],
+    target: list[Tensor],
+    weight: list[Tensor],
+    avg_factor: Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """The sum or mean of ``forward`` over levels; a list may be empty where that has None."""
+    return _over_levels(_launch, x, target, weight, (), avg_factor, reduction)
+
+
+@launcher
 def backward(
     grad: Tensor,
     scale: Tensor,
@@ -355,12 +386,12 @@ def backward(
 
 def _launch_distillation(
     x, teacher, weight, params, layout, tile, out, count=None, grad=None, scale=None, *, backward,
-    reduced,
+    reduced, cell=0,
 ):  # fmt: skip
     pointer, (temperature,) = scalar_args(params, 1)
     x_s, row_s, teacher_s, out_s, grad_s = layout.strides
     wrap_triton(distillation_kernel, x)[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
-        x, teacher, weight, pointer, grad, scale, out, count, n_rows(x), x.shape[-1],
+        x, teacher, weight, pointer, grad, scale, out, count, cell, n_rows(x), x.shape[-1],
         *layout.sizes[1:], *x_s, *row_s, *teacher_s, *out_s, *grad_s, x.stride(-1),
         teacher.stride(-1), out.stride(-1) if backward else 0, temperature,
         BACKWARD=backward, REDUCED=reduced, **tile,
@@ -393,6 +424,20 @@ def distillation(
         _launch_distillation(*args, out, count, backward=False, reduced=reduced)
 
     return forward_rows(x, args[-1]["BLOCK_R"], avg_factor, reduction, launch)
+
+
+@launcher
+def distillation_levels(
+    x: list[Tensor],
+    teacher: list[Tensor],
+    weight: list[Tensor],
+    avg_factor: Tensor | None,
+    params: Tensor,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """The sum or mean of ``distillation`` over levels; see ``forward_levels``."""
+    args = (x, teacher, weight, (params,), avg_factor, reduction)
+    return _over_levels(_launch_distillation, *args)
 
 
 @launcher

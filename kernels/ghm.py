@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tritonloss._op import launcher, wrap_triton
 
-from ._config import HISTOGRAM, HISTOGRAM_PROGRAMS
+from ._config import HISTOGRAM, HISTOGRAM_PROGRAMS, REGION_TOTALS
+from ._finish import at
 from ._formulas import is_hard, pointwise_value, region_of
 from ._logits import load_logits, walk_over, walkable
 from ._numbers import load_params, scalar_args
@@ -127,7 +128,7 @@ def _add_tile(
     return total, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cell", "width"])
 def region_sums_kernel(
     # pointers
     x_ptr,  # logits
@@ -136,9 +137,11 @@ def region_sums_kernel(
     quality_ptr,  # [rows], or None
     weight_ptr,  # [rows] or per logit, or None: a mask
     params_ptr,  # [4] float32, or None
-    loss_ptr,  # [REGIONS, programs] float32
-    count_ptr,  # [REGIONS, programs] int32
+    loss_ptr,  # [REGIONS, width] float32
+    count_ptr,  # [REGIONS, width] int32
     # shapes
+    cell,  # of the first program
+    width,  # programs of all launches
     n,
     n_classes,
     bins,
@@ -206,7 +209,7 @@ def region_sums_kernel(
             total, count, start, run, within, n, pointers, n_classes, bins, ignore_index, sizes,
             strides, mu, KIND, HARD, REGIONS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
         )  # fmt: skip
-    cells = tl.arange(0, REGIONS) * programs + pid
+    cells = tl.arange(0, REGIONS) * tl.cast(width, tl.int64) + cell + pid
     tl.store(loss_ptr + cells, total)
     tl.store(count_ptr + cells, count)
 
@@ -219,14 +222,19 @@ def region_totals_kernel(
     programs,
     BLOCK: tl.constexpr,
 ):
-    """One program per region, a tree over all programs' tables."""
+    """One program per region, a tree over all programs' tables, lane by lane."""
     region = tl.program_id(0)
     regions = tl.num_programs(0)
     lanes = tl.arange(0, BLOCK)
-    mask = lanes < programs
-    cells = region * programs + lanes
-    loss = tl.load(loss_ptr + cells, mask=mask, other=0.0)
-    count = tl.load(count_ptr + cells, mask=mask, other=0)
+    loss = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.int32)  # of a few programs each
+    start = tl.cast(0, tl.int32)
+    while start < programs:
+        mask = start + lanes < programs
+        cells = region * programs + start + lanes
+        loss += tl.load(loss_ptr + cells, mask=mask, other=0.0)
+        count += tl.load(count_ptr + cells, mask=mask, other=0)
+        start += BLOCK
     tl.store(total_ptr + region, tl.sum(loss, 0))
     tl.store(total_ptr + regions + region, tl.sum(count.to(tl.int64), 0).to(tl.float32))
 
@@ -295,19 +303,13 @@ def takes(x, labels, quality, dense, weight, *args) -> bool:
     return walkable(x, dense, weight)
 
 
-def region_totals(x, labels, quality, dense, weight, params, kind, bins, ignore_index):
-    """Loss and count of each region, float32 (2, regions)."""
-    regions = max(triton.next_power_of_2(bins), 32)
-    total = torch.empty((2, regions), dtype=torch.float32, device=x.device)
-    n = x.numel()
-    if n == 0:  # a process of several may have no anchors
-        return total.zero_()
-    programs = min(triton.cdiv(n, HISTOGRAM.block), HISTOGRAM_PROGRAMS)
+def _region_sums(
+    x, labels, quality, dense, weight, params, kind, bins, ignore_index, losses, counts, programs,
+    cell,
+):  # fmt: skip
     walk = walk_over(x, dense, labels, weight)
     x_s, row_s, _, dense_s, weight_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)
-    losses = torch.empty((regions, programs), dtype=torch.float32, device=x.device)
-    counts = torch.empty_like(losses, dtype=torch.int32)
     wrap_triton(region_sums_kernel, x)[(programs,)](
         x,
         dense,
@@ -317,7 +319,9 @@ def region_totals(x, labels, quality, dense, weight, params, kind, bins, ignore_
         pointer,
         losses,
         counts,
-        n,
+        cell,
+        losses.shape[1],
+        x.numel(),
         x.shape[-1],
         bins,
         *walk.layout.sizes[1:],
@@ -329,7 +333,7 @@ def region_totals(x, labels, quality, dense, weight, params, kind, bins, ignore_
         *numbers,
         KIND=kind,
         HARD=is_hard(kind, labels, quality),
-        REGIONS=regions,
+        REGIONS=losses.shape[0],
         N_DIMS=walk.layout.n_dims,
         CLASS_DIM=walk.class_dim,
         LINEAR=walk.linear,
@@ -338,9 +342,30 @@ def region_totals(x, labels, quality, dense, weight, params, kind, bins, ignore_
         BLOCK=HISTOGRAM.block,
         num_warps=HISTOGRAM.num_warps,
     )
-    wrap_triton(region_totals_kernel, x)[(regions,)](
-        losses, counts, total, programs, BLOCK=HISTOGRAM_PROGRAMS, num_warps=4
-    )
+
+
+def region_totals(x, labels, quality, dense, weight, params, kind, bins, ignore_index):
+    """Loss and count of each region over all levels, float32 (2, regions)."""
+    device = x[0].device
+    regions = max(triton.next_power_of_2(bins), 32)
+    total = torch.empty((2, regions), dtype=torch.float32, device=device)
+    filled = [k for k, level in enumerate(x) if level.numel() > 0]
+    if not filled:  # a process of several may have no anchors
+        return total.zero_()
+    programs = [min(triton.cdiv(x[k].numel(), HISTOGRAM.block), HISTOGRAM_PROGRAMS) for k in filled]
+    losses = torch.empty((regions, sum(programs)), dtype=torch.float32, device=device)
+    counts = torch.empty_like(losses, dtype=torch.int32)
+    cell = 0
+    for k, n_programs in zip(filled, programs, strict=True):
+        _region_sums(
+            x[k], at(labels, k), at(quality, k), at(dense, k), at(weight, k), params, kind, bins,
+            ignore_index, losses, counts, n_programs, cell,
+        )  # fmt: skip
+        cell += n_programs
+    wrap_triton(region_totals_kernel, x[0])[(regions,)](
+        losses, counts, total, losses.shape[1], BLOCK=REGION_TOTALS.block,
+        num_warps=REGION_TOTALS.num_warps,
+    )  # fmt: skip
     return total
 
 
@@ -372,11 +397,11 @@ def harmonise(total, amount, updates, params, bins, bias_correction, normalize):
 
 @launcher
 def forward(
-    x: Tensor,
-    labels: Tensor | None,
-    quality: Tensor | None,
-    dense: Tensor | None,
-    weight: Tensor | None,
+    x: list[Tensor],
+    labels: list[Tensor],
+    quality: list[Tensor],
+    dense: list[Tensor],
+    weight: list[Tensor],
     amount: Tensor | None,
     updates: Tensor | None,
     params: Tensor,
@@ -388,11 +413,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, new state and the weight of each region.
 
-    Args:
+    Args, of each level or an empty list for None:
         x: predictions (..., C), any strides.
-        labels, quality: contiguous (...), or None.
-        dense: targets (..., C), any strides, or None.
-        weight: contiguous (...), or (..., C) with any strides, or None.
+        labels, quality: contiguous (...).
+        dense: targets (..., C), any strides.
+        weight: contiguous (...), or (..., C) with any strides.
+
+    Args:
         amount, updates: the state, each contiguous (bins,), or None.
         params: (mu, m, 1 - m, log m), numbers or a float32 tensor.
 
@@ -424,8 +451,6 @@ def backward(
     flag: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the predictions: the pointwise one times the weight of the region."""
-    if x.numel() == 0:
-        return torch.empty_like(x)
     return gradient(
         grad, None, x, labels, quality, dense, weight, None, params, kind, ignore_index, "sum",
         weights,

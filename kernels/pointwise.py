@@ -14,7 +14,7 @@ from torch import Tensor
 from tritonloss._op import launcher, wrap_triton
 
 from ._config import POINTWISE, POINTWISE_PROGRAMS, POINTWISE_TILES
-from ._finish import finish, no_scale, sums
+from ._finish import at, finish, no_scale, over_levels, sums
 from ._formulas import POWER, is_hard, pointwise_derivative, pointwise_value, region_of
 from ._logits import load_logits, walk_over, walkable
 from ._numbers import load_params, scalar_args
@@ -103,7 +103,7 @@ def _pointwise_tile(
     return result, tl.broadcast_to(keep, result.shape)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cell"])
 def pointwise_kernel(
     # pointers
     x_ptr,  # logits
@@ -119,6 +119,7 @@ def pointwise_kernel(
     out_ptr,  # per logit: loss or gradient; forward and reduced: [programs] partial sums
     count_ptr,  # [programs] int32, or None
     # shapes
+    cell,  # of the first program's sum
     n,
     span,
     n_classes,
@@ -211,9 +212,9 @@ def pointwise_kernel(
         total += result
         count += keep.to(tl.int32)
     if REDUCED and not BACKWARD:
-        tl.store(out_ptr + pid, tl.sum(total))
+        tl.store(out_ptr + cell + pid, tl.sum(total))
         if count_ptr is not None:
-            tl.store(count_ptr + pid, tl.sum(count))
+            tl.store(count_ptr + cell + pid, tl.sum(count))
 
 
 def span_of(n: int) -> int:
@@ -229,7 +230,7 @@ def takes(x, labels, quality, dense, weight, *args) -> bool:
 
 def _launch(
     x, labels, quality, dense, weight, class_weight, params, kind, ignore_index, out, count=None,
-    grad=None, scale=None, regions=None, *, backward, reduced,
+    grad=None, scale=None, regions=None, *, backward, reduced, cell=0,
 ):  # fmt: skip
     """Loss or gradient of one tensor of logits; a sum and a count of each program if reduced."""
     per_logit = [out if backward or not reduced else None, None if reduced else grad]
@@ -251,6 +252,7 @@ def _launch(
         scale,
         out,
         count,
+        cell,
         n,
         span,
         x.shape[-1],
@@ -314,6 +316,34 @@ def forward(
     partials, counts = sums(x, triton.cdiv(x.numel(), span_of(x.numel())), avg_factor, reduction)
     _launch(*args, partials, counts, backward=False, reduced=True)
     return finish(partials, counts, avg_factor, reduction)
+
+
+@launcher
+def forward_levels(
+    x: list[Tensor],
+    labels: list[Tensor],
+    quality: list[Tensor],
+    dense: list[Tensor],
+    weight: list[Tensor],
+    class_weight: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    kind: str,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """The sum or mean of ``forward`` over levels; a list may be empty where that has None."""
+
+    def launch(k, cell, partials, counts):
+        _launch(
+            x[k], at(labels, k), at(quality, k), at(dense, k), at(weight, k), class_weight, params,
+            kind, ignore_index, partials, counts, backward=False, reduced=True, cell=cell,
+        )  # fmt: skip
+
+    def programs(k):
+        return triton.cdiv(x[k].numel(), span_of(x[k].numel()))
+
+    return over_levels(x, programs, avg_factor, reduction, launch)
 
 
 def gradient(

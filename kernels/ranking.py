@@ -18,6 +18,7 @@ from torch import Tensor
 from tritonloss._op import launcher, wrap_triton
 
 from ._config import COLLECT, COLLECT_COPIES, PAIRS, PAIRS_ACROSS, RANKING, SCANS
+from ._finish import at
 from ._logits import walk_over, walkable
 from ._numbers import scalar_args
 from ._ranking_logits import collect_kernel, compact_kernel, negatives_kernel, scatter_kernel
@@ -69,14 +70,37 @@ SPECS = {
 DENSE_POSITIVES = 65536
 
 
-def capacity_of(x, labels) -> int:
+def capacity_of(n: int, labels) -> int:
     """Positives there is room for: every anchor has one class; of dense targets, an eighth of the
-    logits, which keeps the scratch below 32 bytes a logit, or ``DENSE_POSITIVES``. More gives NaN,
-    never a wrong number.
+    n logits, which keeps the scratch below 32 bytes a logit, or ``DENSE_POSITIVES``. More gives
+    NaN, never a wrong number.
     """
-    if labels is not None:
-        return max(labels.numel(), 1)
-    return max(x.numel() // 8, min(x.numel(), DENSE_POSITIVES))
+    if labels:
+        return max(sum(level.numel() for level in labels), 1)
+    return max(n // 8, min(n, DENSE_POSITIVES))
+
+
+class _Level(NamedTuple):
+    """What the kernels read of a level, and the number of items of the levels before it."""
+
+    x: Tensor
+    labels: Tensor | None
+    value: Tensor | None
+    dense: Tensor | None
+    weight: Tensor | None
+    group: Tensor | None
+    start: int
+
+
+def _levels_of(x, labels, value, dense, weight, group, start) -> list[_Level]:
+    """Those that have elements."""
+    levels = []
+    for k, logits in enumerate(x):
+        if logits.numel() > 0:
+            groups = group[k].expand(logits.shape) if group else None
+            beside = (at(labels, k), at(value, k), at(dense, k), at(weight, k))
+            levels.append(_Level(logits, *beside, groups, start[k]))
+    return levels
 
 
 def fraction_bits(n: int) -> int:
@@ -127,17 +151,15 @@ def _programs(n: int) -> int:
     return min(triton.cdiv(n, RANKING.block), MAX_PROGRAMS)
 
 
-def _negatives(scratch, x, labels, dense, weight, group, delta, ignore_index, num_groups,
-               histogram=None, pack=False, upstream=None, scale=None,
-               out=None):  # fmt: skip
-    """Launch the pass over all logits, forward or backward."""
+def _negatives(scratch, level, delta, ignore_index, num_groups, histogram=None, pack=False,
+               upstream=None, scale=None, out=None):  # fmt: skip
+    """Launch the pass over all logits of a level, forward or backward."""
+    x, labels, _, dense, weight, group, _ = level
     lists = _broadcast_strides(group, x.shape)
     walk = walk_over(x, dense, labels, weight, None, [out], lists)
     x_s, row_s, _, dense_s, weight_s, out_s, group_s = walk.layout.strides
     pointer, (number,) = scalar_args(delta, 1)
     n = x.numel()
-    if n == 0:  # a process without anchors
-        return
     wrap_triton(negatives_kernel, x)[(_programs(n),)](
         x,
         dense,
@@ -190,7 +212,7 @@ class Scratch(NamedTuple):
     scale: Tensor  # [] float32
 
 
-def scratch_of(x, capacity, group, num_groups, counter) -> Scratch:
+def scratch_of(x, capacity, has_group, num_groups, counter) -> Scratch:
     device = x.device
     return Scratch(
         torch.empty(POSITIVE_ROWS, capacity, dtype=torch.float32, device=device),
@@ -198,7 +220,7 @@ def scratch_of(x, capacity, group, num_groups, counter) -> Scratch:
         torch.empty(lookup_words(capacity), dtype=torch.int64, device=device),
         torch.empty(capacity, dtype=torch.int64, device=device),
         # without groups nobody looks for an empty list
-        (torch.empty if group is None else torch.zeros)(
+        (torch.zeros if has_group else torch.empty)(
             2, num_groups, dtype=torch.int32, device=device
         ),
         counter,
@@ -211,42 +233,50 @@ def takes(x, labels, value, dense, weight, group, *args) -> bool:
     return walkable(x, dense, weight, None if group is None else group.expand(x.shape))
 
 
+def _compact(level, spec, raw, raw_list, raw_item, counter, ignore_index, num_groups):
+    x, labels, value, dense, weight, group, start = level
+    items = _items(x, dense, labels, weight, group, None)
+    x_s, row_s, dense_s, weight_s, group_s, _ = items.strides
+    wrap_triton(compact_kernel, x)[(triton.cdiv(items.count, RANKING.block),)](
+        x, dense, labels, value, weight, group, raw, raw_list, raw_item, counter,
+        start, items.count, x.shape[-1], num_groups, raw_item.numel(), *items.sizes,
+        *x_s, *row_s, *dense_s, *weight_s, *group_s, *items.by_class[:3], ignore_index,
+        HAS_KEY=spec.sorts_by == "quality", N_DIMS=items.n_dims, BLOCK=RANKING.block,
+        num_warps=RANKING.num_warps,
+    )  # fmt: skip
+
+
 def launch(
-    x, labels, value, dense, weight, group, delta, loss, ignore_index, num_groups, exchange=None
-):
+    x, labels, value, dense, weight, group, start, delta, loss, ignore_index, num_groups,
+    exchange=None,
+):  # fmt: skip
     """See ``forward``.
 
     ``exchange``: None, or what the processes that share the batch tell each other:
     ``agree(positives, n) -> most logits of one process``, ``positives(raw, lists, items, counter)
     -> the same of all`` and ``integers(tensor) -> sum``.
     """
-    group = None if group is None else group.expand(x.shape)
-    spec, device = SPECS[loss], x.device
-    capacity = capacity_of(x, labels)
+    levels = _levels_of(x, labels, value, dense, weight, group, start)
+    spec, device, x_all, x = SPECS[loss], x[0].device, x, x[0]
+    n = sum(level.numel() for level in x_all)
+    capacity = capacity_of(n, labels)
     raw = torch.empty(2, capacity, dtype=torch.float32, device=device)
     raw_list = torch.empty(capacity, dtype=torch.int32, device=device)
     raw_item = torch.empty(capacity, dtype=torch.int64, device=device)
     counter = torch.zeros(2, dtype=torch.int64, device=device)
-    items = _items(x, dense, labels, weight, group, None)
-    x_s, row_s, dense_s, weight_s, group_s, _ = items.strides
-    if items.count > 0:
-        wrap_triton(compact_kernel, x)[(triton.cdiv(items.count, RANKING.block),)](
-            x, dense, labels, value, weight, group, raw, raw_list, raw_item, counter,
-            items.count, x.shape[-1], num_groups, capacity, *items.sizes,
-            *x_s, *row_s, *dense_s, *weight_s, *group_s, *items.by_class[:3], ignore_index,
-            HAS_KEY=spec.sorts_by == "quality", N_DIMS=items.n_dims, BLOCK=RANKING.block,
-            num_warps=RANKING.num_warps,
-        )  # fmt: skip
-    bits = fraction_bits(x.numel())
+    for level in levels:
+        _compact(level, spec, raw, raw_list, raw_item, counter, ignore_index, num_groups)
+    bits = fraction_bits(n)
     if exchange is not None:
-        bits = fraction_bits(exchange.size * exchange.agree(counter[0], x.numel()))
+        bits = fraction_bits(exchange.size * exchange.agree(counter[0], n))
         raw, raw_list, raw_item, counter = exchange.positives(raw, raw_list, raw_item, counter)
         capacity = raw_item.numel()
 
     places = torch.empty(PLACE_ROWS, capacity, dtype=torch.int32, device=device)
-    scratch = scratch_of(x, capacity, group, num_groups, counter)
+    has_group = len(group) > 0
+    scratch = scratch_of(x, capacity, has_group, num_groups, counter)
     positives, knots, lookup, order, lists, _, scale = scratch
-    programs = max(_programs(x.numel()), 1)
+    programs = max([_programs(level.x.numel()) for level in levels], default=1)
     n_words = min(max(WORDS, 4 * capacity), 12 * capacity)  # at most 96 bytes a positive's place
     histogram = torch.empty(n_words, dtype=torch.int64, device=device)
     # aLRP divides by sums of distances as small as 1e-5; processes add theirs up.
@@ -255,7 +285,7 @@ def launch(
 
     pointer, (number,) = scalar_args(delta, 1)
     grid = (min(triton.cdiv(capacity, PAIRS.block), MAX_PROGRAMS),)
-    tile = {"HAS_GROUP": group is not None, "TILE": PAIRS.block, "ACROSS": PAIRS_ACROSS,
+    tile = {"HAS_GROUP": has_group, "TILE": PAIRS.block, "ACROSS": PAIRS_ACROSS,
             "num_warps": PAIRS.num_warps}  # fmt: skip
     wrap_triton(order_kernel, x)[grid](
         raw, raw_list, raw_item, positives, places, order, counter, capacity, **tile
@@ -266,11 +296,11 @@ def launch(
     )  # fmt: skip
     cells = max(CELL_BLOCKS.value, min(triton.cdiv(n_words, 4096), 256))
     wrap_triton(prepare_kernel, x)[(cells,)](
-        knots, lookup, histogram, counter, x.numel(), n_words, capacity, programs, bits,
-        PACK=pack, TABLE=group is None, TILE=RANKING.block, num_warps=RANKING.num_warps,
+        knots, lookup, histogram, counter, n, n_words, capacity, programs, bits,
+        PACK=pack, TABLE=not has_group, TILE=RANKING.block, num_warps=RANKING.num_warps,
     )  # fmt: skip
-    _negatives(scratch, x, labels, dense, weight, group, delta, ignore_index, num_groups, histogram,
-               pack)  # fmt: skip
+    for level in levels:
+        _negatives(scratch, level, delta, ignore_index, num_groups, histogram, pack)
     total = None
     if exchange is not None:
         total = torch.zeros(2, 2 * capacity, dtype=torch.int64, device=device)
@@ -289,35 +319,48 @@ def launch(
     scanners = min(num_groups, MAX_PROGRAMS)
     wrap_triton(settle_kernel, x)[(scanners + (grid[0] if spec.spreads else 0),)](
         positives, places, knots, sums, lists, counter, pointer, first, second, scale, capacity,
-        num_groups, scanners, number, HAS_GROUP=group is not None, LOSS=spec.LOSS,
+        num_groups, scanners, number, HAS_GROUP=has_group, LOSS=spec.LOSS,
         INTERPOLATED=spec.interpolated, TILE=SCANS.block, PAIR_TILE=PAIRS.block,
         ACROSS=PAIRS_ACROSS, num_warps=SCANS.num_warps,
     )  # fmt: skip
-    if group is not None:
+    if has_group:
         wrap_triton(means_kernel, x)[(1,)](
             positives, places, counter, first, second, scale, capacity,
             VALUE_ROW=spec.first_row.value, LOSS=spec.LOSS, TILE=RANKING.block,
             num_warps=RANKING.num_warps,
         )  # fmt: skip
 
-    coefficient = torch.zeros(0, dtype=torch.float32, device=device)
-    if spec.coefficient:
-        shape = x.shape if labels is None else (*x.shape[:-1], 1)
-        coefficient = torch.zeros(shape, dtype=torch.float32, device=device)
-        items = _items(x, dense, labels, weight, group, coefficient)
-        _scatter(scratch, items, None, coefficient, (None, None), 0, True)
-        coefficient = coefficient.sum(-1) if labels is None else coefficient[..., 0]
-    return first, second, coefficient, *scratch
+    return first, second, _coefficient(scratch, levels, x_all, spec), *scratch
+
+
+def _coefficient(scratch, levels, x, spec):
+    """Of each row's error, in the order of levels and rows."""
+    rows = sum(level.shape[:-1].numel() for level in x) if spec.coefficient else 0
+    coefficient = torch.zeros(rows, dtype=torch.float32, device=x[0].device)
+    if not rows:
+        return coefficient
+    if not levels or levels[0].labels is not None:  # rows are the items
+        items = _Items(rows, 1, (1, 1, rows), [(0, 0, 0, 1)] * 6, (0, 0, 0, 0))
+        _scatter(scratch, items, 0, None, coefficient, (None, None), 0, True)
+        return coefficient
+    found = []
+    for level in levels:
+        of_logits = torch.zeros(level.x.shape, dtype=torch.float32, device=coefficient.device)
+        items = _items(level.x, level.dense, None, level.weight, level.group, of_logits)
+        _scatter(scratch, items, level.start, None, of_logits, (None, None), 0, True)
+        found.append(of_logits.sum(-1).reshape(-1))
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 @launcher
 def forward(
-    x: Tensor,
-    labels: Tensor | None,
-    value: Tensor | None,
-    dense: Tensor | None,
-    weight: Tensor | None,
-    group: Tensor | None,
+    x: list[Tensor],
+    labels: list[Tensor],
+    value: list[Tensor],
+    dense: list[Tensor],
+    weight: list[Tensor],
+    group: list[Tensor],
+    start: list[int],
     delta: Tensor,
     loss: str,
     ignore_index: int,
@@ -325,28 +368,33 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Values of a ranking loss, and what its backward needs.
 
-    Args:
+    Args, of each level or an empty list for None:
         x: logits (..., C), any strides.
-        labels: contiguous (...), or None.
-        value: contiguous (...), quality or localisation error, or None.
-        dense: targets (..., C), any strides, or None.
-        weight: contiguous (...), or (..., C) with any strides, or None.
-        group: integers that broadcast to x, or None.
+        labels: contiguous (...).
+        value: contiguous (...), quality or localisation error.
+        dense: targets (..., C), any strides.
+        weight: contiguous (...), or (..., C) with any strides.
+        group: integers that broadcast to x.
+        start: items (rows with labels, logits with dense targets) of the levels before.
+
+    Args:
         delta: a tuple of one number, or a float tensor of one entry.
         loss: a key of ``SPECS``.
 
     Returns:
         ``(first value, second value, coefficient of the rows' errors, *Scratch)``. The second is
-        Rank & Sort's sorting error or aLRP's loc; the coefficient is empty but for aLRP.
+        Rank & Sort's sorting error or aLRP's loc; the coefficient, flat, is empty but for aLRP.
     """
-    return launch(x, labels, value, dense, weight, group, delta, loss, ignore_index, num_groups)
+    return launch(
+        x, labels, value, dense, weight, group, start, delta, loss, ignore_index, num_groups
+    )
 
 
-def _scatter(scratch, items, labels, out, upstream, out_class, coefficient):
+def _scatter(scratch, items, start, labels, out, upstream, out_class, coefficient):
     capacity = scratch.items.numel()
     wrap_triton(scatter_kernel, out)[(min(triton.cdiv(capacity, RANKING.block), MAX_PROGRAMS),)](
         scratch.positives, scratch.items, labels, scratch.counter, *upstream, scratch.scale, out,
-        capacity, *items.sizes, *items.strides[1], *items.strides[5], out_class,
+        start, items.count, capacity, *items.sizes, *items.strides[1], *items.strides[5], out_class,
         COEFFICIENT=coefficient, N_DIMS=items.n_dims, BLOCK=RANKING.block,
         num_warps=RANKING.num_warps,
     )  # fmt: skip
@@ -369,6 +417,7 @@ def backward(
     dense: Tensor | None,
     weight: Tensor | None,
     group: Tensor | None,
+    start: int,
     delta: Tensor,
     loss: str,
     ignore_index: int,
@@ -381,9 +430,11 @@ def backward(
     scratch = Scratch(positives, knots, lookup, items, lists, counter, scale)
     group = None if group is None else group.expand(x.shape)
     grad = torch.empty_like(x)
-    _negatives(scratch, x, labels, dense, weight, group, delta, ignore_index, num_groups,
-               upstream=first_grad, scale=scale, out=grad)  # fmt: skip
+    level = _Level(x, labels, value, dense, weight, group, start)
+    _negatives(scratch, level, delta, ignore_index, num_groups, upstream=first_grad, scale=scale,
+               out=grad)  # fmt: skip
     places = _items(x, dense, labels, weight, group, grad)
     second_grad = second_grad if SPECS[loss].second_gradient else None
-    _scatter(scratch, places, labels, grad, (first_grad, second_grad), places.by_class[3], False)
+    upstream = first_grad, second_grad
+    _scatter(scratch, places, start, labels, grad, upstream, places.by_class[3], False)
     return grad

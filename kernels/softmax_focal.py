@@ -15,6 +15,7 @@ from torch import Tensor
 from tritonloss._op import launcher, wrap_triton
 
 from ._config import SOFTMAX, SOFTMAX_CLASSES, SOFTMAX_CLASSES_BY_ROW
+from ._finish import at, over_levels
 from ._formulas import hard_derivative, hard_value
 from ._numbers import number, scalar_args
 from ._rows import (
@@ -52,7 +53,7 @@ def _alpha(alpha_ptr, label, keep):
     return alpha
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cell"])
 def softmax_focal_kernel(
     # pointers
     x_ptr,  # logits
@@ -66,6 +67,7 @@ def softmax_focal_kernel(
     out_ptr,  # forward: [rows], or [programs] partial sums; backward: gradient of the logits
     count_ptr,  # [programs] int32, or None
     # shapes
+    cell,  # of the first program's sum
     n,
     n_classes,
     size_1,
@@ -162,7 +164,7 @@ def softmax_focal_kernel(
         d = (x_label - top) - tl.log(tl.where(total == 0.0, 1.0, total))
         value = hard_value(d, keep, 1.0, 1.0, gamma, 0.0, "focal", False)
         value *= _alpha(alpha_ptr, label, keep) * scale
-        store_rows(value, row, inside, keep, pid, out_ptr, count_ptr, REDUCED)
+        store_rows(value, row, inside, keep, cell + pid, out_ptr, count_ptr, REDUCED)
         tl.store(stats_ptrs, top, mask=inside)
         tl.store(stats_ptrs + n, total, mask=inside)
         tl.store(stats_ptrs + 2 * tl.cast(n, tl.int64), d, mask=inside)
@@ -175,7 +177,7 @@ def _tile(x, layout) -> dict:
 
 def _launch(
     x, labels, weight, alpha, params, ignore_index, stats, layout, tile, out, count=None, grad=None,
-    scale=None, *, backward, reduced,
+    scale=None, *, backward, reduced, cell=0,
 ):  # fmt: skip
     """Loss or gradient of one tensor of logits; a sum and a count of each program if reduced."""
     x_s, row_s, out_s, grad_s = layout.strides
@@ -191,6 +193,7 @@ def _launch(
         stats,
         out,
         count,
+        cell,
         n_rows(x),
         x.shape[-1],
         *layout.sizes[1:],
@@ -211,6 +214,13 @@ def _launch(
 def takes(x, *args) -> bool:
     """True if the kernels can read the logits in place."""
     return rows_walkable(x)
+
+
+def _prepared(x) -> tuple:
+    """Room for the statistics of each row, the walk and the tile of a forward."""
+    layout = row_layout(x, None, None)
+    stats = torch.empty((3, n_rows(x)), dtype=torch.float32, device=x.device)
+    return stats, layout, _tile(x, layout)
 
 
 @launcher
@@ -236,15 +246,37 @@ def forward(
     Returns:
         ``(loss, scale, stats)``, float32; stats has shape (3, rows).
     """
-    stats = torch.empty((3, n_rows(x)), dtype=torch.float32, device=x.device)
-    layout = row_layout(x, None, None)
-    tile = _tile(x, layout)
+    stats, layout, tile = _prepared(x)
     args = (x, labels, weight, alpha, params, ignore_index, stats, layout, tile)
 
     def launch(out, count, reduced):
         _launch(*args, out, count, backward=False, reduced=reduced)
 
     return *forward_rows(x, tile["BLOCK_R"], avg_factor, reduction, launch), stats
+
+
+@launcher
+def forward_levels(
+    x: list[Tensor],
+    labels: list[Tensor],
+    weight: list[Tensor],
+    alpha: Tensor | None,
+    avg_factor: Tensor | None,
+    params: Tensor,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The sum or mean of ``forward`` over levels; a list may be empty where that has None."""
+    stats, layouts, tiles = zip(*map(_prepared, x), strict=True)
+
+    def launch(k, cell, out, count):
+        args = (x[k], labels[k], at(weight, k), alpha, params, ignore_index, stats[k], layouts[k])
+        _launch(*args, tiles[k], out, count, backward=False, reduced=True, cell=cell)
+
+    def programs(k):
+        return triton.cdiv(n_rows(x[k]), tiles[k]["BLOCK_R"])
+
+    return *over_levels(x, programs, avg_factor, reduction, launch), list(stats)
 
 
 @launcher

@@ -561,10 +561,12 @@ def test_opcheck(state):
     x, labels, _, _ = make("labels")
     A = torch.rand(10) if state else None
     params = torch.tensor([0.0, 0.5, 0.5, math.log(0.5)])
-    args = (x, labels, None, None, None, A, A, params, "bce", 10, True, "nonempty", -1)
-    torch.library.opcheck(ghm.forward.op, args)
-    weights = ghm.forward(*args)[3]
-    torch.library.opcheck(ghm.backward.op, (torch.tensor(1.0), weights, *args))
+    rest = (A, A, params, "bce", 10, True, "nonempty", -1)
+    levels = ([x[:20], x[20:]], [labels[:20], labels[20:]], [], [], [])
+    torch.library.opcheck(ghm.forward.op, (*levels, *rest))
+    weights = ghm.forward(*levels, *rest)[3]
+    level = (x, labels, None, None, None)
+    torch.library.opcheck(ghm.backward.op, (torch.tensor(1.0), weights, *level, *rest))
 
 
 # ---- errors

@@ -7,6 +7,7 @@ takes the eager path, or copies the logits first, is still right.
 
 from __future__ import annotations
 
+import operator
 from types import SimpleNamespace
 
 import pytest
@@ -98,12 +99,20 @@ def large_copies(graph, size: int) -> list[str]:
 
 def mutated_inputs(graph) -> list[str]:
     """Pointers to what the graph did not allocate, yet believes to be written by a kernel."""
+
+    def origin(written):
+        """What launch after launch wrote to."""
+        while written.target is operator.getitem:
+            launch, name = written.args
+            written = launch.kwargs["kwargs"][name]
+        return written
+
     return [
         name
         for node in graph.graph.nodes
         if node.op == "call_function" and node.target.__name__ in LAUNCHES
         for name in node.kwargs.get("tensors_to_clone", ())
-        if "empty" not in str(node.kwargs["kwargs"][name].target)
+        if "empty" not in str(origin(node.kwargs["kwargs"][name]).target)
     ]
 
 
@@ -155,6 +164,61 @@ def test_one_kernel_each_way_and_no_copy(loss, axes, cuda_compile):
         assert not large_copies(graph, problem.x.shape[:-1].numel()), graph.code
         # An input that a kernel is believed to write would be copied, and keep CUDA graphs away.
         assert not mutated_inputs(graph), graph.code
+
+
+def head(sizes, channels: int = 20):
+    """Levels of a channels-first head."""
+    return [torch.randn(2, channels, s, s, requires_grad=True) for s in sizes]
+
+
+def by_row(levels, last: int) -> list[torch.Tensor]:
+    return [torch.randint(last, (2, *t.shape[2:])) for t in levels]
+
+
+# name -> (loss of levels with class_dim=1, channels, what lies beside)
+HEADS = {
+    "focal": (tl.sigmoid_focal_loss, 20, lambda x: by_row(x, 21)),
+    "quality_focal": (
+        tl.quality_focal_loss,
+        20,
+        lambda x: (by_row(x, 21), [torch.rand(2, *t.shape[2:]) for t in x]),
+    ),
+    "softmax_focal": (tl.softmax_focal_loss, 20, lambda x: by_row(x, 20)),
+    "distribution_focal": (
+        tl.distribution_focal_loss,
+        17,
+        lambda x: [torch.rand(2, *t.shape[2:]) for t in x],
+    ),
+    "giou": (tl.giou_loss, 4, lambda x: [torch.zeros(t.shape) for t in x]),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_is_read_where_it_lies(name, cuda_compile):
+    function, channels, beside = HEADS[name]
+    x = head([16, 8, 4, 2, 2], channels)
+    targets = beside(x)
+    call = compiled(lambda x: function(x, targets, class_dim=1), cuda_compile)
+    call(x).backward()
+    forward, backward = cuda_compile
+    kernels = case(name).kernels
+    assert kernels_of(forward) == [kernels[0]] * 5 + ["finish_kernel"]
+    assert kernels_of(backward) == [kernels[1]] * 5
+    for graph in cuda_compile:
+        assert not large_copies(graph, x[-1][:, 0].numel()), graph.code
+        assert not mutated_inputs(graph), graph.code
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_other_sizes_of_levels_compile_once_more(name, cuda_compile):
+    """Multi-scale training: the second size makes the sizes symbolic."""
+    function, channels, beside = HEADS[name]
+    call = compiled(lambda x, targets: function(x, targets, class_dim=1), cuda_compile)
+    for size in (8, 12, 10, 14, 20, 16):
+        x = head([4 * size, 2 * size, size], channels)
+        with torch.no_grad():
+            call(x, beside(x))
+    assert len(cuda_compile) <= 2, "fixed and symbolic sizes"
 
 
 def count_graphs(call, graphs, values) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from perf import workloads
 from tritonloss import _op, backend
@@ -24,7 +25,7 @@ def recorded_ops(monkeypatch, function) -> list:
     def call(self, *args):
         # traced, hyper-parameters travel as tensors
         packed = [torch.tensor(a) if isinstance(a, tuple) else a for a in args]
-        calls.append((self.op, [a.detach() if isinstance(a, Tensor) else a for a in packed]))
+        calls.append((self.op, tree_map_only(Tensor, Tensor.detach, packed)))
         return call_before(self, *args)
 
     with monkeypatch.context() as patch, backend("triton"):

@@ -52,7 +52,12 @@ for loss, (function, (_, targets, *more)) in CLASSIFIERS.items():
     def case(name, error, words, x, y, function=function, more=more, loss=loss, **kwargs):
         wrong(f"{loss}: {name}", error, words, function, x, y, *more, **kwargs)
 
-    case("a list of levels", TypeError, "logits must be a tensor, one for all levels", [X], targets)
+    if loss != "carl_loss":
+        case("a tensor beside levels", TypeError, r"must be a list of 1 levels, as logits is; got "
+             r"a tensor of shape \(2,\)", [X], Y)  # fmt: skip
+        case("levels beside a tensor", TypeError, "must be", X, [Y, Y, Y])
+    else:
+        case("a list of levels", TypeError, "logits must be a tensor", [X], targets)
     case("numpy", TypeError, "logits must be a tensor: torch.from_numpy", np.zeros((2, 4)), targets)
     case("integer logits", TypeError, "logits must be float16", X.long(), targets)
     case("no class", ValueError, "logits must have shape", torch.zeros(2, 0), targets)
@@ -60,7 +65,7 @@ for loss, (function, (_, targets, *more)) in CLASSIFIERS.items():
     case("negative label", ValueError, "got -5", X, given(torch.tensor([1, -5])))
     case("fewer labels", ValueError, r"must have shape \(2,\)", X, given(Y[:1]))
     case("labels elsewhere", ValueError, "is on meta, but logits is on cpu", X, given(Y.to("meta")))
-    case("channels first", ValueError, "classes come last", torch.zeros(2, 4, 5, 6),
+    case("channels first", ValueError, "class_dim=1 says that", torch.zeros(2, 4, 5, 6),
          given(torch.zeros(2, 5, 6).long()))  # fmt: skip
     case("misspelt argument", TypeError, "unexpected keyword argument 'gama'", X, targets, gama=2)
     if loss not in ("softmax_focal_loss", "carl_loss"):
@@ -107,6 +112,46 @@ for dense in (tl.sigmoid_focal_loss, tl.quality_focal_loss, tl.varifocal_loss, t
     wrong(f"{dense.__name__}: just above 1", ValueError, "got 1.0000001", dense, X,
           torch.full((2, 4), 1.0000001))  # fmt: skip
     wrong(f"{dense.__name__}: dense below 0", ValueError, "got -1", dense, X, -torch.ones(2, 4))
+
+LEVELS, OF_LEVELS = [X, X, X[:1]], [Y, Y, Y[:1]]
+for name, error, words, x, targets, kwargs in (
+    ("lengths", ValueError, "targets must have one entry for each of 3 levels; got 2", LEVELS,
+     [Y, Y], {}),
+    ("weight", ValueError, "weight must have one entry for each of 3 levels; got 1", LEVELS,
+     OF_LEVELS, {"weight": [HALF]}),
+    ("weight of one", TypeError, r"weight must be a list of 3 levels.*got a tensor of shape \(2,\)",
+     LEVELS, OF_LEVELS, {"weight": HALF}),
+    ("quality", ValueError, r"targets\[1\] must have one entry for each of 3 levels; got 1", LEVELS,
+     (OF_LEVELS, [HALF]), {}),
+    ("pairs", ValueError, "targets must be a list of 3 levels or a pair of such lists; got 3 lists",
+     LEVELS, [(Y, HALF)] * 3, {}),
+    ("shape", ValueError, r"level 2: targets must have shape \(1,\)", LEVELS, [Y, Y, Y], {}),
+    ("label", ValueError, "level 1: targets must lie in 0..4.*got 6, 8", LEVELS,
+     [Y, Y + 5, Y[:1]], {}),
+    ("no tensor", TypeError, "level 1: logits must be a tensor; got int", [X, 3], [Y, Y], {}),
+    ("no level", ValueError, "logits must have at least one level; got an empty list", [], [], {}),
+    ("forms", ValueError, "level 1: targets and weight must have one form in all levels", [X, X],
+     [Y, X], {}),
+    ("no weight", ValueError, "level 1: targets and weight must have one form", [X, X], [Y, Y],
+     {"weight": [HALF, None]}),
+    ("dtypes", ValueError, "level 1: logits must have one dtype.*float16 beside torch.float32",
+     [X, X.half()], [Y, Y], {}),
+    ("devices", ValueError, "level 1: logits must have one device.*got meta beside cpu",
+     [X, X.to("meta")], [Y, Y.to("meta")], {}),
+    ("a device", ValueError, "level 1: targets is on meta, but logits is on cpu", [X, X],
+     [Y, Y.to("meta")], {}),
+    ("classes", ValueError, "level 1: logits must have as many classes.*got 5 beside 4",
+     [X, torch.zeros(2, 5)], [Y, Y], {}),
+    ("class_dim", ValueError, "class_dim must be a dim of logits", X, Y, {"class_dim": 2}),
+    ("class_dim 1.0", TypeError, "class_dim must be an int", X, Y, {"class_dim": 1.0}),
+    ("class_dim and labels", ValueError, r"level 0: targets must have shape \(2, 5, 6\).*1 last",
+     [torch.zeros(2, 4, 5, 6)], [Y.new_zeros(2, 6, 5)], {"class_dim": 1}),
+):  # fmt: skip
+    wrong(f"levels: {name}", error, words, tl.sigmoid_focal_loss, x, targets, **kwargs)
+wrong("levels: boxes", ValueError, "level 1: target must be boxes", tl.giou_loss, [BOX, BOX],
+      [BOX, -BOX])  # fmt: skip
+wrong("levels: target of bins", ValueError, r"level 1: target must lie in \[0, 3\]",
+      tl.distribution_focal_loss, [X, X], [HALF, HALF + 3])  # fmt: skip
 
 for name, bad, words in (
     ("alpha", -1, "None turns balancing off"),

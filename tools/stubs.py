@@ -67,7 +67,8 @@ def modules_stub() -> str:
     ]  # fmt: skip
     return (
         HEAD + "from torch import Tensor, nn\nfrom torch.distributed import ProcessGroup\n\n"
-        "from .losses.ranking import ALRP, RankSort\n\n" + "\n".join(_module(c) for c in classes)
+        "from ._levels import Levels, LevelTargets\nfrom .losses.ranking import ALRP, RankSort\n\n"
+        + "\n".join(_module(c) for c in classes)
     )
 
 
@@ -103,7 +104,8 @@ def functional_stub() -> str:
     every = "".join(f'    "{n}",\n' for n in functional.__all__)
     return (
         HEAD + "from typing import overload\n\nfrom torch import Tensor\n"
-        "from torch.distributed import ProcessGroup\n\n" + "".join(names)
+        "from torch.distributed import ProcessGroup\n\n"
+        "from tritonloss._levels import Levels, LevelTargets\n" + "".join(names)
         + f"\nState = tuple[Tensor, Tensor]\n\n__all__ = [\n{every}]\n\n" + "".join(overloads)
     )  # fmt: skip
 

@@ -143,6 +143,13 @@ def not_empty(x: torch.Tensor) -> bool:
     return guard_or_false(x.numel() > 0)
 
 
+def is_empty(x: torch.Tensor) -> bool:
+    """True if there is nothing; both are False for a size that nothing knows."""
+    if not torch.compiler.is_compiling():
+        return x.numel() == 0
+    return guard_or_false(x.numel() == 0)
+
+
 def use_triton(x: torch.Tensor) -> bool:
     """True if the kernels take ``x``; raises where an explicit ``"triton"`` cannot run."""
     if _mode == "eager" or x.dtype not in KERNEL_DTYPES:

@@ -9,13 +9,32 @@ numbers or 0-d tensors, and reaches a launcher packed: see ``_op.packed``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _op
-from ._dispatch import not_empty, use_triton
+from ._dispatch import is_empty, not_empty, use_triton
+from ._levels import Levels, class_back, is_levels, parsed, parsed_one
 from .eager import _blocks
+from .eager._entry import divided_by, mean_divisor
+
+
+class OverLevels(NamedTuple):
+    """How a family whose loss is a sum takes several levels.
+
+    Args:
+        per_level: so many arguments, ``x`` among them, are a level's own; the rest is shared.
+        avg_factor: place of the avg_factor among all arguments.
+        count: ``(*level, *rest) -> `` number of elements that count: what a mean divides by.
+        forward: launcher of all levels, ``([x], [...], ..., *rest) -> (loss, scale, *saved)``.
+    """
+
+    per_level: int
+    avg_factor: int
+    count: Callable
+    forward: Callable | None = None
 
 
 class Loss:
@@ -31,6 +50,7 @@ class Loss:
             gradient of the sum, 1 / divisor)``, and ``(x, *args) -> bool``: whether it applies.
         outputs, constants: see ``_op.differentiable``.
         empty: whether the launchers take tensors without elements.
+        levels: how several levels are taken.
     """
 
     def __init__(
@@ -44,11 +64,17 @@ class Loss:
         outputs: int = 1,
         constants: int = 0,
         empty: bool = False,
+        levels: OverLevels | None = None,
     ):
         self.eager, self.takes, self.kernels, self.empty = eager, takes, forward, empty
         if backward is not None:
             self.kernels = _op.differentiable(
                 forward, backward, eager, outputs=outputs, constants=constants
+            )
+        self.levels = levels
+        if levels is not None and levels.forward is not None:
+            self.level_kernels = _op.differentiable_levels(
+                levels.forward, backward, self._levels_of_eager, levels.per_level
             )
         self.blockwise = self.has_blocks = None
         if by_blocks is not None:
@@ -71,6 +97,58 @@ class Loss:
             result = self.eager(x, *args)
         return result if _op.traced(x) else watched(result, (x, *args))
 
+    def of(
+        self,
+        parse: Callable,
+        x: Levels,
+        beside: dict,
+        common: tuple,
+        class_dim: int = -1,
+        name: str = "logits",
+    ) -> Tensor | list[Tensor]:
+        """The loss of what ``parse`` makes of ``x`` and what lies beside it: see ``_levels``."""
+        if not is_levels(x):
+            value = self(*parsed_one(parse, x, beside.values(), class_dim, name), *common)
+            return value if class_dim == -1 else class_back(value, class_dim, x)
+        levels = parsed(parse, x, beside, class_dim, name)
+        if common[-1] == "none":
+            values = [self(*level, *common) for level in levels]
+            return [class_back(v, class_dim, level) for v, level in zip(values, x, strict=True)]
+        return self.over_levels(levels, common)
+
+    def over_levels(self, levels: list[tuple], common: tuple) -> Tensor:
+        """One value of all levels, with one divisor."""
+        n = self.levels.per_level
+        rest = (*levels[0][n:], *common)
+        own = [level[:n] for level in levels]
+        if self.levels.forward and all(self._kernels_take_level(*level, *rest) for level in own):
+            return self.level_kernels(own, _op.packed(own[0][0], rest))
+        return self._summed_levels(self, own, rest)
+
+    def _kernels_take_level(self, x: Tensor, *args) -> bool:
+        return self.by_kernels(x, *args) or (use_triton(x) and is_empty(x))
+
+    def _levels_of_eager(self, levels, *rest) -> Tensor:
+        return self._summed_levels(self.eager, levels, rest)
+
+    def _summed_levels(self, loss: Callable, levels, rest) -> Tensor:
+        total = sum(loss(*level, *rest[:-1], "sum") for level in levels)
+        if rest[-1] == "sum":
+            return total
+        avg_factor = rest[self.levels.avg_factor - self.levels.per_level]
+        count = 0
+        if avg_factor is None:
+            count = sum(self.levels.count(*level, *rest) for level in levels)
+        return divided_by(total, mean_divisor(count, avg_factor))
+
+
+def _tensors(args):
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (tuple, list)):
+            yield from _tensors(a)
+
 
 def watched(result, args: tuple):
     """The result, whose backward raises if an input was changed in place since, as the kernels'.
@@ -80,10 +158,7 @@ def watched(result, args: tuple):
     outputs = [r for r in ((result,) if isinstance(result, Tensor) else result) if r.requires_grad]
     if not outputs:
         return result
-    inputs = [a for a in args if isinstance(a, Tensor)]
-    for arg in args:
-        if type(arg) is tuple:
-            inputs += [a for a in arg if isinstance(a, Tensor)]
+    inputs = list(_tensors(args))
     try:
         versions = [a._version for a in inputs]
     except RuntimeError:  # tensors of inference mode have none
@@ -99,6 +174,65 @@ def watched(result, args: tuple):
     for output in outputs:
         output.grad_fn.register_prehook(check)
     return result
+
+
+class WholeBatch:
+    """The same for a loss that looks at all levels at once, of ``(levels, *rest)``.
+
+    Args:
+        eager: ``(levels, *rest) -> outputs``; None for ``reference`` where it has no derivative.
+        forward: launcher ``([x of each level], ..., *rest) -> (*outputs, *saved)``.
+        backward: launcher of each level.
+        per_level: so many arguments are a level's own.
+        by_blocks: ``([x], ..., *rest, whether a gradient is wanted) -> (*outputs, [gradient], 1)``.
+        reference: what double backward differentiates.
+        empty: whether the launchers take a batch without elements.
+    """
+
+    def __init__(
+        self,
+        eager: Callable,
+        forward: Callable,
+        backward: Callable,
+        takes: Callable,
+        per_level: int,
+        *,
+        reference: Callable | None = None,
+        by_blocks: Callable | None = None,
+        outputs: int = 1,
+        constants: int = 0,
+        empty: bool = False,
+    ):
+        self.eager, self.takes, self.empty = eager, takes, empty
+        options = {"outputs": outputs, "constants": constants}
+        self.kernels = _op.differentiable_levels(forward, backward, reference, per_level, **options)
+        self.blockwise = by_blocks and _op.differentiable_levels(
+            by_blocks,
+            _backward_by_blocks,
+            lambda levels, *rest: reference(levels, *rest[:-1]),
+            per_level,
+            **options,
+        )
+
+    def by_kernels(self, levels: list[tuple], *rest) -> bool:
+        """Whether the kernels run."""
+        if not all(use_triton(level[0]) and self.takes(*level, *rest) for level in levels):
+            return False
+        xs = [level[0] for level in levels]
+        return self.empty or (
+            all(not_empty(x) or is_empty(x) for x in xs) and any(map(not_empty, xs))
+        )
+
+    def __call__(self, levels: list[tuple], *rest):
+        xs = [level[0] for level in levels]
+        if self.by_kernels(levels, *rest):
+            return self.kernels(levels, _op.packed(xs[0], rest))
+        if self.blockwise and _blocks.usable(*xs):
+            want_grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
+            result = self.blockwise(levels, (*rest, want_grad))
+        else:
+            result = self.eager(levels, *rest)
+        return result if _op.traced(xs[0]) else watched(result, (levels, rest))
 
 
 def _backward_by_blocks(grad, gradient, scale, x, *args):

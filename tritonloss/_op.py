@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,18 +66,20 @@ class Op:
         functools.update_wrapper(self, body)
         self.body, self.op = body, op
 
-    def __call__(self, x, *args):
+    def __call__(self, xs, *args):
+        x = xs[0] if isinstance(xs, list) else xs
         if traced(x):
-            return self.op(x, *args)
+            return self.op(xs, *args)
         if x.is_cuda and x.device.index != torch.cuda.current_device():
             # Triton launches on the current device, whatever the tensors say.
             with torch.cuda.device(x.device):
-                return self.body(x, *args)
-        return self.body(x, *args)
+                return self.body(xs, *args)
+        return self.body(xs, *args)
 
 
 def launcher(body: Callable) -> Op:
-    """Make a launcher of an annotated function: see above. Its first argument is a tensor.
+    """Make a launcher of an annotated function: see above. Its first argument is a tensor, or a
+    list of them.
 
     It is its own fake: traced, it allocates its outputs and launches nothing.
     """
@@ -175,12 +177,89 @@ def differentiable(
                 for is_tensor, value in zip(ctx.is_tensor, ctx.static, strict=True)
             ]
             if torch.is_grad_enabled():  # create_graph=True
-                grad_x = _through_reference(reference, grads, x, args)
+                (grad_x,) = _through_reference(reference, grads, (x,), (x, *args))
             else:
                 grad_x = backward(*grads, *saved, x, *args)
             return grad_x, *[None] * len(args)
 
     return Kernel.apply
+
+
+def differentiable_levels(
+    forward: Callable,
+    backward: Callable,
+    reference: Callable | None,
+    n: int,
+    *,
+    outputs: int = 1,
+    constants: int = 0,
+):
+    """The same for a loss over levels: a function of ``(levels, rest)``, differentiable in the
+    first of the n tensors (or None) that each level has.
+
+    Args:
+        forward: ``([first of each level], ..., [n-th], *rest) -> (*outputs, *saved)``; the list of
+            what is None is empty, and what is saved may be a list with an entry for each level.
+        backward: as ``differentiable`` takes it; called for each level that has elements.
+        reference: ``(levels, *rest) -> outputs``, used for double backward, or None.
+        outputs, constants: see ``differentiable``.
+    """
+
+    def level_lists(flat):
+        levels = [flat[k : k + n] for k in range(0, len(flat), n)]
+        return levels, [[t for t in of if t is not None] for of in zip(*levels, strict=True)]
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, n_levels, *args):
+            _, lists = level_lists(args[: n_levels * n])
+            results = forward(*lists, *args[n_levels * n :])
+            found, saved = results[:outputs], results[outputs:]
+            if constants:
+                ctx.mark_non_differentiable(*found[-constants:])
+            saved_lists = [s if isinstance(s, list) else [s] for s in saved]
+            ctx.n_levels, ctx.sizes = n_levels, [len(s) for s in saved_lists]
+            ctx.by_level = [isinstance(s, list) for s in saved]
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            ctx.save_for_backward(*(t for s in saved_lists for t in s), *tensors)
+            ctx.static = [None if isinstance(a, Tensor) else a for a in args]
+            ctx.is_tensor = [isinstance(a, Tensor) for a in args]
+            return found if outputs > 1 else found[0]
+
+        @staticmethod
+        def backward(ctx, *grads):
+            tensors = iter(ctx.saved_tensors)
+            saved = [[next(tensors) for _ in range(size)] for size in ctx.sizes]
+            args = [
+                next(tensors) if is_tensor else value
+                for is_tensor, value in zip(ctx.is_tensor, ctx.static, strict=True)
+            ]
+            grads = grads[: outputs - constants]
+            cut = ctx.n_levels * n
+            levels, _ = level_lists(args[:cut])
+            if torch.is_grad_enabled():  # create_graph=True
+                xs = [level[0] for level in levels]
+                grads_x = _through_reference(reference, grads, xs, (levels, *args[cut:]))
+            else:
+                grads_x = []
+                for k, level in enumerate(levels):
+                    if level[0].numel() == 0:
+                        grads_x.append(torch.empty_like(level[0]))
+                        continue
+                    of = [s[k if own else 0] for s, own in zip(saved, ctx.by_level, strict=True)]
+                    grads_x.append(backward(*grads, *of, *level, *args[cut:]))
+            result = [None] * len(args)
+            result[0:cut:n] = grads_x
+            return None, *result
+
+    def run(levels: list[tuple], rest: Sequence):
+        flat = [t for level in levels for t in level]
+        args = (*flat, *rest)
+        if traced(flat[0]):
+            args = (args[0], *distinct(args[0], args[1:]))
+        return Kernel.apply(len(levels), *args)
+
+    return run
 
 
 def distinct(x: Tensor, args: tuple) -> list:
@@ -199,13 +278,12 @@ def distinct(x: Tensor, args: tuple) -> list:
     return result
 
 
-def _through_reference(reference, grads, x, args):
+def _through_reference(reference, grads, xs, args):
     if reference is None:
         raise RuntimeError(
             "this loss has an error-driven gradient, which is no derivative of its value: it "
             "cannot be differentiated twice (create_graph=True)"
         )
-    outputs = reference(x, *args)
+    outputs = reference(*args)
     outputs = outputs[: len(grads)] if isinstance(outputs, tuple) else (outputs,)
-    (grad_x,) = torch.autograd.grad(outputs, (x,), grads, create_graph=True)
-    return grad_x
+    return torch.autograd.grad(outputs, xs, grads, create_graph=True)

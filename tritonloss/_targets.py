@@ -72,10 +72,15 @@ def parse_targets(
 def parse_labels(name: str, labels: Tensor, logits: Tensor, ignore_index: int, last: int) -> Tensor:
     """Integer labels of the logits' rows, contiguous; accepted are 0..last and ignore_index."""
     check.is_integer(name, labels)
-    meaning = "logits without the classes"
-    if labels.dim() > 1 and labels.shape == (*logits.shape[:1], *logits.shape[2:]):
-        meaning += "; classes come last: logits.movedim(1, -1) puts them there"
-    check.has_shape(name, labels, logits.shape[:-1], meaning)
+    rows, meaning = logits.shape[:-1], "logits without the classes"
+    # looked at in this order, a graph gets no guard on sizes that have nothing to do with another
+    if (
+        labels.shape != rows
+        and labels.dim() > 1
+        and labels.shape == (*logits.shape[:1], *logits.shape[2:])
+    ):
+        meaning += "; class_dim=1 says that classes are in dim 1"
+    check.has_shape(name, labels, rows, meaning)
     check.on_device_of(name, labels, "logits", logits)
     labels = widened(labels)
     if check.values_checked(logits):

@@ -5,6 +5,7 @@ from typing import overload
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from tritonloss._levels import Levels, LevelTargets
 from tritonloss.losses.boxes import ciou_loss as ciou_loss
 from tritonloss.losses.boxes import diou_loss as diou_loss
 from tritonloss.losses.boxes import eiou_loss as eiou_loss
@@ -83,38 +84,40 @@ __all__ = [
 
 @overload
 def ghm_c_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
     bins: int = 10,
     momentum: float | Tensor = 0.0,
     state: None = None,
     bias_correction: bool = False,
     normalize: str = "nonempty",
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     process_group: ProcessGroup | None = None,
     gradients_averaged: bool = False,
+    class_dim: int = -1,
 ) -> Tensor: ...
 @overload
 def ghm_c_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
     bins: int = 10,
     momentum: float | Tensor = 0.0,
     state: State,
     bias_correction: bool = False,
     normalize: str = "nonempty",
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     process_group: ProcessGroup | None = None,
     gradients_averaged: bool = False,
+    class_dim: int = -1,
 ) -> tuple[Tensor, State]: ...
 @overload
 def ghm_r_loss(
-    pred: Tensor,
-    target: Tensor,
+    pred: Levels,
+    target: Levels,
     *,
     mu: float | Tensor = 0.02,
     bins: int = 10,
@@ -122,14 +125,15 @@ def ghm_r_loss(
     state: None = None,
     bias_correction: bool = False,
     normalize: str = "nonempty",
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     process_group: ProcessGroup | None = None,
     gradients_averaged: bool = False,
+    class_dim: int = -1,
 ) -> Tensor: ...
 @overload
 def ghm_r_loss(
-    pred: Tensor,
-    target: Tensor,
+    pred: Levels,
+    target: Levels,
     *,
     mu: float | Tensor = 0.02,
     bins: int = 10,
@@ -137,7 +141,8 @@ def ghm_r_loss(
     state: State,
     bias_correction: bool = False,
     normalize: str = "nonempty",
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     process_group: ProcessGroup | None = None,
     gradients_averaged: bool = False,
+    class_dim: int = -1,
 ) -> tuple[Tensor, State]: ...

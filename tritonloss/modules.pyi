@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from ._levels import Levels, LevelTargets
 from .losses.ranking import ALRP, RankSort
 
 class FocalLoss(nn.Module):
@@ -11,6 +12,7 @@ class FocalLoss(nn.Module):
     class_weight: Tensor | None
     ignore_index: int
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
@@ -19,21 +21,22 @@ class FocalLoss(nn.Module):
         class_weight: Tensor | None = None,
         ignore_index: int = -1,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
@@ -44,6 +47,7 @@ class FocalStarLoss(nn.Module):
     class_weight: Tensor | None
     ignore_index: int
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
@@ -53,21 +57,22 @@ class FocalStarLoss(nn.Module):
         class_weight: Tensor | None = None,
         ignore_index: int = -1,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
@@ -76,6 +81,7 @@ class QualityFocalLoss(nn.Module):
     class_weight: Tensor | None
     ignore_index: int
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
@@ -83,21 +89,22 @@ class QualityFocalLoss(nn.Module):
         class_weight: Tensor | None = None,
         ignore_index: int = -1,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
@@ -109,6 +116,7 @@ class VarifocalLoss(nn.Module):
     class_weight: Tensor | None
     ignore_index: int
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
@@ -119,21 +127,22 @@ class VarifocalLoss(nn.Module):
         class_weight: Tensor | None = None,
         ignore_index: int = -1,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
@@ -143,6 +152,7 @@ class GaussianFocalLoss(nn.Module):
     class_weight: Tensor | None
     ignore_index: int
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
@@ -151,21 +161,22 @@ class GaussianFocalLoss(nn.Module):
         class_weight: Tensor | None = None,
         ignore_index: int = -1,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
@@ -176,6 +187,7 @@ class AsymmetricLoss(nn.Module):
     class_weight: Tensor | None
     ignore_index: int
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
@@ -185,21 +197,22 @@ class AsymmetricLoss(nn.Module):
         class_weight: Tensor | None = None,
         ignore_index: int = -1,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
@@ -207,27 +220,29 @@ class BCELoss(nn.Module):
     class_weight: Tensor | None
     ignore_index: int
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
         class_weight: Tensor | None = None,
         ignore_index: int = -1,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
@@ -237,6 +252,7 @@ class MALLoss(nn.Module):
     class_weight: Tensor | None
     ignore_index: int
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
@@ -245,21 +261,22 @@ class MALLoss(nn.Module):
         class_weight: Tensor | None = None,
         ignore_index: int = -1,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: tuple[Levels, Levels],
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: tuple[Levels, Levels],
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
@@ -269,6 +286,7 @@ class IoUAwareBCELoss(nn.Module):
     class_weight: Tensor | None
     ignore_index: int
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
@@ -277,21 +295,22 @@ class IoUAwareBCELoss(nn.Module):
         class_weight: Tensor | None = None,
         ignore_index: int = -1,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: tuple[Levels, Levels],
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: tuple[Levels, Levels],
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
@@ -300,6 +319,7 @@ class SoftmaxFocalLoss(nn.Module):
     gamma: float | Tensor
     ignore_index: int
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
@@ -307,191 +327,206 @@ class SoftmaxFocalLoss(nn.Module):
         gamma: float | Tensor = 2.0,
         ignore_index: int = -1,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        labels: Tensor,
+        logits: Levels,
+        labels: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        labels: Tensor,
+        logits: Levels,
+        labels: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
 class DistributionFocalLoss(nn.Module):
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        target: Tensor,
+        logits: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        target: Tensor,
+        logits: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
 class DistributionDistillationLoss(nn.Module):
     temperature: float | Tensor
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
         temperature: float | Tensor = 5.0,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        teacher: Tensor,
+        logits: Levels,
+        teacher: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        teacher: Tensor,
+        logits: Levels,
+        teacher: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
 class Integral(nn.Module):
     sides: int
+    class_dim: int
     def __init__(
         self,
         *,
         sides: int = 1,
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
+        logits: Levels,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
+        logits: Levels,
     ) -> Tensor: ...
 
 class IoULoss(nn.Module):
     eps: float | Tensor
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
         eps: float | Tensor = 1e-07,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        pred: Tensor,
-        target: Tensor,
+        pred: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        pred: Tensor,
-        target: Tensor,
+        pred: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
 class GIoULoss(nn.Module):
     eps: float | Tensor
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
         eps: float | Tensor = 1e-07,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        pred: Tensor,
-        target: Tensor,
+        pred: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        pred: Tensor,
-        target: Tensor,
+        pred: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
 class DIoULoss(nn.Module):
     eps: float | Tensor
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
         eps: float | Tensor = 1e-07,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        pred: Tensor,
-        target: Tensor,
+        pred: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        pred: Tensor,
-        target: Tensor,
+        pred: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
 class EIoULoss(nn.Module):
     eps: float | Tensor
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
         eps: float | Tensor = 1e-07,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        pred: Tensor,
-        target: Tensor,
+        pred: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        pred: Tensor,
-        target: Tensor,
+        pred: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
@@ -499,27 +534,29 @@ class CIoULoss(nn.Module):
     eps: float | Tensor
     alpha_threshold: float | Tensor
     reduction: str
+    class_dim: int
     def __init__(
         self,
         *,
         eps: float | Tensor = 1e-07,
         alpha_threshold: float | Tensor = 0.5,
         reduction: str = "mean",
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        pred: Tensor,
-        target: Tensor,
+        pred: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        pred: Tensor,
-        target: Tensor,
+        pred: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
 
@@ -530,6 +567,7 @@ class RankSortLoss(nn.Module):
     process_group: ProcessGroup | None
     capacity: int | None
     gradients_averaged: bool
+    class_dim: int
     def __init__(
         self,
         *,
@@ -539,22 +577,23 @@ class RankSortLoss(nn.Module):
         process_group: ProcessGroup | None = None,
         capacity: int | None = None,
         gradients_averaged: bool = False,
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
-        group: Tensor | None = None,
+        weight: Levels | None = None,
+        group: Levels | None = None,
     ) -> RankSort: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
-        group: Tensor | None = None,
+        weight: Levels | None = None,
+        group: Levels | None = None,
     ) -> RankSort: ...
 
 class APLoss(nn.Module):
@@ -565,6 +604,7 @@ class APLoss(nn.Module):
     process_group: ProcessGroup | None
     capacity: int | None
     gradients_averaged: bool
+    class_dim: int
     def __init__(
         self,
         *,
@@ -575,22 +615,23 @@ class APLoss(nn.Module):
         process_group: ProcessGroup | None = None,
         capacity: int | None = None,
         gradients_averaged: bool = False,
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
-        group: Tensor | None = None,
+        weight: Levels | None = None,
+        group: Levels | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
-        group: Tensor | None = None,
+        weight: Levels | None = None,
+        group: Levels | None = None,
     ) -> Tensor: ...
 
 class ALRPLoss(nn.Module):
@@ -600,6 +641,7 @@ class ALRPLoss(nn.Module):
     process_group: ProcessGroup | None
     capacity: int | None
     gradients_averaged: bool
+    class_dim: int
     def __init__(
         self,
         *,
@@ -609,24 +651,25 @@ class ALRPLoss(nn.Module):
         process_group: ProcessGroup | None = None,
         capacity: int | None = None,
         gradients_averaged: bool = False,
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
-        localization_error: Tensor,
+        logits: Levels,
+        targets: LevelTargets,
+        localization_error: Levels,
         *,
-        weight: Tensor | None = None,
-        group: Tensor | None = None,
+        weight: Levels | None = None,
+        group: Levels | None = None,
     ) -> ALRP: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
-        localization_error: Tensor,
+        logits: Levels,
+        targets: LevelTargets,
+        localization_error: Levels,
         *,
-        weight: Tensor | None = None,
-        group: Tensor | None = None,
+        weight: Levels | None = None,
+        group: Levels | None = None,
     ) -> ALRP: ...
 
 class GHMCLoss(nn.Module):
@@ -637,6 +680,7 @@ class GHMCLoss(nn.Module):
     ignore_index: int
     process_group: ProcessGroup | None
     gradients_averaged: bool
+    class_dim: int
     amount: Tensor
     updates: Tensor
     def __init__(
@@ -649,20 +693,21 @@ class GHMCLoss(nn.Module):
         ignore_index: int = -1,
         process_group: ProcessGroup | None = None,
         gradients_averaged: bool = False,
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
     ) -> Tensor: ...
 
 class GHMRLoss(nn.Module):
@@ -673,6 +718,7 @@ class GHMRLoss(nn.Module):
     normalize: str
     process_group: ProcessGroup | None
     gradients_averaged: bool
+    class_dim: int
     amount: Tensor
     updates: Tensor
     def __init__(
@@ -685,20 +731,21 @@ class GHMRLoss(nn.Module):
         normalize: str = "nonempty",
         process_group: ProcessGroup | None = None,
         gradients_averaged: bool = False,
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        pred: Tensor,
-        target: Tensor,
+        pred: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        pred: Tensor,
-        target: Tensor,
+        pred: Levels,
+        target: Levels,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
     ) -> Tensor: ...
 
 class CARLLoss(nn.Module):

@@ -18,13 +18,13 @@ from tritonloss._dispatch import _transforms_active
 BLOCK = 64 * 1024  # elements: a dozen float32 temporaries of this size fit a core's cache
 
 
-def usable(x: Tensor) -> bool:
+def usable(*xs: Tensor) -> bool:
     """True in plain eager execution on the CPU, for inputs of more than one block."""
     return (
-        x.device.type == "cpu"
-        and x.numel() > BLOCK
+        xs[0].device.type == "cpu"
+        and sum(x.numel() for x in xs) > BLOCK
         and not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in xs)
         and not _transforms_active()
     )
 

@@ -46,6 +46,11 @@ def masked_classes(x: Tensor, negative: Tensor) -> Tensor:
     return torch.where((x == -torch.inf) & negative, NO_LOSS, x)
 
 
+def rows_that_count(x: Tensor, _, weight: Tensor | None, *args):
+    """Of a loss with one value per row and nothing to ignore."""
+    return x[..., 0].numel() if weight is None else (weight > 0).sum()
+
+
 def mean_divisor(count, avg_factor):
     """What ``"mean"`` divides by: avg_factor, or the number of elements that count; >= 1 of them.
 

@@ -151,11 +151,7 @@ def _loss_of_all(loss: Tensor, process_group, flag: Tensor | None) -> Tensor:
 
 
 def harmonised(
-    x: Tensor,
-    labels: Tensor | None,
-    quality: Tensor | None,
-    dense: Tensor | None,
-    weight: Tensor | None,
+    levels: list[tuple],
     amount: Tensor | None,
     updates: Tensor | None,
     params: tuple,
@@ -169,21 +165,31 @@ def harmonised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and new state: the reference of ``kernels/ghm.py``, and the CPU path.
 
-    ``process_group``: the processes that share the batch, ``flag``: that of their agreement.
+    Args:
+        levels: ``(x, labels, quality, dense, weight)`` of each.
+        process_group: the processes that share the batch.
+        flag: that of their agreement.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        mu = params[0]
-        elements = _whole(x, labels, quality, dense, weight, kind, ignore_index)
-        region = regions(elements, mu, kind, bins, torch.int64)
-        flat = region.reshape(-1)
-        count = torch.zeros(bins + 1, dtype=torch.int64, device=x.device)
-        count = count.scatter_add(0, flat, torch.ones_like(flat))[:bins]
+    with torch.autocast(levels[0][0].device.type, enabled=False):
+        mu, found, count = params[0], [], 0
+        for level in levels:
+            elements = _whole(*level, kind, ignore_index)
+            region = regions(elements, mu, kind, bins, torch.int64)
+            found.append((elements, region))
+            count = count + _counted(region, bins)
         count = _of_all(count, process_group, flag)
         weights, *new_state = region_weights(
             count, (amount, updates), params, bias_correction, normalize, elements.x.dtype
         )
-        loss = (weights[region] * _each(KINDS[kind].value, elements, mu)).sum()
+        value = KINDS[kind].value
+        loss = sum((weights[region] * _each(value, of, mu)).sum() for of, region in found)
         return _loss_of_all(loss, process_group, flag), *new_state
+
+
+def _counted(region: Tensor, bins: int) -> Tensor:
+    flat = region.reshape(-1)
+    count = torch.zeros(bins + 1, dtype=torch.int64, device=region.device)
+    return count.scatter_add(0, flat, torch.ones_like(flat))[:bins]
 
 
 def _targets_of(x, labels, quality, dense, weight, ignore_index):
@@ -243,72 +249,102 @@ def _put(out, index, values):
     return out if index is None else out.scatter_(-1, index, values)
 
 
-def harmonised_by_blocks(x, *args):
-    """``(loss, *new state, gradient, 1)`` of the arguments of ``harmonised`` and want_grad."""
-    with torch.autocast(x.device.type, enabled=False):
-        loss, *rest = _by_blocks(x, *args)
+def harmonised_by_blocks(*lists_and_args):
+    """``(loss, *new state, [gradient], 1)`` of a list for each of a level's arguments, of the rest
+    of the arguments of ``harmonised``, and want_grad."""
+    lists, args = lists_and_args[:5], lists_and_args[5:]
+    levels = list(zip(*(of or [None] * len(lists[0]) for of in lists), strict=True))
+    with torch.autocast(levels[0][0].device.type, enabled=False):
+        loss, *rest = _by_blocks(levels, *args)
     return loss, *rest, torch.ones_like(loss)
 
 
-def _by_blocks(x, labels, quality, dense, weight, amount, updates, params, kind, bins,
-               bias_correction, normalize, ignore_index, *shared_and_want_grad):  # fmt: skip
-    """Count the regions, and remember them in a byte each; then value and gradient together."""
-    norm, _, value_of, slope_of = KINDS[kind]
-    mu = params[0]
+class _Level:
+    """One level in the two passes over its blocks."""
+
+    def __init__(self, x, labels, quality, dense, weight, kind, mu, ignore_index):
+        self.x, self.mu = x, mu
+        self.kind = KINDS[kind]
+        targets = _targets_of(x, labels, quality, dense, weight, ignore_index)
+        y, index, _, logit_weight = self.targets = targets
+        self.at = None
+        if index is not None:
+            keep = None if logit_weight is None else logit_weight.gather(-1, index) > 0
+            at = elements_of(x.gather(-1, index), y, None, keep)
+            self.at = at._replace(keep=None)
+        self.stored = []  # regions, in a byte each
+
+    def count(self, kind: str, bins: int):
+        """Elements of each region and the dropped ones; and a sum that shows what is infinite."""
+        region_at = None if self.at is None else regions(self.at, self.mu, kind, bins, torch.int32)
+        count = torch.zeros(bins + 1, dtype=torch.int64, device=self.x.device)
+        finite = torch.zeros((), dtype=upcast(self.x[:0]).dtype, device=self.x.device)
+        for _, block, target, keep, (at, put) in _blocks(self.x, *self.targets, region_at):
+            finite = finite + block.sum()
+            g = self.kind.norm(block.float(), None if target is None else target.float(), self.mu)
+            region = region_of(g, bins, torch.int32)
+            _put(region, at, put)
+            if keep is not None:
+                region = torch.where(keep, region, bins)
+            self.stored.append(region.to(torch.uint8 if bins < 256 else torch.int16))
+            count += torch.bincount(self.stored[-1].reshape(-1), minlength=bins + 1)
+        return count[:bins], finite
+
+    def weighed(self, weights: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
+        """The level's loss and gradient."""
+        value_at = slope_at = None
+        if self.at is not None:
+            value_at = self.kind.fast_value(self.at.x, self.at.y, self.mu)
+            slope_at = self.kind.slope(self.at.x, self.at.y, self.mu)
+        gradient = weights.new_empty(0)
+        if want_grad:
+            gradient = torch.empty_like(self.x, dtype=weights.dtype)
+        totals = [weights.new_zeros(())]
+        passes = _blocks(self.x, *self.targets, value_at, slope_at)
+        for (where, block, target, _, (at, values, slopes)), region in zip(
+            passes, self.stored, strict=True
+        ):
+            factor = weights.index_select(0, region.to(torch.int32).reshape(-1)).view(block.shape)
+            value = self.kind.fast_value(block, target, self.mu)
+            totals.append(_put(value, at, values).mul_(factor).sum())
+            if want_grad:
+                grad = _put(self.kind.slope(block, target, self.mu), at, slopes).mul_(factor)
+                if len(where) > 1:
+                    gradient[where[0]] = 0
+                    gradient[where[0]][where[1]] = grad
+                else:
+                    gradient[where[0]] = grad
+        return torch.stack(totals).sum(), gradient
+
+
+def _by_blocks(levels, amount, updates, params, kind, bins, bias_correction, normalize,
+               ignore_index, *shared_and_want_grad):  # fmt: skip
+    """Count the regions, and remember them; then value and gradient together."""
     *shared, want_grad = shared_and_want_grad
     shared = shared or ("", None)
-    y, index, _, logit_weight = targets = _targets_of(
-        x, labels, quality, dense, weight, ignore_index
-    )
-    region_at = value_at = slope_at = None
-    if index is not None:
-        keep = None if logit_weight is None else logit_weight.gather(-1, index) > 0
-        at = elements_of(x.gather(-1, index), y, None, keep)._replace(keep=None)
-        region_at = regions(at, mu, kind, bins, torch.int32)
-        value_at, slope_at = value_of(at.x, at.y, mu), slope_of(at.x, at.y, mu)
-
-    stored, finite = [], 0
-    count = torch.zeros(bins + 1, dtype=torch.int64, device=x.device)
-    for _, block, target, keep, (at, put) in _blocks(x, *targets, region_at):
-        finite = finite + block.sum()
-        g = norm(block.float(), None if target is None else target.float(), mu)
-        region = region_of(g, bins, torch.int32)
-        _put(region, at, put)
-        if keep is not None:
-            region = torch.where(keep, region, bins)
-        stored.append(region.to(torch.uint8 if bins < 256 else torch.int16))
-        count += torch.bincount(stored[-1].reshape(-1), minlength=bins + 1)
-    if not finite.isfinite():
+    passes = [_Level(*level, kind, params[0], ignore_index) for level in levels]
+    counts, finite = zip(*(level.count(kind, bins) for level in passes), strict=True)
+    if not sum(finite).isfinite():
         # Rare, and a case for the formula: an infinite logit gives NaN.
         return _formula_and_gradient(
-            x, labels, quality, dense, weight, amount, updates, params, kind, bins,
-            bias_correction, normalize, ignore_index, *shared, want_grad,
+            levels, amount, updates, params, kind, bins, bias_correction, normalize, ignore_index,
+            *shared, want_grad,
         )  # fmt: skip
-    count = _of_all(count[:bins], *shared)
     weights, *new_state = region_weights(
-        count, (amount, updates), params, bias_correction, normalize, block.dtype
-    )
-
-    gradient = torch.empty_like(x, dtype=block.dtype) if want_grad else block.new_empty(0)
-    totals = []
-    passes = zip(_blocks(x, *targets, value_at, slope_at), stored, strict=True)
-    for (where, block, target, _, (at, values, slopes)), region in passes:
-        factor = weights.index_select(0, region.to(torch.int32).reshape(-1)).view(block.shape)
-        totals.append(_put(value_of(block, target, mu), at, values).mul_(factor).sum())
-        if want_grad:
-            grad = _put(slope_of(block, target, mu), at, slopes).mul_(factor)
-            if len(where) > 1:
-                gradient[where[0]] = 0
-                gradient[where[0]][where[1]] = grad
-            else:
-                gradient[where[0]] = grad
-    return _loss_of_all(torch.stack(totals).sum(), *shared), *new_state, gradient
+        _of_all(sum(counts), *shared), (amount, updates), params, bias_correction, normalize,
+        finite[0].dtype,
+    )  # fmt: skip
+    totals, gradients = zip(*(level.weighed(weights, want_grad) for level in passes), strict=True)
+    return _loss_of_all(sum(totals), *shared), *new_state, list(gradients)
 
 
-def _formula_and_gradient(x, *args):
+def _formula_and_gradient(levels, *args):
     *args, want_grad = args
     with torch.set_grad_enabled(want_grad):
-        leaf = x.detach().requires_grad_(want_grad)
-        loss, *new_state = harmonised(leaf, *args)
-    gradient = torch.autograd.grad(loss, leaf)[0] if want_grad else x.new_empty(0)
-    return loss.detach(), *new_state, gradient
+        leaves = [level[0].detach().requires_grad_(want_grad) for level in levels]
+        of_leaves = [(x, *level[1:]) for x, level in zip(leaves, levels, strict=True)]
+        loss, *new_state = harmonised(of_leaves, *args)
+    gradients = [x.new_empty(0) for x in leaves]
+    if want_grad:
+        gradients = list(torch.autograd.grad(loss, leaves))
+    return loss.detach(), *new_state, gradients

@@ -225,6 +225,19 @@ def pointwise(
         return reduced(value, count, reduction, avg_factor)
 
 
+def counted(x, labels, quality, dense, weight, class_weight, avg_factor, params, kind,
+            ignore_index, reduction):  # fmt: skip
+    """How many logits count."""
+    row_weight, logit_weight = split_weight(x, weight)
+    if dense is not None:
+        count = x.numel() if weight is None else (weight > 0).sum()
+        return count * x.shape[-1] if row_weight is not None else count
+    keep = label_rows(x, labels, None, ignore_index, row_weight).keep
+    if logit_weight is None:
+        return keep.sum() * x.shape[-1]
+    return (keep.unsqueeze(-1) & (logit_weight > 0)).sum()
+
+
 def has_blocks(x, labels, quality, dense, weight, class_weight, avg_factor, *args) -> bool:
     """True for sums with weights per row."""
     by_row = class_weight is None and (weight is None or weight.dim() < x.dim())

@@ -55,6 +55,11 @@ def _rows(x, labels, alpha, weight, ignore_index):
     return keep, index, factor
 
 
+def counted(x, labels, weight, alpha, avg_factor, params, ignore_index, reduction):
+    """How many rows count."""
+    return _rows(x, labels, None, weight, ignore_index)[0].sum()
+
+
 def has_blocks(x, labels, weight, alpha, avg_factor, params, ignore_index, reduction) -> bool:
     return reduction != "none"
 

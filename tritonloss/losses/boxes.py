@@ -6,12 +6,23 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss._dispatch import launchers
-from tritonloss._loss import Loss
+from tritonloss._levels import Levels, of_levels
+from tritonloss._loss import Loss, OverLevels
 from tritonloss._targets import parse_row_weight
 from tritonloss.eager import boxes as eager
+from tritonloss.eager._entry import rows_that_count
 
 kernels = launchers("boxes")
-_loss = Loss(eager.box_loss, kernels.forward, kernels.backward, kernels.takes)
+_loss = Loss(
+    eager.box_loss,
+    kernels.forward,
+    kernels.backward,
+    kernels.takes,
+    levels=OverLevels(3, 3, rows_that_count, kernels.forward_levels),
+)
+
+
+KINDS = ("iou", "giou", "diou", "ciou", "eiou")
 
 
 def _check_boxes(target, weight) -> None:
@@ -21,25 +32,37 @@ def _check_boxes(target, weight) -> None:
     check.require(~wrong, "target must be boxes x1, y1, x2, y2 with x2 >= x1 and y2 >= y1", target)
 
 
-def _box_loss(kind, pred, target, eps, alpha_threshold, weight, reduction, avg_factor) -> Tensor:
+def _box_loss(
+    kind, pred, target, eps, alpha_threshold, weight, reduction, avg_factor, class_dim
+):  # fmt: skip
     """Checks and call: the same for every box loss."""
+    eps = check.is_number("eps", eps, 0, open_low=True)
+    alpha_threshold = check.is_number("alpha_threshold", alpha_threshold)
+    avg_factor = check.is_reduction(reduction, avg_factor)
+    common = (avg_factor, (eps, alpha_threshold), kind, reduction)
+    beside = {"target": target, "weight": weight}
+    return _loss.of(_parse, pred, beside, common, class_dim, "pred")
+
+
+def _parse(pred, target, weight) -> tuple:
     check.is_floating("pred", pred)
     if pred.dim() == 0 or pred.shape[-1] != 4:
         raise ValueError(f"pred must have shape (..., 4); got {tuple(pred.shape)}")
     check.is_input("target", target, pred.shape, "as pred", "pred", pred)
-    eps = check.is_number("eps", eps, 0, open_low=True)
-    alpha_threshold = check.is_number("alpha_threshold", alpha_threshold)
-    avg_factor = check.is_reduction(reduction, avg_factor)
     weight = parse_row_weight(pred, weight, "pred")
     if check.values_checked(pred):
         _check_boxes(target, weight)
-    return _loss(pred, target, weight, avg_factor, (eps, alpha_threshold), kind, reduction)
+    return pred, target, weight
 
 
-KINDS = ("iou", "giou", "diou", "ciou", "eiou")
-
-
-def iou(pred: Tensor, target: Tensor, *, kind: str = "iou", eps: float | Tensor = 1e-7) -> Tensor:
+def iou(
+    pred: Levels,
+    target: Levels,
+    *,
+    kind: str = "iou",
+    eps: float | Tensor = 1e-7,
+    class_dim: int = -1,
+) -> Tensor:
     r"""Intersection over union of each pair of boxes: the quality of a predicted box.
 
     .. math:: \mathrm{IoU} = |P \cap T| / \max(|P \cup T|, \epsilon)
@@ -54,6 +77,9 @@ def iou(pred: Tensor, target: Tensor, *, kind: str = "iou", eps: float | Tensor 
         kind: ``"iou"``, or one of its relatives, which fall below 0 for boxes apart: ``"giou"``,
             ``"diou"``, ``"ciou"``, ``"eiou"``, each one minus its loss.
         eps: smallest union, > 0; for the relatives as in their losses.
+        class_dim: where the boxes have their coordinates.
+
+    Boxes may be lists of levels, and so is the result then.
 
     Returns:
         ``(...)``, float32 (float64 for float64 boxes).
@@ -73,18 +99,24 @@ def iou(pred: Tensor, target: Tensor, *, kind: str = "iou", eps: float | Tensor 
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    value = 1 - _box_loss(kind, pred, target, eps, 0.5, None, "none", None)
-    return value.clamp(0, 1) if kind == "iou" else value  # a rounding beyond is none
+    loss = _box_loss(kind, pred, target, eps, 0.5, None, "none", None, class_dim)
+
+    def of(loss):
+        value = 1 - loss
+        return value.clamp(0, 1) if kind == "iou" else value  # a rounding beyond is none
+
+    return of_levels(of, loss)
 
 
 def iou_loss(
-    pred: Tensor,
-    target: Tensor,
+    pred: Levels,
+    target: Levels,
     *,
     eps: float | Tensor = 1e-7,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""One minus the intersection over union of each pair of boxes.
 
@@ -103,6 +135,10 @@ def iou_loss(
         reduction: ``"none"`` (one value per pair), ``"sum"`` or ``"mean"``.
         avg_factor: number or 0-d tensor; with ``"mean"``, divide the sum by this; a value <= 0
             counts as 1. Without it, divide by the number of boxes that have a weight above 0.
+        class_dim: where pred has its coordinates; with 1 ``(B, 4, H, W)`` is read in place.
+
+    ``pred`` may be a list of levels, with target and weight lists of the same length: one result,
+    as of all levels in one tensor; ``"none"`` gives a list.
 
     Returns:
         float32 (float64 for float64 boxes).
@@ -121,17 +157,18 @@ def iou_loss(
         Yu et al., UnitBox: An Advanced Object Detection Network, ACM MM 2016, which takes the
         logarithm; 1 - IoU is what came to be used.
     """
-    return _box_loss("iou", pred, target, eps, 0.0, weight, reduction, avg_factor)
+    return _box_loss("iou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim)
 
 
 def giou_loss(
-    pred: Tensor,
-    target: Tensor,
+    pred: Levels,
+    target: Levels,
     *,
     eps: float | Tensor = 1e-7,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""IoU loss with a penalty for the empty part of the smallest box around both.
 
@@ -148,17 +185,18 @@ def giou_loss(
     Reference:
         Rezatofighi et al., Generalized Intersection over Union, CVPR 2019.
     """
-    return _box_loss("giou", pred, target, eps, 0.0, weight, reduction, avg_factor)
+    return _box_loss("giou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim)
 
 
 def diou_loss(
-    pred: Tensor,
-    target: Tensor,
+    pred: Levels,
+    target: Levels,
     *,
     eps: float | Tensor = 1e-7,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""IoU loss with a penalty for the distance of the centres.
 
@@ -177,17 +215,18 @@ def diou_loss(
     Reference:
         Zheng et al., Distance-IoU Loss, AAAI 2020.
     """
-    return _box_loss("diou", pred, target, eps, 0.0, weight, reduction, avg_factor)
+    return _box_loss("diou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim)
 
 
 def eiou_loss(
-    pred: Tensor,
-    target: Tensor,
+    pred: Levels,
+    target: Levels,
     *,
     eps: float | Tensor = 1e-7,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""DIoU loss with a penalty for the difference of each side.
 
@@ -208,18 +247,19 @@ def eiou_loss(
     Reference:
         Zhang et al., Focal and Efficient IOU Loss, Neurocomputing 2022.
     """
-    return _box_loss("eiou", pred, target, eps, 0.0, weight, reduction, avg_factor)
+    return _box_loss("eiou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim)
 
 
 def ciou_loss(
-    pred: Tensor,
-    target: Tensor,
+    pred: Levels,
+    target: Levels,
     *,
     eps: float | Tensor = 1e-7,
     alpha_threshold: float | Tensor = 0.5,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""DIoU loss with a penalty for the difference of the aspect ratios.
 
@@ -247,4 +287,6 @@ def ciou_loss(
     Reference:
         Zheng et al., Distance-IoU Loss, AAAI 2020.
     """
-    return _box_loss("ciou", pred, target, eps, alpha_threshold, weight, reduction, avg_factor)
+    return _box_loss(
+        "ciou", pred, target, eps, alpha_threshold, weight, reduction, avg_factor, class_dim
+    )

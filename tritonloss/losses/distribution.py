@@ -6,14 +6,26 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss._dispatch import launchers
-from tritonloss._loss import Loss
+from tritonloss._levels import Levels, class_back, is_levels, parsed, parsed_one
+from tritonloss._loss import Loss, OverLevels
 from tritonloss._targets import parse_row_weight
 from tritonloss.eager import distribution as eager
+from tritonloss.eager._entry import rows_that_count
 
 kernels = launchers("distribution")
-_loss = Loss(eager.distribution_focal, kernels.forward, kernels.backward, kernels.takes)
+_loss = Loss(
+    eager.distribution_focal,
+    kernels.forward,
+    kernels.backward,
+    kernels.takes,
+    levels=OverLevels(3, 3, rows_that_count, kernels.forward_levels),
+)
 _distillation = Loss(
-    eager.distillation, kernels.distillation, kernels.distillation_backward, kernels.takes
+    eager.distillation,
+    kernels.distillation,
+    kernels.distillation_backward,
+    kernels.takes,
+    levels=OverLevels(3, 3, rows_that_count, kernels.distillation_levels),
 )
 _expectation = Loss(
     eager.expectation, kernels.expectation, kernels.expectation_backward, kernels.takes
@@ -30,12 +42,13 @@ def _check_target(logits, target, weight) -> None:
 
 
 def distribution_focal_loss(
-    logits: Tensor,
-    target: Tensor,
+    logits: Levels,
+    target: Levels,
     *,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Distribution focal loss: cross entropy with the two bins beside a real target.
 
@@ -52,6 +65,10 @@ def distribution_focal_loss(
         reduction: ``"none"`` (one value per row), ``"sum"`` or ``"mean"``.
         avg_factor: number or 0-d tensor; with ``"mean"``, divide the sum by this; a value <= 0
             counts as 1. Without it, divide by the number of rows that have a weight above 0.
+        class_dim: where logits has its bins; with 1 ``(B, n + 1, H, W)`` is read in place.
+
+    Logits may be a list of levels, with target and weight lists of the same length: one result, as
+    of all levels in one tensor; ``"none"`` gives a list.
 
     Returns:
         float32 (float64 for float64 logits).
@@ -69,27 +86,37 @@ def distribution_focal_loss(
     Reference:
         Li et al., Generalized Focal Loss, NeurIPS 2020.
     """
+    avg_factor = check.is_reduction(reduction, avg_factor)
+    beside = {"target": target, "weight": weight}
+    return _loss.of(_parse, logits, beside, (avg_factor, reduction), class_dim)
+
+
+def _has_bins(logits) -> None:
     check.is_floating("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] < 2:
         raise ValueError(
             f"logits must have shape (..., n + 1) with n >= 1; got {tuple(logits.shape)}"
         )
-    avg_factor = check.is_reduction(reduction, avg_factor)
+
+
+def _parse(logits, target, weight) -> tuple:
+    _has_bins(logits)
     check.is_input("target", target, logits.shape[:-1], "one per row of logits", "logits", logits)
     weight = parse_row_weight(logits, weight)
     if check.values_checked(logits):
         _check_target(logits, target, weight)
-    return _loss(logits, target, weight, avg_factor, reduction)
+    return logits, target, weight
 
 
 def distribution_distillation_loss(
-    logits: Tensor,
-    teacher: Tensor,
+    logits: Levels,
+    teacher: Levels,
     *,
     temperature: float | Tensor = 5.0,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Divergence of each distribution from a teacher's, both softened by a temperature.
 
@@ -109,6 +136,10 @@ def distribution_distillation_loss(
         reduction: ``"none"`` (one value per row), ``"sum"`` or ``"mean"``.
         avg_factor: number or 0-d tensor; with ``"mean"``, divide the sum by this; a value <= 0
             counts as 1. Without it, divide by the number of rows that have a weight above 0.
+        class_dim: where both have their bins; with 1 ``(B, n + 1, H, W)`` is read in place.
+
+    Logits may be a list of levels, with teacher and weight lists of the same length: one result, as
+    of all levels in one tensor; ``"none"`` gives a list.
 
     Returns:
         float32 (float64 for float64 logits); computed in it, too.
@@ -127,19 +158,21 @@ def distribution_distillation_loss(
         Peng et al., D-FINE: Redefine Regression Task in DETRs as Fine-grained Distribution
         Refinement, ICLR 2025.
     """
-    check.is_floating("logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] < 2:
-        raise ValueError(
-            f"logits must have shape (..., n + 1) with n >= 1; got {tuple(logits.shape)}"
-        )
     temperature = check.is_number("temperature", temperature, 0, open_low=True)
     avg_factor = check.is_reduction(reduction, avg_factor)
-    check.is_input("teacher", teacher, logits.shape, "as logits", "logits", logits)
-    weight = parse_row_weight(logits, weight)
-    return _distillation(logits, teacher, weight, avg_factor, (temperature,), reduction)
+
+    def parse(logits, teacher, weight):
+        _has_bins(logits)
+        check.is_input("teacher", teacher, logits.shape, "as logits", "logits", logits)
+        return logits, teacher, parse_row_weight(logits, weight)
+
+    common = (avg_factor, (temperature,), reduction)
+    return _distillation.of(
+        parse, logits, {"teacher": teacher, "weight": weight}, common, class_dim
+    )
 
 
-def distribution_expectation(logits: Tensor, *, sides: int = 1) -> Tensor:
+def distribution_expectation(logits: Levels, *, sides: int = 1, class_dim: int = -1) -> Tensor:
     r"""Mean bin of each distribution: what a head that was trained with DFL predicts.
 
     .. math:: \sum_{k=0}^{n} k \, \mathrm{softmax}(x)_k
@@ -148,6 +181,10 @@ def distribution_expectation(logits: Tensor, *, sides: int = 1) -> Tensor:
         logits: ``(..., n + 1)``, or ``(..., sides * (n + 1))`` with the bins of a side together;
             float16, bfloat16, float32 or float64, any strides.
         sides: number of distributions in the last dim; 4 for a box.
+        class_dim: the dim in place of the last one; ``(B, 4 * (n + 1), H, W)`` has 1, and the
+            result ``(B, 4, H, W)``.
+
+    Logits may be a list of levels, and so is the result then.
 
     Returns:
         float32 (float64 for float64 logits): ``(...)`` for one side, else ``(..., sides)``.
@@ -165,13 +202,24 @@ def distribution_expectation(logits: Tensor, *, sides: int = 1) -> Tensor:
     Reference:
         Li et al., Generalized Focal Loss, NeurIPS 2020.
     """
-    check.is_floating("logits", logits)
     if isinstance(sides, bool) or not isinstance(sides, int) or sides < 1:
         raise ValueError(f"sides must be an int >= 1; got {sides!r}")
-    if logits.dim() == 0 or logits.shape[-1] == 0 or logits.shape[-1] % sides:
-        raise ValueError(
-            f"logits must have shape (..., {sides} * (n + 1)); got {tuple(logits.shape)}"
-        )
-    if sides > 1:
-        logits = logits.unflatten(-1, (sides, logits.shape[-1] // sides))
-    return _expectation(logits)
+
+    def parse(logits):
+        check.is_floating("logits", logits)
+        if logits.dim() == 0 or logits.shape[-1] == 0 or logits.shape[-1] % sides:
+            raise ValueError(
+                f"logits must have shape (..., {sides} * (n + 1)); got {tuple(logits.shape)}"
+            )
+        return (logits,)
+
+    def means(level):
+        (last,) = level
+        if sides == 1:
+            return _expectation(last)
+        means = _expectation(last.unflatten(-1, (sides, last.shape[-1] // sides)))
+        return class_back(means, class_dim, last)
+
+    if is_levels(logits):
+        return [means(level) for level in parsed(parse, logits, {}, class_dim)]
+    return means(parsed_one(parse, logits, (), class_dim))

@@ -15,7 +15,8 @@ from torch import Tensor
 from tritonloss import _checks as check
 from tritonloss import _op
 from tritonloss._dispatch import launchers
-from tritonloss._loss import Loss
+from tritonloss._levels import Levels, LevelTargets, parsed_levels
+from tritonloss._loss import WholeBatch
 from tritonloss._targets import is_logits, parse_targets, parse_weight
 from tritonloss.distributed import (
     ProcessGroup,
@@ -36,18 +37,18 @@ kernels = launchers("ghm")
 
 
 def _fake_shared(x, labels, quality, dense, weight, amount, updates, params, kind, bins, *args):
-    weights = x.new_empty(bins, dtype=torch.float32)
+    weights = x[0].new_empty(bins, dtype=torch.float32)
     new_state = (torch.empty_like(weights if t is None else t) for t in (amount, updates))
-    return x.new_empty((), dtype=torch.float32), *new_state, weights
+    return x[0].new_empty((), dtype=torch.float32), *new_state, weights
 
 
 @_op.opaque(_fake_shared)
 def ghm_forward_shared(
-    x: Tensor,
-    labels: Tensor | None,
-    quality: Tensor | None,
-    dense: Tensor | None,
-    weight: Tensor | None,
+    x: list[Tensor],
+    labels: list[Tensor],
+    quality: list[Tensor],
+    dense: list[Tensor],
+    weight: list[Tensor],
     amount: Tensor | None,
     updates: Tensor | None,
     params: Tensor,
@@ -70,13 +71,15 @@ def ghm_forward_shared(
     return loss + flag.float(), *rest
 
 
-_options = {
-    "by_blocks": (eager.harmonised_by_blocks, lambda *args: True), "outputs": 3, "constants": 2,
-}  # fmt: skip
-_loss = Loss(eager.harmonised, kernels.forward, kernels.backward, kernels.takes, **_options)
-_shared = Loss(
-    eager.harmonised, ghm_forward_shared, kernels.backward, kernels.takes, empty=True, **_options
-)
+def _family(forward, **options) -> WholeBatch:
+    return WholeBatch(
+        eager.harmonised, forward, kernels.backward, kernels.takes, 5, reference=eager.harmonised,
+        by_blocks=eager.harmonised_by_blocks, outputs=3, constants=2, **options,
+    )  # fmt: skip
+
+
+_loss = _family(kernels.forward)
+_shared = _family(ghm_forward_shared, empty=True)
 
 
 def _check_parameters(x, bins, momentum, state, normalize) -> None:
@@ -106,10 +109,12 @@ def _check_parameters(x, bins, momentum, state, normalize) -> None:
 
 
 def _harmonised(
-    kind, x, targets, weight, mu, bins, momentum, state, bias_correction, normalize, ignore_index,
+    kind, levels, mu, bins, momentum, state, bias_correction, normalize, ignore_index,
     process_group, gradients_averaged,
 ):  # fmt: skip
-    """The call, for checked arguments."""
+    """The call, for checked levels."""
+    x, labels, quality, *_ = levels[0]
+    _check_parameters(x, bins, momentum, state, normalize)
     sharing = parse_sharing(process_group, gradients_averaged)
     # 1 - m and log m are formed in float64: float32 would lose both for m near 1
     if isinstance(momentum, Tensor):
@@ -119,19 +124,18 @@ def _harmonised(
         params = (mu, momentum, 1 - momentum, math.log(momentum) if momentum else -math.inf)
     amount, updates = (None, None) if state is None else (s.contiguous() for s in state)
     args = (
-        x, *targets, weight, amount, updates, params, kind, bins, bool(bias_correction), normalize,
-        ignore_index,
+        levels, amount, updates, params, kind, bins, bool(bias_correction), normalize, ignore_index,
     )  # fmt: skip
     loss = _loss
     if sharing.group:
         loss, by_kernels = _shared, _shared.by_kernels(*args)
-        form = "labels" if targets.quality is None else "(labels, quality)"
+        form = "labels" if quality is None else "(labels, quality)"
         settings = {
             "loss": "ghm_c_loss" if kind == "bce" else "ghm_r_loss",
             "implementation": "triton" if by_kernels else "eager",
             "dtype": str(x.dtype)[6:],
             "number of classes": x.shape[-1],
-            "targets": "dense" if targets.labels is None else form,
+            "targets": "dense" if labels is None else form,
             "ignore_index": ignore_index,
             "bins": bins,
             "momentum": momentum,
@@ -149,18 +153,19 @@ def _harmonised(
 
 
 def ghm_c_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
     bins: int = 10,
     momentum: float | Tensor = 0.0,
     state: State | None = None,
     bias_correction: bool = False,
     normalize: str = "nonempty",
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     process_group: ProcessGroup | None = None,
     gradients_averaged: bool = False,
+    class_dim: int = -1,
 ) -> Tensor | tuple[Tensor, State]:
     r"""GHM-C: cross entropy in which every region of the gradient norm weighs the same.
 
@@ -190,6 +195,10 @@ def ghm_c_loss(
             of the state does not depend on their number. None: this process alone.
         gradients_averaged: True where the trainer averages gradients over the processes, as
             DistributedDataParallel does; worked out in :func:`rank_sort_loss`.
+        class_dim: where the logits have their classes; with 1 ``(B, C, H, W)`` is read in place.
+
+    Logits may be a list of levels, with targets and weight lists of the same length (a pair two
+    lists): the regions, the state and the loss are those of all levels together.
 
     Returns:
         The loss, float32 (float64 for float64 logits); with ``state`` the pair
@@ -214,19 +223,22 @@ def ghm_c_loss(
     Reference:
         Li et al., Gradient Harmonized Single-stage Detector, AAAI 2019.
     """  # noqa: E501
-    is_logits(logits)
-    weight = parse_weight(logits, weight)
-    targets = parse_targets(logits, targets, ignore_index, weight)
-    _check_parameters(logits, bins, momentum, state, normalize)
+
+    def parse(logits, targets, weight):
+        is_logits(logits)
+        weight = parse_weight(logits, weight)
+        return logits, *parse_targets(logits, targets, ignore_index, weight), weight
+
+    levels = parsed_levels(parse, logits, {"targets": targets, "weight": weight}, class_dim)
     return _harmonised(
-        "bce", logits, targets, weight, 0.0, bins, momentum, state, bias_correction, normalize,
-        ignore_index, process_group, gradients_averaged,
+        "bce", levels, 0.0, bins, momentum, state, bias_correction, normalize, ignore_index,
+        process_group, gradients_averaged,
     )  # fmt: skip
 
 
 def ghm_r_loss(
-    pred: Tensor,
-    target: Tensor,
+    pred: Levels,
+    target: Levels,
     *,
     mu: float | Tensor = 0.02,
     bins: int = 10,
@@ -234,9 +246,10 @@ def ghm_r_loss(
     state: State | None = None,
     bias_correction: bool = False,
     normalize: str = "nonempty",
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     process_group: ProcessGroup | None = None,
     gradients_averaged: bool = False,
+    class_dim: int = -1,
 ) -> Tensor | tuple[Tensor, State]:
     r"""GHM-R: authentic smooth L1 in which every region of the gradient norm weighs the same.
 
@@ -260,9 +273,10 @@ def ghm_r_loss(
     Reference:
         Li et al., Gradient Harmonized Single-stage Detector, AAAI 2019.
     """
-    targets, weight, mu = parse_regression(pred, target, weight, mu)
-    _check_parameters(pred, bins, momentum, state, normalize)
+    mu = check.is_number("mu", mu, 0, open_low=True)
+    beside = {"target": target, "weight": weight}
+    levels = parsed_levels(parse_regression, pred, beside, class_dim, "pred")
     return _harmonised(
-        "asl1", pred, targets, weight, mu, bins, momentum, state, bias_correction, normalize, -1,
-        process_group, gradients_averaged,
+        "asl1", levels, mu, bins, momentum, state, bias_correction, normalize, -1, process_group,
+        gradients_averaged,
     )  # fmt: skip

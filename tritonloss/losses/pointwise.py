@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss._dispatch import launchers
-from tritonloss._loss import Loss
+from tritonloss._levels import Levels, LevelTargets
+from tritonloss._loss import Loss, OverLevels
 from tritonloss._targets import (
-    Targets,
     is_logits,
     parse_class_weight,
     parse_targets,
@@ -27,22 +27,29 @@ _loss = Loss(
     kernels.backward,
     kernels.takes,
     by_blocks=(eager.pointwise_by_blocks, eager.has_blocks),
+    levels=OverLevels(5, 6, eager.counted, kernels.forward_levels),
 )
 
 
-def _pointwise(
-    kind, logits, targets, params, weight, class_weight, ignore_index, reduction, avg_factor
-) -> Tensor:
-    """Checks and call: the same for every pointwise loss of logits."""
-    is_logits(logits)
+def evaluate(
+    kind, logits, targets, params, weight, class_weight, ignore_index, reduction, avg_factor,
+    class_dim, prepared=lambda logits, targets: targets,
+):  # fmt: skip
+    """Checks and call: the same for every pointwise loss of logits.
+
+    ``prepared(logits, targets)``: what the formula takes for targets.
+    """
     avg_factor = check.is_reduction(reduction, avg_factor)
-    weight = parse_weight(logits, weight)
-    class_weight = parse_class_weight(logits, class_weight)
-    targets = parse_targets(logits, targets, ignore_index, weight)
     params = (*params, 0.0, 0.0, 0.0)[:4]  # as many as the kernel reads
-    return _loss(
-        logits, *targets, weight, class_weight, avg_factor, params, kind, ignore_index, reduction
-    )
+
+    def parse(logits, targets, weight):
+        is_logits(logits)
+        weight = parse_weight(logits, weight)
+        targets = parse_targets(logits, prepared(logits, targets), ignore_index, weight)
+        return logits, *targets, weight, parse_class_weight(logits, class_weight)
+
+    common = (avg_factor, params, kind, ignore_index, reduction)
+    return _loss.of(parse, logits, {"targets": targets, "weight": weight}, common, class_dim)
 
 
 def _balance(alpha) -> tuple:
@@ -56,16 +63,17 @@ def _balance(alpha) -> tuple:
 
 
 def sigmoid_focal_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
     alpha: float | Tensor | None = 0.25,
     gamma: float | Tensor = 2.0,
     class_weight: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Focal loss: cross entropy that lets easy logits count little.
 
@@ -86,6 +94,12 @@ def sigmoid_focal_loss(
         reduction: ``"none"`` (one value per logit), ``"sum"`` or ``"mean"``.
         avg_factor: with ``"mean"``, divide the sum by this; a value <= 0 counts as 1. Without it,
             divide by the number of logits that are not ignored and have a weight above 0.
+        class_dim: where the logits have their classes; with 1 a head's ``(B, C, H, W)`` is read in
+            place, beside labels ``(B, H, W)``.
+
+    Logits may be a list of levels, as a head returns them. Targets and weight are lists of the same
+    length then, a pair two lists, and the result is that of all levels in one tensor, with one
+    divisor; ``"none"`` gives a list. Levels are read in place, and none is copied.
 
     Hyper-parameters and avg_factor may be numbers or 0-d tensors; tensors are not read on the host.
 
@@ -107,23 +121,33 @@ def sigmoid_focal_loss(
     """
     gamma = check.is_number("gamma", gamma, 0)
     params = (*_balance(alpha), gamma)
-    return _pointwise(
-        "focal", logits, targets, params, weight, class_weight, ignore_index, reduction, avg_factor
+    return evaluate(
+        "focal",
+        logits,
+        targets,
+        params,
+        weight,
+        class_weight,
+        ignore_index,
+        reduction,
+        avg_factor,
+        class_dim,
     )
 
 
 def focal_star_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
     gamma: float | Tensor = 2.0,
     beta: float | Tensor = 1.0,
     alpha: float | Tensor | None = None,
     class_weight: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""FL*: the focal loss' steeper and shifted relative.
 
@@ -148,22 +172,24 @@ def focal_star_loss(
     gamma = check.is_number("gamma", gamma, 0, open_low=True)
     beta = check.is_number("beta", beta)
     params = (*_balance(alpha), gamma, beta)
-    return _pointwise(
+    return evaluate(
         "focal_star", logits, targets, params, weight, class_weight, ignore_index, reduction,
         avg_factor,
+        class_dim,
     )  # fmt: skip
 
 
 def quality_focal_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
     beta: float | Tensor = 2.0,
     class_weight: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Quality focal loss: the score of the labelled class learns the quality of its box.
 
@@ -190,25 +216,27 @@ def quality_focal_loss(
         Li et al., Generalized Focal Loss, NeurIPS 2020.
     """
     beta = check.is_number("beta", beta, 0)
-    return _pointwise(
+    return evaluate(
         "quality", logits, targets, (beta,), weight, class_weight, ignore_index, reduction,
         avg_factor,
+        class_dim,
     )  # fmt: skip
 
 
 def varifocal_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
     alpha: float | Tensor = 0.75,
     gamma: float | Tensor = 2.0,
     iou_weighted: bool = True,
     detach_weight: bool = False,
     class_weight: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Varifocal loss: negatives are focused, positives weigh what their box is worth.
 
@@ -240,24 +268,26 @@ def varifocal_loss(
     alpha = check.is_number("alpha", alpha, 0)
     gamma = check.is_number("gamma", gamma, 0)
     params = (alpha, gamma, float(iou_weighted), float(detach_weight))
-    return _pointwise(
+    return evaluate(
         "varifocal", logits, targets, params, weight, class_weight, ignore_index, reduction,
         avg_factor,
+        class_dim,
     )  # fmt: skip
 
 
 def asymmetric_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
     gamma_pos: float | Tensor = 1.0,
     gamma_neg: float | Tensor = 4.0,
     margin: float | Tensor = 0.05,
     class_weight: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Asymmetric loss: negatives are focused more than positives, and the easiest are dropped.
 
@@ -287,23 +317,25 @@ def asymmetric_loss(
     gamma_neg = check.is_number("gamma_neg", gamma_neg, 0)
     margin = check.is_number("margin", margin, 0, 1, open_high=True)
     params = (gamma_pos, gamma_neg, margin)
-    return _pointwise(
+    return evaluate(
         "asymmetric", logits, targets, params, weight, class_weight, ignore_index, reduction,
         avg_factor,
+        class_dim,
     )  # fmt: skip
 
 
 def gaussian_focal_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
     alpha: float | Tensor = 2.0,
     beta: float | Tensor = 4.0,
     class_weight: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Focal loss on heat maps: what lies beside a peak is a negative that counts less.
 
@@ -332,27 +364,29 @@ def gaussian_focal_loss(
     """
     alpha = check.is_number("alpha", alpha, 0)
     beta = check.is_number("beta", beta, 0)
-    return _pointwise(
+    return evaluate(
         "gaussian", logits, targets, (alpha, beta), weight, class_weight, ignore_index, reduction,
         avg_factor,
+        class_dim,
     )  # fmt: skip
 
 
-def parse_regression(pred, target, weight, mu):
+def parse_regression(pred, target, weight) -> tuple:
+    """``(pred, labels, quality, dense, weight)``."""
     is_logits(pred, "pred")
     check.is_input("target", target, pred.shape, "as pred", "pred", pred)
-    mu = check.is_number("mu", mu, 0, open_low=True)
-    return Targets(None, None, target), parse_weight(pred, weight), mu
+    return pred, None, None, target, parse_weight(pred, weight)
 
 
 def authentic_smooth_l1_loss(
-    pred: Tensor,
-    target: Tensor,
+    pred: Levels,
+    target: Levels,
     *,
     mu: float | Tensor = 0.02,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Authentic smooth L1: quadratic near 0, linear far away, all derivatives continuous.
 
@@ -383,10 +417,11 @@ def authentic_smooth_l1_loss(
     Reference:
         Li et al., Gradient Harmonized Single-stage Detector, AAAI 2019.
     """
-    targets, weight, mu = parse_regression(pred, target, weight, mu)
+    mu = check.is_number("mu", mu, 0, open_low=True)
     avg_factor = check.is_reduction(reduction, avg_factor)
-    params = (mu, 0.0, 0.0, 0.0)
-    return _loss(pred, *targets, weight, None, avg_factor, params, "asl1", -1, reduction)
+    common = (None, avg_factor, (mu, 0.0, 0.0, 0.0), "asl1", -1, reduction)
+    beside = {"target": target, "weight": weight}
+    return _loss.of(parse_regression, pred, beside, common, class_dim, "pred")
 
 
 def generalized_focal_loss(

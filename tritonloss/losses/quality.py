@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from tritonloss import _checks as check
-from tritonloss._targets import is_logits
+from tritonloss._levels import Levels, LevelTargets
 
-from .pointwise import sigmoid_focal_loss, varifocal_loss
+from .pointwise import evaluate, sigmoid_focal_loss
 
 
 def _pair(logits: Tensor, targets) -> tuple[Tensor, Tensor]:
     """Labels and quality, of shapes that fit: what is computed from them may broadcast."""
     if not isinstance(targets, (tuple, list)) or len(targets) != 2:
         raise TypeError(f"targets must be a pair (labels, quality); got {type(targets).__name__}")
-    is_logits(logits)
     labels, quality = targets
     rows = logits.shape[:-1]
     check.is_integer("labels", labels)
@@ -26,14 +25,15 @@ def _pair(logits: Tensor, targets) -> tuple[Tensor, Tensor]:
 
 
 def bce_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
     class_weight: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Binary cross entropy of every logit.
 
@@ -54,21 +54,22 @@ def bce_loss(
     """
     return sigmoid_focal_loss(
         logits, targets, alpha=None, gamma=0.0, class_weight=class_weight, weight=weight,
-        ignore_index=ignore_index, reduction=reduction, avg_factor=avg_factor,
+        ignore_index=ignore_index, reduction=reduction, avg_factor=avg_factor, class_dim=class_dim,
     )  # fmt: skip
 
 
 def mal_loss(
-    logits: Tensor,
-    targets: tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: tuple[Levels, Levels],
     *,
     gamma: float | Tensor = 1.5,
     alpha: float | Tensor | None = None,
     class_weight: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Matchability-aware loss: a matched query learns a power of its IoU, at full weight.
 
@@ -95,25 +96,30 @@ def mal_loss(
         Huang et al., DEIM: DETR with Improved Matching for Fast Convergence, CVPR 2025.
     """
     gamma = check.is_number("gamma", gamma, 0)
-    labels, quality = _pair(logits, targets)
-    return varifocal_loss(
-        logits, (labels, quality**gamma), alpha=1.0 if alpha is None else alpha, gamma=gamma,
-        iou_weighted=False, detach_weight=True, class_weight=class_weight, weight=weight,
-        ignore_index=ignore_index, reduction=reduction, avg_factor=avg_factor,
+    alpha = 1.0 if alpha is None else check.is_number("alpha", alpha, 0)
+
+    def powers(logits, targets):
+        labels, quality = _pair(logits, targets)
+        return labels, quality**gamma
+
+    return evaluate(
+        "varifocal", logits, targets, (alpha, gamma, 0.0, 1.0), weight, class_weight, ignore_index,
+        reduction, avg_factor, class_dim, powers,
     )  # fmt: skip
 
 
 def iou_aware_bce_loss(
-    logits: Tensor,
-    targets: tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: tuple[Levels, Levels],
     *,
     alpha: float | Tensor = 0.25,
     gamma: float | Tensor = 2.0,
     class_weight: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""IoU-aware cross entropy: a matched query learns a mean of its own score and its IoU.
 
@@ -140,17 +146,20 @@ def iou_aware_bce_loss(
         Cai et al., Align-DETR: Improving DETR with Simple IoU-aware BCE Loss, 2023.
     """
     alpha = check.is_number("alpha", alpha, 0, 1)
-    labels, quality = _pair(logits, targets)
-    with torch.no_grad():
+    gamma = check.is_number("gamma", gamma, 0)
+
+    @torch.no_grad()
+    def means(logits, targets):
+        labels, quality = _pair(logits, targets)
         # rows without a class read column 0, and their target is not looked at
         known = (labels >= 0) & (labels < logits.shape[-1])
         column = torch.where(known, labels.long(), 0).unsqueeze(-1)
         score = logits.detach().gather(-1, column).squeeze(-1)
         score = score.to(torch.promote_types(score.dtype, torch.float32)).sigmoid()
         target = (score**alpha * quality ** (1 - alpha)).clamp(min=0.01)
-        target = torch.where(known, target, 0)
-    return varifocal_loss(
-        logits, (labels, target), alpha=1.0, gamma=gamma, iou_weighted=False,
-        class_weight=class_weight, weight=weight, ignore_index=ignore_index, reduction=reduction,
-        avg_factor=avg_factor,
+        return labels, torch.where(known, target, 0)
+
+    return evaluate(
+        "varifocal", logits, targets, (1.0, gamma, 0.0, 0.0), weight, class_weight, ignore_index,
+        reduction, avg_factor, class_dim, means,
     )  # fmt: skip

@@ -14,8 +14,9 @@ from torch.utils import _pytree
 from tritonloss import _checks as check
 from tritonloss import _op
 from tritonloss._dispatch import _transforms_active, launchers
-from tritonloss._loss import Loss
-from tritonloss._targets import Targets, is_logits, parse_targets, parse_weight
+from tritonloss._levels import Levels, LevelTargets, parsed_levels
+from tritonloss._loss import WholeBatch
+from tritonloss._targets import is_logits, parse_targets, parse_weight
 from tritonloss.distributed import (
     KernelExchange,
     ProcessGroup,
@@ -115,35 +116,60 @@ def _backward_eager(first_grad, second_grad, grad, sort_grad, x, labels, value, 
 _by_engine = _op.differentiable(ranking_eager, _backward_eager, None, outputs=3, constants=1)
 
 
-def _eager(x, labels, value, dense, weight, group, delta, *args):
+def _joined(levels: list[tuple]) -> tuple:
+    """The levels as one tensor of rows and what lies beside it: the eager engine sorts logits into
+    lists, and reads a copy of them anyway."""
+    if len(levels) == 1:
+        return levels[0][:6]
+
+    def rows(values):
+        if values[0] is None:
+            return None
+        return torch.cat([v.reshape(-1, *v.shape[level[0].dim() - 1 :])
+                          for v, level in zip(values, levels, strict=True)])  # fmt: skip
+
+    x, labels, value, dense, weight, group, _ = zip(*levels, strict=True)
+    if group[0] is not None:
+        group = [g.expand(t.shape) for g, t in zip(group, x, strict=True)]
+    if weight[0] is not None and len({w.dim() < t.dim() for w, t in zip(weight, x)}) > 1:  # noqa: B905
+        weight = [(w[..., None] if w.dim() < t.dim() else w).expand(t.shape)
+                  for w, t in zip(weight, x, strict=True)]  # fmt: skip
+    return tuple(map(rows, (x, labels, value, dense, weight, group)))
+
+
+def _eager(levels, delta, *args):
     (delta,) = delta
-    need_grad = x.requires_grad and torch.is_grad_enabled()
+    x, *beside = _joined(levels)
     if _op.traced(x):
         if not isinstance(delta, Tensor):
             # an op's float would recompile the graph at each new value
             delta = torch.full((), delta, dtype=torch.float64)
-        tensors = _op.distinct(x, (labels, value, dense, weight, group))
-        return _by_engine(x, *tensors, delta, *args, need_grad)
-    return _by_engine(x, labels, value, dense, weight, group, delta, *args, need_grad)
+        beside = _op.distinct(x, beside)
+    need_grad = x.requires_grad and torch.is_grad_enabled()
+    first, second, coefficient = _by_engine(x, *beside, delta, *args, need_grad)
+    return first, second, coefficient.reshape(-1)
 
 
-def _fake_shared(x, labels, value, dense, weight, group, delta, loss, ignore_index, num_groups,
-                 process_group, capacity, scale):  # fmt: skip
+def _fake_shared(x, labels, value, dense, weight, group, start, delta, loss, ignore_index,
+                 num_groups, process_group, capacity, scale):  # fmt: skip
     room = group_of(process_group).size() * capacity
-    first = x.new_empty((), dtype=torch.float32)
-    coefficient = x.new_empty(x.shape[:-1] if loss == "alrp" else 0, dtype=torch.float32)
-    scratch = kernels.scratch_of(x, room, None, num_groups, x.new_empty(2, dtype=torch.int64))
+    first = x[0].new_empty((), dtype=torch.float32)
+    rows = sum(level.shape[:-1].numel() for level in x) if loss == "alrp" else 0
+    coefficient = first.new_empty(rows)
+    counter = x[0].new_empty(2, dtype=torch.int64)
+    scratch = kernels.scratch_of(x[0], room, False, num_groups, counter)
     return first, torch.empty_like(first), coefficient, *scratch
 
 
 @_op.opaque(_fake_shared)
 def ranking_forward_shared(
-    x: Tensor,
-    labels: Tensor | None,
-    value: Tensor | None,
-    dense: Tensor | None,
-    weight: Tensor | None,
-    group: Tensor | None,
+    x: list[Tensor],
+    labels: list[Tensor],
+    value: list[Tensor],
+    dense: list[Tensor],
+    weight: list[Tensor],
+    group: list[Tensor],
+    start: list[int],
     delta: Tensor,
     loss: str,
     ignore_index: int,
@@ -153,33 +179,30 @@ def ranking_forward_shared(
     scale: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``kernels.forward`` with exchanges between its kernels."""
-    settings = eager.settings("triton", x, labels, value, delta[0], loss, ignore_index, num_groups)
+    settings = eager.settings(
+        "triton", x[0], labels or None, value or None, delta[0], loss, ignore_index, num_groups
+    )
     exchange = KernelExchange(Sharing(process_group, capacity, scale), settings)
     return kernels.launch(
-        x, labels, value, dense, weight, group, delta, loss, ignore_index, num_groups, exchange
+        x, labels, value, dense, weight, group, start, delta, loss, ignore_index, num_groups,
+        exchange,
+    )  # fmt: skip
+
+
+def _family(engine, forward, **options) -> WholeBatch:
+    return WholeBatch(
+        engine, forward, kernels.backward, kernels.takes, 7, outputs=3, constants=1, **options
     )
 
 
-_options = {"outputs": 3, "constants": 1}
-_loss = Loss(
-    lambda *args: _eager(*args, *Sharing()),
-    kernels.forward,
-    kernels.backward,
-    kernels.takes,
-    **_options,
-)
-_shared = Loss(
-    _eager, ranking_forward_shared, kernels.backward, kernels.takes, empty=True, **_options
-)
+_loss = _family(lambda *args: _eager(*args, *Sharing()), kernels.forward)
+_shared = _family(_eager, ranking_forward_shared, empty=True)
 
 
 class _Inputs(NamedTuple):
     """Checked arguments that all ranking losses share."""
 
-    logits: Tensor
-    targets: Targets
-    weight: Tensor | None
-    group: Tensor | None
+    levels: list[tuple]  # logits, labels, quality, dense, weight, group, localisation error
     delta: float | Tensor
     ignore_index: int
     num_groups: int
@@ -188,33 +211,52 @@ class _Inputs(NamedTuple):
 
 def _parse(
     logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
-    gradients_averaged,
+    gradients_averaged, class_dim, **more,
 ) -> _Inputs:  # fmt: skip
-    is_logits(logits)
-    check.float64_beside("logits", logits)
     if _transforms_active():
         raise RuntimeError(
             "ranking losses have an error-driven gradient, which is no derivative of their value: "
             "torch.func transforms (vmap, grad, jvp) and forward-mode AD do not apply to them"
         )
     delta = check.is_number("delta", delta, 0)
-    weight = parse_weight(logits, weight)
-    targets = parse_targets(logits, targets, ignore_index, weight, dense_low=-torch.inf)
-    group = _parse_group(logits, group, num_groups)
+    if group is None and num_groups is not None:
+        raise ValueError(f"num_groups counts the ids of group; got {num_groups} without group")
+
+    def parse(logits, targets, weight, group, *error):
+        is_logits(logits)
+        check.float64_beside("logits", logits)
+        weight = parse_weight(logits, weight)
+        targets = parse_targets(logits, targets, ignore_index, weight, dense_low=-torch.inf)
+        for value in error:
+            _check_error(logits, value)
+        return logits, *targets, weight, _parse_group(logits, group, num_groups), *error
+
+    beside = {"targets": targets, "weight": weight, "group": group, **more}
+    levels = parsed_levels(parse, logits, beside, class_dim)
     sharing = parse_sharing(process_group, gradients_averaged, capacity)
-    return _Inputs(logits, targets, weight, group, delta, ignore_index, num_groups or 1, sharing)
+    return _Inputs(levels, delta, ignore_index, num_groups or 1, sharing)
 
 
-def _run(loss: str, inputs: _Inputs, value: Tensor | None):
+def _check_error(logits: Tensor, error) -> None:
+    name, meaning = "localization_error", "one per anchor: logits without the classes"
+    check.is_floating(name, error)
+    check.has_shape(name, error, logits.shape[:-1], meaning)
+    check.on_device_of(name, error, "logits", logits)
+
+
+def _run(loss: str, inputs: _Inputs):
     """``(first value, second value, coefficient)``."""
-    logits, targets, weight, group, delta, ignore_index, num_groups, sharing = inputs
-    labels, _, dense = targets
-    args = (
-        logits, labels, value, dense, weight, group, (delta,), loss, ignore_index, num_groups,
-    )  # fmt: skip
+    found, delta, ignore_index, num_groups, sharing = inputs
+    levels, start = [], 0
+    for logits, labels, value, dense, weight, group, *error in found:
+        if loss != "rank_sort":
+            value = error[0].detach().contiguous() if error else None
+        levels.append((logits, labels, value, dense, weight, group, start))
+        start += (dense if labels is None else labels).numel()
+    args = levels, (delta,), loss, ignore_index, num_groups
     if not sharing.group:
         return _loss(*args)
-    if not sharing.capacity and _op.traced(logits) and _shared.by_kernels(*args):
+    if not sharing.capacity and _op.traced(levels[0][0]) and _shared.by_kernels(*args):
         raise RuntimeError(
             "capacity must be a number of positives to compile the kernels with process_group: a "
             "graph cannot hold the sizes that the processes agree on at each call; got None"
@@ -224,8 +266,6 @@ def _run(loss: str, inputs: _Inputs, value: Tensor | None):
 
 def _parse_group(logits: Tensor, group: Tensor | None, num_groups: int | None) -> Tensor | None:
     if group is None:
-        if num_groups is not None:
-            raise ValueError(f"num_groups counts the ids of group; got {num_groups} without group")
         return None
     check.is_integer("group", group)
     check.on_device_of("group", group, "logits", logits)
@@ -252,17 +292,18 @@ def _parse_group(logits: Tensor, group: Tensor | None, num_groups: int | None) -
 
 
 def rank_sort_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
     delta: float | Tensor = 0.5,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
-    group: Tensor | None = None,
+    group: Levels | None = None,
     num_groups: int | None = None,
     process_group: ProcessGroup | None = None,
     capacity: int | None = None,
     gradients_averaged: bool = False,
+    class_dim: int = -1,
 ) -> RankSort:
     r"""Rank & Sort loss: rank positives above negatives, and sort positives by quality.
 
@@ -302,6 +343,13 @@ def rank_sort_loss(
         gradients_averaged: True where the trainer averages gradients over the processes, as
             DistributedDataParallel does: the gradient, not the value, is multiplied by their
             number. False where it sums them.
+        class_dim: where the logits have their classes; with 1 ``(B, C, H, W)`` is read in place. A
+            group with as many dims has them there too, and one with fewer broadcasts as if they
+            came last.
+
+    Logits may be a list of levels, with targets, weight and group (and aLRP's error) lists of the
+    same length, a pair two lists: all levels are ranked together. The kernels read each in place;
+    the eager path puts them side by side.
 
     On a GPU the eager path reads the number of positives on the host; the Triton path does not,
     but for the sizes above.
@@ -337,25 +385,26 @@ def rank_sort_loss(
     """
     inputs = _parse(
         logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
-        gradients_averaged,
+        gradients_averaged, class_dim,
     )  # fmt: skip
-    rank, sort, _ = _run("rank_sort", inputs, inputs.targets.quality)
+    rank, sort, _ = _run("rank_sort", inputs)
     return RankSort(*(scaled_gradient(loss, inputs.sharing) for loss in (rank, sort)))
 
 
 def ap_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
     delta: float | Tensor = 1.0,
     interpolated: bool = True,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
-    group: Tensor | None = None,
+    group: Levels | None = None,
     num_groups: int | None = None,
     process_group: ProcessGroup | None = None,
     capacity: int | None = None,
     gradients_averaged: bool = False,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Average Precision loss.
 
@@ -384,25 +433,26 @@ def ap_loss(
     """
     inputs = _parse(
         logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
-        gradients_averaged,
+        gradients_averaged, class_dim,
     )  # fmt: skip
-    value, _, _ = _run("ap" if interpolated else "ap_plain", inputs, None)
+    value, _, _ = _run("ap" if interpolated else "ap_plain", inputs)
     return scaled_gradient(value, inputs.sharing)
 
 
 def alrp_loss(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
-    localization_error: Tensor,
+    logits: Levels,
+    targets: LevelTargets,
+    localization_error: Levels,
     *,
     delta: float | Tensor = 1.0,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
-    group: Tensor | None = None,
+    group: Levels | None = None,
     num_groups: int | None = None,
     process_group: ProcessGroup | None = None,
     capacity: int | None = None,
     gradients_averaged: bool = False,
+    class_dim: int = -1,
 ) -> ALRP:
     r"""Average Localisation Recall Precision loss: ranking and localisation in one error.
 
@@ -439,15 +489,11 @@ def alrp_loss(
     """
     inputs = _parse(
         logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
-        gradients_averaged,
+        gradients_averaged, class_dim, localization_error=localization_error,
     )  # fmt: skip
-    error = localization_error
-    check.is_floating("localization_error", error)
-    check.has_shape(
-        "localization_error", error, logits.shape[:-1], "one per anchor: logits without the classes"
-    )
-    check.on_device_of("localization_error", error, "logits", logits)
-    cls, loc_of_all, coefficient = _run("alrp", inputs, error.detach().contiguous())
+    cls, loc_of_all, coefficient = _run("alrp", inputs)
+    errors = [level[-1].reshape(-1) for level in inputs.levels]
+    error = torch.cat(errors) if len(errors) > 1 else errors[0]
     loc = (coefficient * torch.where(coefficient != 0, error.to(coefficient.dtype), 0.0)).sum()
     # the value of all processes, whose sum does not depend on the order of the anchors
     loc = valued(loc_of_all.detach(), loc)

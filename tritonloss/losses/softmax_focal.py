@@ -6,7 +6,8 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss._dispatch import launchers
-from tritonloss._loss import Loss
+from tritonloss._levels import Levels
+from tritonloss._loss import Loss, OverLevels
 from tritonloss._targets import is_logits, parse_class_weight, parse_labels, parse_row_weight
 from tritonloss.eager import softmax_focal as eager
 
@@ -17,19 +18,21 @@ _loss = Loss(
     kernels.backward,
     kernels.takes,
     by_blocks=(eager.softmax_focal_by_blocks, eager.has_blocks),
+    levels=OverLevels(3, 4, eager.counted, kernels.forward_levels),
 )
 
 
 def softmax_focal_loss(
-    logits: Tensor,
-    labels: Tensor,
+    logits: Levels,
+    labels: Levels,
     *,
     alpha: Tensor | None = None,
     gamma: float | Tensor = 2.0,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Focal loss on the softmax over classes, of which one is right.
 
@@ -49,6 +52,10 @@ def softmax_focal_loss(
         avg_factor: number or 0-d tensor; with ``"mean"``, divide the sum by this; a value <= 0
             counts as 1. Without it, divide by the number of rows that are not ignored and have a
             weight above 0.
+        class_dim: where logits has its classes; with 1 ``(B, C, H, W)`` is read in place.
+
+    Logits may be a list of levels, with labels and weight lists of the same length: one result, as
+    of all levels in one tensor; ``"none"`` gives a list.
 
     Returns:
         float32 (float64 for float64 logits).
@@ -66,11 +73,15 @@ def softmax_focal_loss(
     Reference:
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.
     """
-    is_logits(logits)
     gamma = check.is_number("gamma", gamma, 0)
     avg_factor = check.is_reduction(reduction, avg_factor)
     check.is_index("ignore_index", ignore_index)
-    weight = parse_row_weight(logits, weight)
-    alpha = parse_class_weight(logits, alpha, "alpha")
-    labels = parse_labels("labels", labels, logits, ignore_index, logits.shape[-1] - 1)
-    return _loss(logits, labels, weight, alpha, avg_factor, (gamma,), ignore_index, reduction)
+
+    def parse(logits, labels, weight):
+        is_logits(logits)
+        weight = parse_row_weight(logits, weight)
+        labels = parse_labels("labels", labels, logits, ignore_index, logits.shape[-1] - 1)
+        return logits, labels, weight, parse_class_weight(logits, alpha, "alpha")
+
+    common = (avg_factor, (gamma,), ignore_index, reduction)
+    return _loss.of(parse, logits, {"labels": labels, "weight": weight}, common, class_dim)
