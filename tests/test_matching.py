@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import types
 
 import pytest
 import torch
 from conftest import DEVICE
 from test_opcheck import recorded_ops
+from test_sync import NoReads
 
 import tritonloss as tl
 from tritonloss._dispatch import INTERPRET
@@ -313,6 +315,73 @@ def test_assignment_without_scipy(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r"pip install tritonloss\[detr\]"):
         tl.assign(torch.zeros(1, 2, 2))
+
+
+def of_a_gpu(monkeypatch, seen):
+    """A stand-in for torch-linear-assignment, and costs that count as those of a GPU.
+
+    As the package's, the solver takes float32 (N, workers, tasks), of what is finite alone.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    def batch_linear_assignment(cost):
+        assert cost.dtype == torch.float32 and cost.is_contiguous() and cost.isfinite().all()
+        seen.append(tuple(cost.shape))
+        found = torch.full(cost.shape[:2], -1, device=cost.device)
+        for i, table in enumerate(cost.cpu()):
+            workers, tasks = linear_sum_assignment(table)
+            found[i, torch.from_numpy(workers)] = torch.from_numpy(tasks).to(cost.device)
+        return found
+
+    package = types.SimpleNamespace(batch_linear_assignment=batch_linear_assignment)
+    monkeypatch.setitem(sys.modules, "torch_linear_assignment", package)
+    inner = matching._device_solver
+    gpu = types.SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(matching, "_device_solver", lambda cost: inner(gpu))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("with_sizes", [True, False])
+def test_assignment_on_the_device(monkeypatch, dtype, with_sizes):
+    arguments = draw(20, (2, 2), 4, 7, 7, 3)
+    cost = tl.matching_cost(*(arguments if with_sizes else arguments[:4])).to(dtype)
+    sizes = arguments[4] if with_sizes else None
+    host, seen = tl.assign(cost, sizes), []
+    of_a_gpu(monkeypatch, seen)
+    found = tl.assign(cost, sizes)
+    assert seen == [(16, 7, 7)]
+    assert found.dtype == torch.int64 and found.equal(host)
+
+
+def test_assignment_on_the_device_waits_for_nothing(monkeypatch):
+    cost, sizes = torch.randn(2, 3, 9, 4, device=DEVICE), torch.tensor([4, 1, 0], device=DEVICE)
+    cost[0, 0, 0, 0], cost[0, 1, 2, 0], cost[1, 0, 5] = math.nan, -math.inf, math.inf
+    monkeypatch.setattr(
+        matching,
+        "_device_solver",
+        lambda _: lambda cost: cost.argmin(2),  # of the right shape
+    )
+    with NoReads():
+        found = tl.assign(cost, sizes)
+    assert found.shape == (2, 3, 4)
+    assert ((found == -1) == (torch.arange(4, device=DEVICE) >= sizes[:, None])).all()
+
+
+def test_more_objects_than_queries_are_assigned_on_the_host(monkeypatch):
+    seen = []
+    of_a_gpu(monkeypatch, seen)
+    found = tl.assign(torch.randn(1, 2, 3), torch.tensor([2]))
+    assert not seen and sorted(found[0].tolist()) == [-1, 0, 1]
+
+
+def test_the_device_solver_is_taken_for_costs_of_a_gpu_where_it_is_installed(monkeypatch):
+    gpu = types.SimpleNamespace(is_cuda=True)
+    monkeypatch.setitem(sys.modules, "torch_linear_assignment", None)
+    assert matching._device_solver(gpu) is None
+    package = types.SimpleNamespace(batch_linear_assignment=len)
+    monkeypatch.setitem(sys.modules, "torch_linear_assignment", package)
+    assert matching._device_solver(gpu) is len
+    assert matching._device_solver(torch.zeros(1)) is None
 
 
 def test_assignment_errors():

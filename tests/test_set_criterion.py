@@ -157,6 +157,64 @@ def test_groups_are_criteria_of_their_own(backend):
     assert found["indices"].equal(torch.stack([a["indices"] for a in alone], 2))
 
 
+@each_loss
+@pytest.mark.parametrize("per_object", [1, 2])
+def test_denoising_queries(loss, per_object, backend):
+    """Each group as a call of its own, and each image of it: the t-th query has the t-th object."""
+    groups, objects = 3, 4
+    queries = groups * per_object * objects
+    logits, boxes, labels, targets, sizes = problem(
+        15, loss, queries=queries, objects=objects, classes=5
+    )
+    criterion = tl.SetCriterion(loss, groups=2)  # the matched queries', not the denoising ones'
+    indices = criterion.denoising_indices(labels, sizes, layers=2, groups=groups)
+    found = criterion(logits, boxes, labels, targets, sizes, indices=indices)
+    n = int(sizes.sum()) * groups
+    known = torch.stack([torch.arange(objects)] * logits.shape[1])
+    known = known.where(known < sizes.cpu()[:, None], -1).expand(2, -1, -1)
+    for k in ("class", "l1", "giou"):
+        parts = []
+        for x, b in zip(logits.chunk(groups, 2), boxes.chunk(groups, 2), strict=True):
+            terms = written_out(
+                loss, x.cpu().double(), b.cpu().double(), labels.cpu(), targets.cpu().double(),
+                sizes, known, n,
+            )  # fmt: skip
+            parts.append(terms[k])
+        whole = sum(parts) / (groups if (loss, k) == ("softmax", "class") else 1)
+        torch.testing.assert_close(found[k].cpu().double(), whole, rtol=5e-6, atol=1e-6)
+
+
+def test_denoising_indices_of_lists_and_of_padded_objects():
+    labels = [torch.tensor([4, 2]), torch.tensor([], dtype=torch.int64), torch.tensor([1])]
+    found = tl.SetCriterion.denoising_indices(labels, layers=2, groups=3)
+    assert found.shape == (2, 3, 3, 2)
+    assert found[1, :, 2].tolist() == [[0, 1], [-1, -1], [0, -1]]
+    padded = torch.tensor([[4, 2], [0, 0], [1, 0]], dtype=torch.int16)
+    sizes = torch.tensor([2, 0, 1])
+    again = tl.SetCriterion.denoising_indices(padded, sizes, layers=2, groups=3)
+    assert again.equal(found)
+    whole = tl.SetCriterion.denoising_indices(padded, layers=1)
+    assert whole.tolist() == [[[[0, 1]]] * 3]
+    assert tl.SetCriterion.denoising_indices([], layers=2).shape == (2, 0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "says"),
+    [
+        ((torch.zeros(2),), {}, TypeError, "labels must"),
+        ((torch.zeros(2, dtype=torch.int64),), {}, ValueError, r"labels must have shape \(B, T\)"),
+        (([torch.zeros(2)], torch.tensor([2])), {}, ValueError, "sizes go with padded objects"),
+        ((torch.zeros(2, 1, dtype=torch.int64), torch.tensor([1])), {}, ValueError, "sizes must"),
+        (([3],), {}, TypeError, "labels must"),
+        (([],), {"layers": 0}, ValueError, "layers must be"),
+        (([],), {"groups": 1.5}, TypeError, "groups must be"),
+    ],
+)
+def test_errors_of_denoising_indices(arguments, options, error, says):
+    with pytest.raises(error, match=says):
+        tl.SetCriterion.denoising_indices(*arguments, **{"layers": 1, **options})
+
+
 def test_given_indices_and_number(backend):
     logits, boxes, labels, targets, sizes = problem(5, "focal")
     criterion = tl.SetCriterion("focal")

@@ -71,9 +71,9 @@ class SetCriterion(nn.Module):
     :func:`tritonloss.matching_cost` takes them, and
 
         indices: int64 ``(L, B, T)``, or ``(L, B, groups, T)`` with groups: the query (of its group)
-            of each object, -1 for none. None matches. Denoising queries come with theirs: repeat
-            the objects where several queries belong to one. With indices nothing waits for the
-            device, and the call compiles as one graph.
+            of each object, -1 for none. None matches. Denoising queries come with theirs, see
+            ``denoising_indices``; their number of groups is that of the indices. With indices
+            nothing waits for the device, and the call compiles as one graph.
         num_boxes: n, a number or 0-d tensor; None counts.
 
     and returns a dict of ``class``, ``l1`` and ``giou``, each ``(L,)`` and not weighted, ``total``,
@@ -175,6 +175,65 @@ class SetCriterion(nn.Module):
         indices = assign(cost, sizes)
         return indices.movedim(1, 2) if grouped else indices
 
+    @staticmethod
+    def denoising_indices(
+        labels: Tensor | list[Tensor],
+        sizes: Tensor | None = None,
+        *,
+        layers: int,
+        groups: int = 1,
+    ) -> Tensor:
+        """The query of each object among denoising queries, whose objects are known.
+
+        A group holds a query for each of T objects, in their order and padded to T; what follows
+        them in the group belongs to no object (the negatives of contrastive denoising). Pass the
+        queries of the groups, one after the other, to a call of their own:
+
+        >>> criterion = SetCriterion("varifocal")
+        >>> labels = [torch.tensor([0, 2]), torch.tensor([1])]
+        >>> boxes = [torch.rand(2, 4), torch.rand(1, 4)]
+        >>> indices = criterion.denoising_indices(labels, layers=6, groups=5)
+        >>> queries = 5 * 2 * 2  # groups of T = 2 positives and as many negatives
+        >>> logits, predicted = torch.zeros(6, 2, queries, 3), torch.rand(6, 2, queries, 4)
+        >>> losses = criterion(logits, predicted, labels, boxes, indices=indices)
+
+        Args:
+            labels: of the objects, ``(B, T)`` or a list, as ``forward`` takes them.
+            sizes: number of objects of each image, ``(B,)``; None: all T.
+            layers: L.
+            groups: how often each object was noised.
+
+        Returns:
+            int64 ``(L, B, groups, T)``, -1 where there is no object.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or shape.
+        """
+        for name, value in (("layers", layers), ("groups", groups)):
+            check.is_index(name, value)
+            check.is_number(name, value, 1)
+        if isinstance(labels, (list, tuple)):
+            if sizes is not None:
+                raise ValueError("sizes go with padded objects; lists have their own lengths")
+            for value in labels:
+                check.is_tensor("labels", value)
+            counts = [len(value) for value in labels]
+            device = labels[0].device if labels else None
+            objects, sizes = max(counts, default=0), torch.tensor(counts, device=device)
+        else:
+            check.is_integer("labels", labels)
+            if labels.dim() != 2:
+                raise ValueError(f"labels must have shape (B, T); got {tuple(labels.shape)}")
+            objects = labels.shape[1]
+            if sizes is None:
+                sizes = labels.new_full(labels.shape[:1], objects)
+            check.is_integer("sizes", sizes)
+            check.has_shape("sizes", sizes, labels.shape[:1], "one per image")
+            check.on_device_of("sizes", sizes, "labels", labels)
+        query = torch.arange(objects, device=sizes.device)
+        query = torch.where(query < sizes.unsqueeze(1), query, -1)
+        return query.unsqueeze(1).expand(layers, -1, groups, -1)
+
     def _class_loss(self, logits, labels, quality, divisor) -> Tensor:
         """Class loss of one layer."""
         shared = {"reduction": "mean", "avg_factor": divisor}
@@ -208,8 +267,11 @@ class SetCriterion(nn.Module):
         if logits.dim() != 4:
             raise ValueError(f"logits must have shape (L, B, Q, C); got {tuple(logits.shape)}")
         layers, images, queries, columns = logits.shape
-        if queries % self.groups:
-            raise ValueError(f"{queries} queries do not make {self.groups} equal groups")
+        groups = self.groups
+        if isinstance(indices, Tensor) and indices.dim() == 4:
+            groups = max(indices.shape[2], 1)
+        if queries % groups:
+            raise ValueError(f"{queries} queries do not make {groups} equal groups")
         weights = self.layer_weights
         if weights is not None and len(weights) != layers:
             raise ValueError(f"layer_weights must be {layers} numbers; got {len(weights)}")
@@ -220,13 +282,14 @@ class SetCriterion(nn.Module):
         objects = labels.shape[1]
         if indices is None:
             indices = self.match(logits, boxes, labels, target_boxes, sizes)
-        shape = (layers, images, self.groups, objects)
+        shape = (layers, images, groups, objects)
         check.is_integer("indices", indices)
+        grouped = groups > 1 or indices.dim() == 4
         check.has_shape(
-            "indices", indices, shape if self.groups > 1 else shape[:2] + shape[3:], "as matched"
+            "indices", indices, shape if grouped else shape[:2] + shape[3:], "as matched"
         )
         check.on_device_of("indices", indices, "logits", logits)
-        per_group = queries // self.groups
+        per_group = queries // groups
         if check.values_checked(logits):
             valid = (indices >= -1) & (indices < per_group)
             check.require(valid, f"indices must lie in -1..{per_group - 1}", indices)
@@ -234,10 +297,10 @@ class SetCriterion(nn.Module):
         known = torch.arange(objects, device=labels.device) < sizes.unsqueeze(1)  # (B, T)
         place = indices.reshape(shape).long()
         valid = (place >= 0) & known.unsqueeze(1)
-        first = torch.arange(self.groups, device=place.device) * per_group
+        first = torch.arange(groups, device=place.device) * per_group
         place = torch.where(valid, place + first.unsqueeze(1), queries).flatten(2)
         valid = valid.flatten(2)  # (L, B, groups T)
-        wanted = target_boxes.to(boxes.dtype).repeat(1, self.groups, 1)  # (B, groups T, 4)
+        wanted = target_boxes.to(boxes.dtype).repeat(1, groups, 1)  # (B, groups T, 4)
         wanted = wanted.expand(layers, -1, -1, -1)
         chosen = torch.where(valid, place, 0).unsqueeze(-1).expand(-1, -1, -1, 4)
         if queries == 0:
@@ -249,7 +312,7 @@ class SetCriterion(nn.Module):
         wanted = torch.where(valid.unsqueeze(-1), wanted, 0)
 
         if num_boxes is None:
-            num_boxes = sizes.sum() * self.groups
+            num_boxes = sizes.sum() * groups
             num_boxes = reduce_avg_factor(
                 num_boxes, self.process_group, gradients_averaged=self.gradients_averaged
             )
@@ -267,7 +330,7 @@ class SetCriterion(nn.Module):
 
         # column Q takes what belongs to no query
         query_labels = place.new_full((layers, images, queries + 1), background)
-        repeated = labels.long().repeat(1, self.groups).expand(layers, -1, -1)
+        repeated = labels.long().repeat(1, groups).expand(layers, -1, -1)
         query_labels = query_labels.scatter(2, place, repeated)[..., :queries]
         quality = None
         if self.class_loss not in ("focal", "softmax"):

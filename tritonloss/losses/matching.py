@@ -14,6 +14,7 @@ from tritonloss.eager import matching as eager
 kernels = launchers("matching")
 CLASS_COSTS = ("focal", "bce", "softmax", "iou_aware")
 BOX_FORMATS = ("cxcywh", "xyxy")
+SUBSTITUTE = 1e8  # large, and still far from the end of float32 in a sum
 
 
 def pad_objects(labels, target_boxes, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +106,7 @@ def matching_cost(
     alpha: float | Tensor = 0.25,
     gamma: float | Tensor = 2.0,
     box_format: str = "cxcywh",
-    nonfinite_cost: float | Tensor | None = 1e8,
+    nonfinite_cost: float | Tensor | None = SUBSTITUTE,
 ) -> Tensor:
     r"""Cost of matching every query with every object of its own image.
 
@@ -197,6 +198,31 @@ def matching_cost(
         ).reshape(shape)  # fmt: skip
 
 
+def _device_solver(cost: Tensor):
+    """torch-linear-assignment's solver, if it is installed and the cost lies on a GPU."""
+    if not cost.is_cuda:
+        return None
+    try:
+        from torch_linear_assignment import batch_linear_assignment
+    except ImportError:
+        return None
+    return batch_linear_assignment
+
+
+def _solve_on_device(solver, cost: Tensor, sizes: Tensor | None) -> Tensor:
+    """The solution for cost (N, Q, T), T <= Q, where it lies: queries (N, T)."""
+    objects = cost.shape[2]
+    # in rows: of what is not finite the solver may never come to an end
+    table = cost.float().nan_to_num(nan=SUBSTITUTE, posinf=SUBSTITUTE, neginf=-SUBSTITUTE).mT
+    if sizes is None:
+        return solver(table.contiguous()).long()
+    unknown = torch.arange(objects, device=cost.device) >= sizes.unsqueeze(1)
+    unknown = unknown.repeat(len(cost) // len(sizes), 1)
+    # every query costs it the same: one that the objects leave
+    table = table.masked_fill(unknown.unsqueeze(2), 0)
+    return solver(table.contiguous()).long().masked_fill(unknown, -1)
+
+
 def _solve(cost: Tensor, counts: list[int]) -> Tensor:
     """SciPy's solution for cost (N, Q, T) on the CPU, the images in turn: queries (N, T)."""
     try:
@@ -219,8 +245,10 @@ def assign(cost: Tensor, sizes: Tensor | None = None) -> Tensor:
     .. math:: \min_\sigma \sum_t C_{\sigma(t)\, t}, \quad \sigma(t) \ne \sigma(t')
 
     SciPy solves it on the CPU; from a GPU the cost is fetched once for all layers and images, which
-    waits for the device, and the result is sent back without waiting. Among equally cheap
-    assignments SciPy's choice counts, which depends on the cost alone.
+    waits for the device, and the result is sent back without waiting. With torch-linear-assignment
+    installed, costs on a GPU with T <= Q are solved there in float32, and nothing waits; entries
+    that are not finite count as 1e8 then, and sizes are not checked. Among equally cheap
+    assignments the solver's choice counts, which depends on the cost alone.
 
     Args:
         cost: ``(..., B, Q, T)`` floating, as :func:`matching_cost` returns it.
@@ -248,16 +276,22 @@ def assign(cost: Tensor, sizes: Tensor | None = None) -> Tensor:
     if cost.dim() < 3:
         raise ValueError(f"cost must have shape (..., B, Q, T); got {tuple(cost.shape)}")
     images, queries, objects = cost.shape[-3:]
-    counts = [objects] * images
     if sizes is not None:
         check.is_integer("sizes", sizes)
         check.has_shape("sizes", sizes, (images,), "one per image")
-        counts = sizes.tolist()
-        if counts and not 0 <= min(counts) <= max(counts) <= objects:
-            raise ValueError(f"sizes must lie in 0..{objects}; got {counts}")
     shape = (*cost.shape[:-2], objects)
     if 0 in (*shape, queries):
         return torch.full(shape, -1, dtype=torch.int64, device=cost.device)
+    solver = _device_solver(cost) if objects <= queries else None
+    if solver is not None:
+        if sizes is not None:
+            check.on_device_of("sizes", sizes, "cost", cost)
+        return _solve_on_device(solver, cost.flatten(0, -3), sizes).reshape(shape)
+    counts = [objects] * images
+    if sizes is not None:
+        counts = sizes.tolist()
+        if counts and not 0 <= min(counts) <= max(counts) <= objects:
+            raise ValueError(f"sizes must lie in 0..{objects}; got {counts}")
     table = cost.detach().flatten(0, -3).cpu()
     if table.dtype in (torch.float16, torch.bfloat16):
         table = table.float()
