@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from shadow import (
@@ -9,6 +11,7 @@ from shadow import (
     assert_nothing_is_left_behind,
     run_example,
     run_page,
+    shadowed,
 )
 
 import tritonloss as tl
@@ -19,6 +22,7 @@ pytest.importorskip("scipy", reason="scipy is not installed")
 pytest.importorskip("PIL", reason="pillow is not installed")
 
 import transformers
+from torch.utils._pytree import tree_leaves
 from transformers import DFineConfig, RTDetrConfig
 from transformers.loss import (
     loss_d_fine,
@@ -172,8 +176,8 @@ def lw_criterion(groups=3):
     return loss_lw_detr.LwDetrImageLoss(matcher, CLASSES, 0.25, losses, groups).train()
 
 
-def deim_criterion(mal_alpha=None):
-    config = transformers.Deimv2Config(num_labels=CLASSES, mal_alpha=mal_alpha)
+def deim_criterion(mal_alpha=None, **options):
+    config = transformers.Deimv2Config(num_labels=CLASSES, mal_alpha=mal_alpha, **options)
     return loss_deimv2.Deimv2Loss(config)
 
 
@@ -221,6 +225,115 @@ def test_installed_criterion_without_objects_and_with_too_many(name):
         with integration.installed():
             ours = run(criterion, outputs, objects)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def layered(seed, layers=3):
+    """A batch with the outputs of more layers, and those of encoder and denoising queries."""
+    outputs, targets = batch(seed)
+    more = [batch(100 * seed + k)[0] for k in range(1, layers + 1)]
+    return outputs | {"auxiliary_outputs": more[:-1], "enc_outputs": more[-1]}, targets
+
+
+def denoising(seed, targets, groups=3, layers=2):
+    """As RT-DETR lays them out: in each group the positives of all images, then the negatives."""
+    most = max(SIZES)
+    known = [
+        torch.cat([2 * most * k + torch.arange(len(t["boxes"])) for k in range(groups)])
+        for t in targets
+    ]
+    g = torch.Generator().manual_seed(seed)
+    shape = len(targets), 2 * most * groups
+    dn = [
+        {
+            "logits": torch.randn(*shape, CLASSES, generator=g, dtype=torch.float64),
+            "pred_boxes": torch.rand(*shape, 4, generator=g, dtype=torch.float64) / 2 + 0.2,
+        }
+        for _ in range(layers)
+    ]
+    for each in dn:
+        for value in each.values():
+            value.requires_grad_()
+    meta = {"dn_positive_idx": known, "dn_num_group": groups}
+    return {"dn_auxiliary_outputs": dn, "denoising_meta_values": meta}
+
+
+ALL_AT_ONCE = {
+    "rt_detr": RT_DETR_LOSSES["rt_detr"],
+    "d_fine": RT_DETR_LOSSES["d_fine"],
+    "deformable_detr": deformable_criterion,
+    "lw_detr": lw_criterion,
+    "deimv2": lambda: deim_criterion(0.6, use_dense_one_to_one=False),
+}
+
+
+@pytest.mark.parametrize("name", ALL_AT_ONCE)
+@pytest.mark.parametrize("seed", range(2))
+def test_all_layers_at_once(name, seed, monkeypatch):
+    """One call for the matched queries of all layers, one for the denoising queries."""
+    outputs, targets = layered(seed)
+    rt_detr = name in ("rt_detr", "d_fine", "deimv2")
+    if rt_detr:
+        outputs |= denoising(seed, targets)
+    if name != "lw_detr":
+        del outputs["enc_outputs"]
+    inputs = [t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad]
+    criterion, calls = ALL_AT_ONCE[name]().double(), []
+    call = tl.SetCriterion.forward
+
+    def counted(self, logits, *args, **options):
+        calls.append(len(logits))
+        return call(self, logits, *args, **options)
+
+    monkeypatch.setattr(tl.SetCriterion, "forward", counted)
+    found = []
+    for installed in (False, True):
+        with integration.installed() if installed else contextlib.nullcontext():
+            losses = criterion(outputs, targets)
+        total = sum(v for v in losses.values() if v.requires_grad)
+        found.append((losses, torch.autograd.grad(total, inputs)))
+    assert calls == ([3, 2] if rt_detr else [3 + (name == "lw_detr")])
+    assert list(found[0][0]) == list(found[1][0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+class Changed(loss_rt_detr.RTDetrLoss):
+    """A user's own boxes."""
+
+    def loss_boxes(self, outputs, targets, indices, num_boxes):
+        losses = super().loss_boxes(outputs, targets, indices, num_boxes)
+        return {k: 3 * v for k, v in losses.items()}
+
+
+def layers_of_two_sizes(outputs):
+    small = {k: v[:, :20] for k, v in outputs["auxiliary_outputs"][0].items()}
+    return outputs | {"auxiliary_outputs": [small, *outputs["auxiliary_outputs"][1:]]}
+
+
+OTHERWISE = {
+    "a class of the user's": (lambda: Changed(RTDetrConfig(num_labels=CLASSES)), lambda o: o),
+    "layers of two sizes": (RT_DETR_LOSSES["rt_detr"], layers_of_two_sizes),
+    "DEIMv2's union of all layers' pairs": (lambda: deim_criterion(), lambda o: o),
+    "another matcher": (
+        lambda: loss_deformable_detr.DeformableDetrImageLoss(
+            loss_for_object_detection.HungarianMatcher(2, 5, 2), CLASSES, 0.25,
+            ["labels", "boxes", "cardinality"],
+        ),
+        lambda o: o,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_does_not_stack_takes_the_hosts_way(case, monkeypatch):
+    make, change = OTHERWISE[case]
+    outputs, targets = layered(3)
+    del outputs["enc_outputs"]
+    outputs, criterion = change(outputs), make().double()
+    theirs = criterion(outputs, targets)
+    monkeypatch.setattr(tl.SetCriterion, "forward", None)
+    with integration.installed():
+        ours = criterion(outputs, targets)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_fine_grained_distribution():
@@ -292,6 +405,39 @@ def test_model_trains_on_the_same_losses(name):
     torch.testing.assert_close(dict(ours.loss_dict), dict(theirs.loss_dict), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-4, atol=1e-5)
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["RTDetr", "RTDetrV2", "DFine", "DeformableDetr"])
+def test_model_trains_in_the_shadow_and_on_ours(name):
+    """Each call repeated with ours while the host trains, then the same steps on ours alone."""
+    images = torch.rand(2, 3, 128, 128)
+    labels = [
+        {"class_labels": torch.randint(3, (n,)), "boxes": torch.rand(n, 4) / 4 + 0.3}
+        for n in (2, 4)
+    ]
+
+    def train():
+        model = tiny(name)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        losses = []
+        for step in range(3):
+            torch.manual_seed(step)  # denoising queries and dropout
+            loss = model(images, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    with shadowed(integration) as calls:
+        theirs = train()
+    whole = "DeformableDetrImageLoss" if name == "DeformableDetr" else "RTDetrLoss"
+    assert calls[f"{whole}.forward"][0] == 3
+    assert all(value < 1e-4 and slope < 1e-3 for _, value, slope in calls.values()), calls
+    with integration.installed():
+        ours = train()
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_nothing_is_left_behind():
