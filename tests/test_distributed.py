@@ -623,6 +623,52 @@ def test_reduce_avg_factor(pool):
         tl.reduce_avg_factor(3, None)
 
 
+def divided_step(group, rank, logits, labels, averaged):
+    """The loss of a share of the batch, its gradient, and that of SetCriterion's class loss."""
+    x = logits.clone().requires_grad_()
+    count = tl.reduce_avg_factor((labels < 2).sum(), group, gradients_averaged=averaged)
+    loss = tl.sigmoid_focal_loss(x, labels, avg_factor=count)
+    (gradient,) = torch.autograd.grad(loss, x)
+    criterion = tl.SetCriterion(process_group=group, gradients_averaged=averaged)
+    objects = labels[labels < 2]
+    x = logits.view(1, 1, *logits.shape).clone().requires_grad_()
+    boxes = torch.full((1, 1, len(logits), 4), 0.5)
+    losses = criterion(x, boxes, [objects], [torch.full((len(objects), 4), 0.3)])
+    return loss.detach(), gradient, torch.autograd.grad(losses["total"], x)[0][0, 0]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("positives", ["everywhere", "in one process", "nowhere"])
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_normaliser_gives_the_gradient_of_one_process(pool, k, positives, averaged):
+    x, labels = torch.randn(k, 5, 2), torch.full((k, 5), 2)
+    if positives != "nowhere":
+        labels[:, 1], labels[:, 3] = 0, 1
+    if positives == "in one process":
+        labels[1:] = 2
+    shares = PerRank(x), PerRank(labels)
+    results = pool.run(divided_step, k, *shares, averaged)
+    loss, gradient, of_class = (torch.stack(r) for r in zip(*results, strict=True))
+    whole = x.flatten(0, 1).requires_grad_()
+    count = (labels < 2).sum()
+    want = tl.sigmoid_focal_loss(whole, labels.flatten(), avg_factor=count)
+    (expected,) = torch.autograd.grad(want, whole)
+    times = k if averaged else 1  # the trainer divides by it
+    torch.testing.assert_close(loss.sum() / times, want)
+    torch.testing.assert_close(gradient.flatten(0, 1) / times, expected)
+    # the objects of an image are matched with its own queries: all that is shared is their number
+    alone = []
+    for mine, its in zip(x, labels, strict=True):
+        one = mine.clone().requires_grad_()
+        objects = its[its < 2]
+        losses = tl.SetCriterion()(
+            one[None, None], torch.full((1, 1, 5, 4), 0.5), [objects],
+            [torch.full((len(objects), 4), 0.3)], num_boxes=count,
+        )  # fmt: skip
+        alone.append(torch.autograd.grad(losses["total"], one)[0])
+    torch.testing.assert_close(of_class / times, torch.stack(alone))
+
+
 # -------------------------------------------------------------------------------------- traffic
 
 

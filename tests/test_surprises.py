@@ -191,7 +191,7 @@ def group():
         dist.destroy_process_group()
 
 
-SHARED = [m for m in MODULES if "process_group" in m.__signature__.parameters]
+SHARED = [m for m in MODULES if "process_group" in m.__signature__.parameters] + [tl.SetCriterion]
 
 
 @pytest.mark.parametrize("module", SHARED, ids=lambda m: m.__name__)
@@ -206,8 +206,16 @@ def test_modules_with_a_process_group_can_be_copied_and_saved(module, group):
     dist.destroy_process_group()
     file.seek(0)
     orphan = torch.load(file, weights_only=False)
+    inputs = torch.zeros(2, 3), torch.tensor([1, 2])
+    if module is tl.SetCriterion:
+        inputs = (
+            torch.zeros(1, 1, 2, 3),
+            torch.rand(1, 1, 2, 4),
+            inputs[1][None],
+            torch.rand(1, 2, 4),
+        )
     with pytest.raises(RuntimeError, match=r"process_group .* does not exist in this process"):
-        orphan(torch.zeros(2, 3), torch.tensor([1, 2]))
+        orphan(*inputs)
 
 
 def test_a_step_without_positives_is_that_of_one_process(group):
@@ -238,7 +246,17 @@ NUMBERED = {
     ),
     "rank & sort": lambda x, y, n: sum(tl.rank_sort_loss(x, y, delta=n)),
     "carl": lambda x, y, n: tl.carl_loss(x, y, x[:, 0] ** 2, k=n, bias=n / 4, avg_factor=n),
-}
+    "ghm": lambda x, y, n: tl.ghm_c_loss(
+        x, y, momentum=n / 4, state=(torch.ones(10, device=DEVICE), torch.ones(10, device=DEVICE))
+    )[0],
+    "general": lambda x, y, n: tl.generalized_focal_loss(
+        x[:, 0], x[:, 1], 0.5 * y, 0 * n, n, beta=n / 4, avg_factor=n
+    ),
+    "matching": lambda x, y, n: tl.matching_cost(
+        x[None], 0.5 + x.detach()[None, :, [0, 1, 2, 0]].sigmoid(), y[None] % 3,
+        torch.ones(1, 6, 4, device=DEVICE), weights=(n, 1.0, n), alpha=n / 4, nonfinite_cost=n,
+    ).sum() + x.sum(),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.int64])
@@ -256,6 +274,28 @@ def test_numpy_numbers_are_numbers_in_a_graph_too(loss, kind, backend):
     torch.testing.assert_close(values[1], NUMBERED[loss](x, y, number.item()))
     torch.testing.assert_close(*values)
     torch.testing.assert_close(*(torch.autograd.grad(v, x)[0] for v in values))
+
+
+def test_numpy_numbers_of_a_criterion():
+    """Its settings are numbers of Python once it is built, for a graph and for a file."""
+    numbers = np.array([2.0, 5.0, 0.5])
+    settings = {
+        "loss_weights": tuple(numbers),
+        "cost_weights": list(numbers),
+        "cost_alpha": numbers[2],
+        "layer_weights": tuple(numbers[:1]),
+        "class_params": {"gamma": numbers[0]},
+    }
+    x, boxes = torch.randn(1, 2, 3, 4), torch.rand(1, 2, 3, 4)
+    objects = torch.zeros(2, 2).long(), torch.rand(2, 2, 4)
+    indices, n = torch.tensor([[[0, 2], [1, -1]]]), np.float32(3)
+    totals = []
+    for compiled in (False, True):
+        criterion = tl.SetCriterion(**settings)
+        assert all(type(v) is float for v in (*criterion.loss_weights, criterion.cost_alpha))
+        criterion = torch.compile(criterion, backend="aot_eager") if compiled else criterion
+        totals.append(criterion(x, boxes, *objects, indices=indices, num_boxes=n)["total"])
+    torch.testing.assert_close(*totals)
 
 
 # Called with rows that a mask chose: logits, boxes, labels, a number in [0, 1]

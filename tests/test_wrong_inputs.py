@@ -197,6 +197,8 @@ GHM = {
     "bins 10.": (TypeError, "bins must be an int; got float", {"bins": 10.0}),
     "bins 0": (ValueError, "bins must be in 1..256; got 0", {"bins": 0}),
     "momentum 1": (ValueError, "momentum must be", {"momentum": 1, "state": STATE}),
+    "momentum tensor": (ValueError, "momentum must be finite and >= 0 and < 1; got 1.5",
+                        {"momentum": torch.tensor(1.5), "state": STATE}),
     "momentum -1": (ValueError, "momentum must be", {"momentum": -1}),
     "no state": (ValueError, "state must be the pair .*GHMCLoss", {"momentum": 0.75}),
     "state of one": (TypeError, "state must be a pair", {"state": STATE[:1]}),
@@ -294,6 +296,150 @@ for module in MODULES:
     if "process_group" in module.__signature__.parameters:
         wrong(f"{module.__name__}: group", TypeError, "process_group must be", module,
               process_group="world")  # fmt: skip
+
+# -------------------------------------------------------- set prediction: 2 images, 3 queries
+QUERIES, PLACES = torch.zeros(2, 3, 4), torch.rand(2, 3, 4)
+NAMES, PLACED, SIZES = torch.zeros(2, 2).long(), torch.rand(2, 2, 4), torch.tensor([2, 1])
+LISTS = {"labels": list(NAMES), "target_boxes": list(PLACED), "sizes": None}
+NAN, INF = float("nan"), float("inf")
+
+
+def cost_of(logits=QUERIES, boxes=PLACES, labels=NAMES, target_boxes=PLACED, sizes=SIZES, **kwargs):
+    return tl.matching_cost(logits, boxes, labels, target_boxes, sizes, **kwargs)
+
+
+for name, error, words, kwargs in (
+    ("numpy", TypeError, "logits must be a tensor: torch.from", {"logits": np.zeros((2, 3, 4))}),
+    ("integers", TypeError, "logits must be float16", {"logits": QUERIES.long()}),
+    ("of one image", ValueError, r"must have shape \(\.\.\., B, Q, C\)", {"logits": QUERIES[0]}),
+    ("no class", ValueError, "with C >= 1", {"logits": QUERIES[..., :0]}),
+    ("no boxes", TypeError, "boxes must be a tensor; got NoneType", {"boxes": None}),
+    ("integer boxes", TypeError, "boxes must be float16", {"boxes": PLACES.long()}),
+    ("fewer boxes", ValueError, r"boxes must have shape \(2, 3, 4\)", {"boxes": PLACES[:1]}),
+    ("boxes elsewhere", ValueError, "boxes is on meta, but logits", {"boxes": PLACES.to("meta")}),
+    ("no labels", TypeError, "labels must be a tensor; got NoneType", {"labels": None}),
+    ("float labels", TypeError, r"labels\.long\(\)", {"labels": NAMES.float()}),
+    ("one image's", ValueError, r"labels must have shape \(2, T\)", {"labels": NAMES[0]}),
+    ("label too large", ValueError, "lie in 0..3; got 9", {"labels": NAMES + 9}),
+    ("negative label", ValueError, "lie in 0..3; got -1", {"labels": NAMES - 1}),
+    ("no objects", TypeError, "target_boxes must be a tensor; got None", {"target_boxes": None}),
+    ("fewer objects", ValueError, "4 for each label", {"target_boxes": PLACED[:, :1]}),
+    ("gradient", ValueError, "target_boxes requires grad",
+     {"target_boxes": PLACED.clone().requires_grad_()}),
+    ("sizes of lists", ValueError, "sizes go with padded objects", LISTS | {"sizes": SIZES}),
+    ("one list", ValueError, "must be two lists", LISTS | {"target_boxes": PLACED}),
+    ("other lengths", ValueError, "must be two lists of the same", LISTS | {"labels": [NAMES[0]]}),
+    ("other objects", ValueError, r"same objects; got \[2, 1\] and \[2, 2\]",
+     LISTS | {"labels": [NAMES[0], NAMES[1, :1]]}),
+    ("lists of numpy", TypeError, "labels must be a tensor: torch.from_numpy",
+     LISTS | {"labels": [v.numpy() for v in NAMES]}),
+    ("lists of floats", TypeError, r"labels\.long\(\)", LISTS | {"labels": [*NAMES.float()]}),
+    ("dicts of a dataset", TypeError, "labels must be a tensor; got dict",
+     LISTS | {"labels": [{"labels": NAMES[0]}] * 2}),
+    ("columns", ValueError, r"labels must have shape \(T,\)",
+     LISTS | {"labels": [*NAMES[..., None]]}),
+    ("three numbers", ValueError, r"target_boxes must have shape \(T, 4\)",
+     LISTS | {"target_boxes": [*PLACED[..., :3]]}),
+    ("float sizes", TypeError, r"sizes\.long\(\)", {"sizes": SIZES.float()}),
+    ("sizes of one", ValueError, r"sizes must have shape \(2,\)", {"sizes": SIZES[:1]}),
+    ("sizes too large", ValueError, "sizes must lie in 0..2; got 5, 6", {"sizes": SIZES + 4}),
+    ("list of sizes", TypeError, "sizes must be a tensor; got list", {"sizes": [2, 1]}),
+    ("class_cost", ValueError, "class_cost must be one of focal, bce", {"class_cost": "l1"}),
+    ("box_format", ValueError, "box_format must be one of cxcywh", {"box_format": "xywh"}),
+    ("two weights", ValueError, "weights must be three numbers", {"weights": (1, 2)}),
+    ("one weight", TypeError, "weights must be three numbers", {"weights": 1.0}),
+    ("weight nan", ValueError, r"weights \(class\) must be finite", {"weights": (NAN, 1, 1)}),
+    ("weight str", TypeError, r"weights \(L1\) must be a number", {"weights": (1, "1", 1)}),
+    ("alpha", ValueError, "alpha must be finite and >= 0 and <= 1; got 2", {"alpha": 2}),
+    ("alpha None", TypeError, "alpha must be a number", {"alpha": None}),
+    ("gamma", ValueError, "gamma must be finite and >= 0; got -1", {"gamma": -1}),
+    ("nonfinite_cost", ValueError, "nonfinite_cost must be finite", {"nonfinite_cost": INF}),
+):  # fmt: skip
+    wrong(f"cost: {name}", error, words, cost_of, **kwargs)
+
+COST = torch.rand(2, 3, 2)
+for name, error, words, args in (
+    ("None", TypeError, "cost must be a tensor; got NoneType", (None,)),
+    ("numpy", TypeError, "cost must be a tensor: torch.from_numpy", (COST.numpy(),)),
+    ("integers", TypeError, "cost must be float16", (COST.long(),)),
+    ("of one image", ValueError, r"cost must have shape \(\.\.\., B, Q, T\)", (COST[0],)),
+    ("nan", ValueError, "cost must be finite, or .*; got other values in image 0", (COST * NAN,)),
+    ("-inf", ValueError, "cost must be finite", (COST - INF,)),
+    ("inf", ValueError, "leave enough queries for the objects", (COST + INF,)),
+    ("float sizes", TypeError, r"sizes\.long\(\)", (COST, SIZES.float())),
+    ("sizes of one", ValueError, r"sizes must have shape \(2,\)", (COST, SIZES[:1])),
+    ("sizes too large", ValueError, r"sizes must lie in 0..2; got \[7, 6\]", (COST, SIZES + 5)),
+    ("list of sizes", TypeError, "sizes must be a tensor; got list", (COST, [1, 2])),
+):
+    wrong(f"assign: {name}", error, words, tl.assign, *args)
+
+for name, error, words, kwargs in (
+    ("class_loss", ValueError, "class_loss must be one of focal", {"class_loss": "ce"}),
+    ("class_loss None", ValueError, "class_loss must be one of focal", {"class_loss": None}),
+    ("other parameter", ValueError, "class_params of focal are alpha, gamma; got beta",
+     {"class_params": {"beta": 1}}),
+    ("list of parameters", TypeError, "class_params must be a dict", {"class_params": [1]}),
+    ("alpha", ValueError, "alpha must be finite and >= 0 and <= 1; got 7",
+     {"class_params": {"alpha": 7}}),
+    ("gamma", TypeError, "gamma must be a number", {"class_params": {"gamma": "2"}}),
+    ("gamma of mal", ValueError, "gamma must be finite and >= 0; got -1",
+     {"class_loss": "mal", "class_params": {"gamma": -1}}),
+    ("no_object_weight", ValueError, "no_object_weight must be finite and >= 0; got -1",
+     {"class_loss": "softmax", "class_params": {"no_object_weight": -1}}),
+    ("no_object_weight str", TypeError, "no_object_weight must be a number",
+     {"class_loss": "softmax", "class_params": {"no_object_weight": "a"}}),
+    ("two weights", ValueError, "loss_weights must be three numbers", {"loss_weights": (1, 2)}),
+    ("weights None", TypeError, "loss_weights must be three numbers", {"loss_weights": None}),
+    ("dict of weights", TypeError, "loss_weights must be three numbers",
+     {"loss_weights": {"class": 1, "l1": 5, "giou": 2}}),
+    ("weight nan", ValueError, r"loss_weights \(class\) must be finite",
+     {"loss_weights": (NAN, 1, 1)}),
+    ("cost weight", TypeError, r"cost_weights \(L1\) must be a number",
+     {"cost_weights": (1, "a", 2)}),
+    ("class_cost", ValueError, "class_cost must be one of focal", {"class_cost": "l1"}),
+    ("cost_alpha", ValueError, "cost_alpha must be finite .* got 2", {"cost_alpha": 2}),
+    ("cost_gamma", TypeError, "cost_gamma must be a number", {"cost_gamma": "x"}),
+    ("box_format", ValueError, "box_format must be one of cxcywh", {"box_format": "xywh"}),
+    ("no group", ValueError, "groups must be finite and >= 1; got 0", {"groups": 0}),
+    ("float groups", TypeError, "groups must be an int; got float", {"groups": 2.0}),
+    ("layer_weights", TypeError, "layer_weights must be numbers", {"layer_weights": 1.0}),
+    ("layer weight", ValueError, r"layer_weights \(1\) must be finite",
+     {"layer_weights": (1, NAN)}),
+    ("group", TypeError, "process_group must be", {"process_group": "world"}),
+    ("averaged", TypeError, "gradients_averaged must be a bool", {"gradients_averaged": 1}),
+    ("misspelt", TypeError, "unexpected keyword argument 'gama'", {"gama": 2}),
+):  # fmt: skip
+    wrong(f"SetCriterion: {name}", error, words, tl.SetCriterion, **kwargs)
+
+
+def criterion_of(logits=QUERIES[None], boxes=PLACES[None], labels=NAMES, sizes=SIZES, built=None,
+                 **kwargs):  # fmt: skip
+    return tl.SetCriterion(**(built or {}))(logits, boxes, labels, PLACED, sizes, **kwargs)
+
+
+PAIRS = torch.zeros(1, 2, 2).long()
+for name, error, words, kwargs in (
+    ("no layers", ValueError, r"logits must have shape \(L, B, Q, C\)",
+     {"logits": QUERIES, "boxes": PLACES}),
+    ("list of layers", TypeError, "logits must be a tensor", {"logits": [QUERIES]}),
+    ("boxes of no layer", ValueError, "boxes must have shape", {"boxes": PLACES}),
+    ("dicts of a dataset", TypeError, "labels must be a tensor; got dict",
+     {"labels": {"labels": NAMES}}),
+    ("float indices", TypeError, r"indices\.long\(\)", {"indices": PAIRS.float()}),
+    ("shape of indices", ValueError, "indices must have shape", {"indices": PAIRS[0]}),
+    ("index too large", ValueError, "indices must lie in -1..2; got 9", {"indices": PAIRS + 9}),
+    ("list of indices", TypeError, "indices must be a tensor", {"indices": [[0]]}),
+    ("num_boxes str", TypeError, "num_boxes must be a number", {"num_boxes": "a"}),
+    ("num_boxes nan", ValueError, "num_boxes must be finite", {"num_boxes": NAN}),
+    ("num_boxes of rows", ValueError, "num_boxes must be a number or a 0-d tensor",
+     {"num_boxes": HALF}),
+    ("groups", ValueError, "3 queries do not make 2 equal groups", {"built": {"groups": 2}}),
+    ("layer_weights", ValueError, "layer_weights must be 1 numbers; got 2",
+     {"built": {"layer_weights": (1, 1)}}),
+    ("no class", ValueError, "a class beside the column for no object; got 1 columns",
+     {"built": {"class_loss": "softmax"}, "logits": QUERIES[None, ..., :1]}),
+):  # fmt: skip
+    wrong(f"criterion: {name}", error, words, criterion_of, **kwargs)
 
 
 @pytest.mark.parametrize(

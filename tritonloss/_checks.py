@@ -90,7 +90,8 @@ def is_index(name: str, value) -> None:
 def is_number(name: str, value, low=None, high=None, *, open_low=False, open_high=False):
     """``value``: a finite number from low to high, or a 0-d tensor, which is read on the CPU alone.
 
-    What numpy made stands in a graph as an array, and comes back as a tensor.
+    What numpy made comes back as a number of Python; a graph holds it as an array, and it comes
+    back as a tensor.
     """
     if torch.compiler.is_compiling() and type(value).__module__ == "numpy":
         value = torch.as_tensor(value)
@@ -117,7 +118,7 @@ def is_number(name: str, value, low=None, high=None, *, open_low=False, open_hig
         or (high is not None and (value >= high if open_high else value > high))
     ):
         raise ValueError(f"{_range(name, low, high, open_low, open_high)}; got {value}")
-    return value
+    return value.item() if type(value).__module__ == "numpy" else value
 
 
 def _range(name: str, low, high, open_low: bool, open_high: bool) -> str:

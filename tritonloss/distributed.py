@@ -83,6 +83,49 @@ def group_of(group: str | ProcessGroup) -> ProcessGroup:
     return group
 
 
+class _GroupName(NamedTuple):
+    """Stands for a process group in a copy or a file."""
+
+    name: str
+
+    def exists(self) -> bool:
+        try:
+            group_of(self.name)
+        except (RuntimeError, LookupError, AttributeError):
+            return False
+        return True
+
+    def found(self):
+        if not self.exists():
+            raise RuntimeError(
+                f"process_group {self.name!r}, with which this module was saved, does not exist "
+                "in this process: call init_process_group first, or set module.process_group"
+            )
+        return group_of(self.name)
+
+
+class HoldsGroup:
+    """Of a module with a process group, a live handle: its name is copied and saved, and looked up
+    again."""
+
+    def live_group(self):
+        if isinstance(self.process_group, _GroupName):
+            self.process_group = self.process_group.found()
+        return self.process_group
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        if is_group(state.get("process_group")):
+            state["process_group"] = _GroupName(state["process_group"].group_name)
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        group = self.__dict__.get("process_group")
+        if isinstance(group, _GroupName) and group.exists():
+            self.process_group = group.found()
+
+
 def scaled_gradient(loss: Tensor, sharing: Sharing) -> Tensor:
     """The same value, its gradient as the trainer needs it."""
     return valued(loss.detach(), sharing.scale * loss) if sharing.scale > 1 else loss

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ._dispatch import backend
-from .distributed import group_of, is_group, parse_sharing
+from .distributed import HoldsGroup, parse_sharing
 from .losses import (
     boxes,
     distribution,
@@ -26,28 +26,6 @@ from .losses import (
     softmax_focal,
 )
 
-
-class _GroupName(NamedTuple):
-    """Stands for a process group in a copy or a file."""
-
-    name: str
-
-    def exists(self) -> bool:
-        try:
-            group_of(self.name)
-        except (RuntimeError, LookupError, AttributeError):
-            return False
-        return True
-
-    def found(self):
-        if not self.exists():
-            raise RuntimeError(
-                f"process_group {self.name!r}, with which this module was saved, does not exist "
-                "in this process: call init_process_group first, or set module.process_group"
-            )
-        return group_of(self.name)
-
-
 # Arguments that belong to a batch, not to the module.
 PER_CALL = ("weight", "avg_factor", "group", "state")
 
@@ -56,7 +34,7 @@ def _pair_of_no_rows(width: int, device) -> tuple[Tensor, Tensor]:
     return torch.zeros(0, width, device=device), torch.zeros(0, width, device=device)
 
 
-class _Loss(nn.Module):
+class _Loss(HoldsGroup, nn.Module):
     """Holds the keyword arguments of ``function``; tensors among them become buffers.
 
     The attributes may be changed between steps, to schedule them.
@@ -115,22 +93,9 @@ class _Loss(nn.Module):
 
     def forward(self, *inputs: Tensor, **per_call) -> Tensor:
         hyper = {name: getattr(self, name) for name in self._hyper}
-        if isinstance(hyper.get("process_group"), _GroupName):
-            hyper["process_group"] = self.process_group = hyper["process_group"].found()
+        if "process_group" in hyper:
+            hyper["process_group"] = self.live_group()
         return type(self).function(*inputs, **hyper | per_call)
-
-    def __getstate__(self) -> dict:
-        # A process group is a live handle: its name is copied and saved, and looked up again
-        state = self.__dict__.copy()
-        if is_group(state.get("process_group")):
-            state["process_group"] = _GroupName(state["process_group"].group_name)
-        return state
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        group = self.__dict__.get("process_group")
-        if isinstance(group, _GroupName) and group.exists():
-            self.process_group = group.found()
 
     def extra_repr(self) -> str:
         values = ((name, getattr(self, name)) for name in self._hyper)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from .distributed import ProcessGroup, reduce_avg_factor
+from ._dispatch import backend
+from .distributed import HoldsGroup, ProcessGroup, parse_sharing, reduce_avg_factor
 from .losses.boxes import giou_loss, iou_loss
 from .losses.matching import (
     BOX_FORMATS,
@@ -18,6 +19,7 @@ from .losses.matching import (
     matching_cost,
     parse_objects,
     parse_queries,
+    three_numbers,
 )
 from .losses.pointwise import sigmoid_focal_loss, varifocal_loss
 from .losses.quality import iou_aware_bce_loss, mal_loss
@@ -41,7 +43,7 @@ def _corners(boxes: Tensor, box_format: str) -> Tensor:
     return torch.cat([centre - 0.5 * size, centre + 0.5 * size], -1)
 
 
-class SetCriterion(nn.Module):
+class SetCriterion(HoldsGroup, nn.Module):
     r"""Match queries with objects, then class, L1 and GIoU loss of every decoder layer.
 
     .. math:: L = \sum_l w_l \left( w_1 L_{class} + w_2 \sum \lVert b_\sigma - b \rVert_1 / n
@@ -74,7 +76,7 @@ class SetCriterion(nn.Module):
             of each object, -1 for none. None matches. Denoising queries come with theirs, see
             ``denoising_indices``; their number of groups is that of the indices. With indices
             nothing waits for the device, and the call compiles as one graph.
-        num_boxes: n, a number or 0-d tensor; None counts.
+        num_boxes: n, a number or 0-d tensor; <= 0 counts as 1. None counts.
 
     and returns a dict of ``class``, ``l1`` and ``giou``, each ``(L,)`` and not weighted, ``total``,
     the weighted sum of all, and ``indices``. All stay on the device.
@@ -117,32 +119,44 @@ class SetCriterion(nn.Module):
         super().__init__()
         is_choice("class_loss", class_loss, tuple(CLASS_LOSSES))
         params, cost = CLASS_LOSSES[class_loss]
+        if not isinstance(class_params, (dict, type(None))):
+            raise TypeError(f"class_params must be a dict; got {type(class_params).__name__}")
         unknown = sorted(set(class_params or {}) - set(params))
         if unknown:
             raise ValueError(
                 f"class_params of {class_loss} are {', '.join(params)}; got {', '.join(unknown)}"
             )
-        is_choice("class_cost", class_cost or cost, CLASS_COSTS)
+        is_choice("class_cost", cost if class_cost is None else class_cost, CLASS_COSTS)
         is_choice("box_format", box_format, BOX_FORMATS)
         check.is_index("groups", groups)
         check.is_number("groups", groups, 1)
-        for name, weights in (("loss_weights", loss_weights), ("cost_weights", cost_weights)):
-            if len(weights) != 3:
-                raise ValueError(f"{name} must be three numbers (class, L1, GIoU); got {weights}")
-            for weight in weights:
-                check.is_number(name, weight)
+        if layer_weights is not None:
+            if not isinstance(layer_weights, (tuple, list)):
+                raise TypeError(f"layer_weights must be numbers, one a layer; got {layer_weights}")
+            layer_weights = tuple(
+                check.is_number(f"layer_weights ({k})", w) for k, w in enumerate(layer_weights)
+            )
+        parse_sharing(process_group, gradients_averaged)
         self.class_loss: str = class_loss
         self.class_params: dict[str, Any] = {**params, **(class_params or {})}
-        self.loss_weights: tuple[float, ...] = tuple(loss_weights)
-        self.cost_weights: tuple[float, ...] = tuple(cost_weights)
+        self.loss_weights: tuple[float, ...] = three_numbers("loss_weights", loss_weights)
+        self.cost_weights: tuple[float, ...] = three_numbers("cost_weights", cost_weights)
         self.class_cost: str = class_cost or cost
-        self.cost_alpha: float = cost_alpha
-        self.cost_gamma: float = cost_gamma
+        self.cost_alpha: float = check.is_number("cost_alpha", cost_alpha, 0, 1)
+        self.cost_gamma: float = check.is_number("cost_gamma", cost_gamma, 0)
         self.box_format: str = box_format
         self.groups: int = groups
         self.layer_weights: tuple[float, ...] | None = layer_weights
         self.process_group: ProcessGroup | None = process_group
         self.gradients_averaged: bool = gradients_averaged
+        self._check_class_params()
+
+    def _check_class_params(self) -> None:
+        """A call without any row."""
+        rows = {"dtype": torch.float32, "device": "cpu"}
+        labels = torch.zeros(0, dtype=torch.long, device="cpu")
+        with backend("eager"), torch.no_grad():
+            self._class_loss(torch.zeros(0, 8, **rows), labels, torch.zeros(0, **rows), 1.0)
 
     def _by_group(self, x: Tensor) -> Tensor:
         """(L, B, Q, D) as (L, groups, B, Q / groups, D), a view."""
@@ -157,6 +171,7 @@ class SetCriterion(nn.Module):
         sizes: Tensor | None = None,
     ) -> Tensor:
         """The query of each object: ``indices`` as ``forward`` takes them."""
+        parse_queries(logits, boxes)
         last = logits.shape[-1] - (2 if self.class_loss == "softmax" else 1)
         labels, target_boxes, sizes = parse_objects(logits, labels, target_boxes, sizes, last)
         grouped = self.groups > 1
@@ -239,7 +254,9 @@ class SetCriterion(nn.Module):
         shared = {"reduction": "mean", "avg_factor": divisor}
         if self.class_loss == "softmax":
             weight = logits.new_ones(logits.shape[-1], dtype=torch.float32)
-            weight[-1] = self.class_params["no_object_weight"]
+            weight[-1] = check.is_number(
+                "no_object_weight", self.class_params["no_object_weight"], 0
+            )
             shared["avg_factor"] = weight[labels].sum()
             return softmax_focal_loss(logits, labels, alpha=weight, gamma=0.0, **shared)
         if self.class_loss == "focal":
@@ -275,6 +292,10 @@ class SetCriterion(nn.Module):
         weights = self.layer_weights
         if weights is not None and len(weights) != layers:
             raise ValueError(f"layer_weights must be {layers} numbers; got {len(weights)}")
+        if self.class_loss == "softmax" and columns < 2:
+            raise ValueError(
+                f"logits must have a class beside the column for no object; got {columns} columns"
+            )
         background = columns - 1 if self.class_loss == "softmax" else columns
         labels, target_boxes, sizes = parse_objects(
             logits, labels, target_boxes, sizes, background - 1
@@ -314,12 +335,15 @@ class SetCriterion(nn.Module):
         if num_boxes is None:
             num_boxes = sizes.sum() * groups
             num_boxes = reduce_avg_factor(
-                num_boxes, self.process_group, gradients_averaged=self.gradients_averaged
+                num_boxes, self.live_group(), gradients_averaged=self.gradients_averaged
             )
+        num_boxes = check.is_number("num_boxes", num_boxes)
+        # below 1 it may be, where it is a mean over processes; <= 0 counts as 1, as avg_factor does
         if isinstance(num_boxes, Tensor):
-            divisor = num_boxes.detach().to(logits.device, torch.float32).clamp(min=1)
+            divisor = num_boxes.detach().to(logits.device, torch.float32)
+            divisor = torch.where(divisor <= 0, 1, divisor)
         else:
-            divisor = max(float(num_boxes), 1.0)
+            divisor = float(num_boxes) if num_boxes > 0 else 1.0
 
         paired = torch.promote_types(boxes.dtype, torch.float32)
         l1 = (chosen.to(paired) - wanted.to(paired)).abs().sum((1, 2, 3)) / divisor

@@ -116,6 +116,7 @@ def _harmonised(
     x, labels, quality, *_ = levels[0]
     _check_parameters(x, bins, momentum, state, normalize)
     sharing = parse_sharing(process_group, gradients_averaged)
+    momentum = check.is_number("momentum", momentum, 0, 1, open_high=True)
     # 1 - m and log m are formed in float64: float32 would lose both for m near 1
     if isinstance(momentum, Tensor):
         check.float64_beside("momentum", momentum)

@@ -86,6 +86,15 @@ def is_choice(name: str, value, choices) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
+def three_numbers(name: str, values) -> tuple:
+    """Weights of the class, the L1 and the GIoU term."""
+    if not isinstance(values, (tuple, list)) or len(values) != 3:
+        error = ValueError if isinstance(values, (tuple, list)) else TypeError
+        raise error(f"{name} must be three numbers (class, L1, GIoU); got {values!r}")
+    terms = zip(("class", "L1", "GIoU"), values, strict=True)
+    return tuple(check.is_number(f"{name} ({term})", value) for term, value in terms)
+
+
 def _two_leading(x: Tensor) -> Tensor:
     """(..., B, Q, D) as (O, G, B, Q, D): a view, but for more than two leading dims."""
     while x.dim() < 5:
@@ -166,12 +175,7 @@ def matching_cost(
     labels, target_boxes, sizes = parse_objects(
         logits, labels, target_boxes, sizes, logits.shape[-1] - 1
     )
-    if not isinstance(weights, (tuple, list)) or len(weights) != 3:
-        raise TypeError(f"weights must be three numbers (class, L1, GIoU); got {weights!r}")
-    weights = tuple(
-        check.is_number(f"weights ({name})", weight)
-        for name, weight in zip(("class", "L1", "GIoU"), weights, strict=True)
-    )
+    weights = three_numbers("weights", weights)
     alpha = check.is_number("alpha", alpha, 0, 1)
     gamma = check.is_number("gamma", gamma, 0)
     if nonfinite_cost is not None:
@@ -233,7 +237,13 @@ def _solve(cost: Tensor, counts: list[int]) -> Tensor:
     found = torch.full((n, objects), -1, dtype=torch.int64)
     table, result = cost.numpy(), found.numpy()
     for i in range(n):
-        queries, matched = linear_sum_assignment(table[i, :, : counts[i % len(counts)]])
+        try:
+            queries, matched = linear_sum_assignment(table[i, :, : counts[i % len(counts)]])
+        except ValueError:
+            raise ValueError(
+                "cost must be finite, or +inf where a query must not take an object, and leave "
+                f"enough queries for the objects; got other values in image {i % len(counts)}"
+            ) from None
         result[i, matched] = queries
     return found
 

@@ -483,11 +483,12 @@ def generalized_focal_loss(
         if name == "y" or isinstance(value, Tensor):
             check.is_input(name, value, x_left.shape, "as x_left", "x_left", x_left)
         else:
-            check.is_number(name, value)
+            values[name] = check.is_number(name, value)
+    y, y_left, y_right = values.values()
     if check.values_checked(x_left):
         ordered = (y_left <= y) & (y <= y_right)
         check.require(ordered, "y must lie between y_left and y_right", y)
-        left, right = torch.as_tensor(y_left), torch.as_tensor(y_right)
+        left, right = (torch.as_tensor(v, device=x_left.device) for v in (y_left, y_right))
         check.require(left < right, "y_left must be below y_right", left.expand_as(left < right))
     return eager.generalized_focal(x_left, x_right, y, y_left, y_right, beta, reduction, avg_factor)
 
