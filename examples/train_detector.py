@@ -53,6 +53,7 @@ class Config:
     coco: str | None = None
     images: str | None = None
     val_coco: str | None = None
+    skip_broken: bool = False
     loss: str = "gfl"
     box_loss: str | None = None
     pisa: bool = False
@@ -76,7 +77,8 @@ class Config:
 @dataclass
 class Result:
     losses: list[dict] = field(default_factory=list)  # one dict per step
-    ap: dict = field(default_factory=dict)  # AP40, AP50; empty if the run stopped early
+    ap: dict = field(default_factory=dict)  # AP40, AP50, ...; empty if the run stopped early
+    by_class: dict = field(default_factory=dict)
     parameters: int = 0
     train_seconds: float = 0.0
     model: torch.nn.Module | None = None
@@ -85,9 +87,11 @@ class Result:
 
 def load_data(config: Config) -> data.Dataset:
     if config.coco is not None:
-        return data.coco(config.coco, config.images, config.val_coco, config.seed)
-    for name in ("images", "val_coco"):
-        if getattr(config, name) is not None:
+        return data.coco(
+            config.coco, config.images, config.val_coco, config.seed, skip_broken=config.skip_broken
+        )
+    for name in ("images", "val_coco", "skip_broken"):
+        if getattr(config, name):
             raise UsageError(f"--{name.replace('_', '-')}: only together with --coco")
     if config.data == "digits":
         return data.digits(config.seed, *config.digits)
@@ -139,6 +143,8 @@ def train(config: Config) -> Result:
     dataset = load_data(config)
     if rank > 0:
         config.out, config.progress = None, False
+    if config.progress:
+        print(dataset.summary(), flush=True)
     if config.out is not None:
         common.make_folder(config.out)
 
@@ -212,7 +218,9 @@ def train(config: Config) -> Result:
     result.model = model
     if last == config.steps and rank == 0:
         found = evaluate.run(model, detect, dataset.test, device)
-        result.ap = evaluate.average_precision(dataset.test, found, len(dataset.classes))
+        result.ap, result.by_class = evaluate.average_precision(
+            dataset.test, found, dataset.classes
+        )
         if config.out is not None:
             title = common.write_results(config, dataset, found, result)
             if result.report:
@@ -294,6 +302,7 @@ def parse_arguments(arguments: list[str] | None) -> Config:
     add("--coco", metavar="JSON", help="train on your own boxes: annotations in COCO format")
     add("--images", metavar="DIR", help="the folder with the images of --coco")
     add("--val-coco", metavar="JSON", help="test annotations; default: every fifth image")
+    add("--skip-broken", action="store_true", help="leave out broken entries of --coco, and say so")
     add("--loss", choices=LOSSES, help="see below; default: gfl")
     add("--box-loss", choices=BOX_LOSSES, help="default: the one that belongs to --loss")
     add("--pisa", action="store_true", help="prime sample attention: best boxes count most")

@@ -52,7 +52,8 @@ class Config:
 @dataclass
 class Result:
     losses: list[dict] = field(default_factory=list)  # one dict per step, of the last layer
-    ap: dict = field(default_factory=dict)  # AP40, AP50
+    ap: dict = field(default_factory=dict)  # AP40, AP50, ...
+    by_class: dict = field(default_factory=dict)
     parameters: int = 0
     train_seconds: float = 0.0
     model: torch.nn.Module | None = None
@@ -76,6 +77,8 @@ def train(config: Config) -> Result:
     if config.threads:
         torch.set_num_threads(config.threads)
     dataset = data.digits(config.seed, *config.digits)
+    if config.progress:
+        print(dataset.summary(), flush=True)
     if config.out is not None:
         common.make_folder(config.out)
     torch.manual_seed(config.seed)
@@ -108,7 +111,7 @@ def train(config: Config) -> Result:
             common.is_finite(result.losses[-1], step, config.lr)
     result.train_seconds = time.perf_counter() - began
     found = evaluate.run(model, detect, dataset.test, config.device)
-    result.ap = evaluate.average_precision(dataset.test, found, len(dataset.classes))
+    result.ap, result.by_class = evaluate.average_precision(dataset.test, found, dataset.classes)
     if config.out is not None:
         common.write_results(config, dataset, found, result)
     return result

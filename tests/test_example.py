@@ -31,6 +31,7 @@ train_detector = importlib.import_module("train_detector")
 train_detr = importlib.import_module("train_detr")
 data, evaluate = train_detector.data, train_detector.evaluate
 losses = importlib.import_module("detection.losses")
+pictures = importlib.import_module("detection.pictures")
 model = importlib.import_module("detection.model")
 LOSSES = losses.LOSSES
 
@@ -127,6 +128,9 @@ BROKEN = {
     "no list": (lambda c: c.pop("annotations"), "--coco", "has no list 'annotations'"),
     "no bbox": (without("annotations", "bbox"), "--coco", "annotations[0] has no 'bbox'"),
     "no file_name": (without("images", "file_name"), "--coco", "images[0] has no 'file_name'"),
+    "image twice": (lambda c: c["images"][1].update(id=0), "--coco", "images[1] has id 0, as one"),
+    "category twice": (lambda c: c["categories"][1].update(id=17), "--coco", "has id 17, as one"),
+    "id": (lambda c: c["annotations"][0].update(image_id=[1]), "--coco", "no number or string"),
     "no boxes": (lambda c: c["annotations"].clear(), "--coco", "no boxes"),
     "not finite": (first_box([1, 2, math.nan, 4]), "--coco", "finite"),
     "not numbers": (first_box([1, 2, "a", 4]), "--coco", "finite"),
@@ -167,6 +171,67 @@ def test_broken_annotations_are_named(coco, capsys, name):
     spoil(content)
     path.write_text(json.dumps(content))
     fails(capsys, ["--coco", path, "--images", path.parent], *parts)
+
+
+def test_what_became_of_the_entries_is_told(coco, capsys, tmp_path):
+    path, content = coco
+    for number, entry in enumerate(content["annotations"]):
+        entry["bbox"] = [10, 10, 20, 20]
+        entry["category_id"] = 7 if number < 4 else 17
+    more = {
+        "crowd": {"bbox": [40, 10, 20, 20], "iscrowd": 1},
+        "empty": {"bbox": [40, 10, 0, 20]},
+        "outside": {"bbox": [200, 10, 20, 20]},
+        "mostly": {"bbox": [75, 10, 20, 20]},
+        "partly": {"bbox": [65, 10, 20, 20]},
+        "broken": {"bbox": [1, 2, 3]},
+        "unknown": {"bbox": [1, 2, 3, 4], "category_id": 99},
+        "list": {"bbox": [1, 2, 3, 4], "image_id": [1]},
+    }
+    content["annotations"] += [{"image_id": 0, "category_id": 7} | entry for entry in more.values()]
+    content["images"] += [{"id": 6, "file_name": "none.png"}, {"id": 7}]
+    content["annotations"].append({"image_id": 6, "category_id": 7, "bbox": [1, 2, 30, 40]})
+    path.write_text(json.dumps(content))
+    out = tmp_path / "out"
+    arguments = ["--coco", path, "--images", path.parent, "--out", out, "--steps", 1, "--batch", 2]
+    arguments = [str(a) for a in [*arguments, "--channels", 16]]
+    fails(capsys, arguments, "--coco", "images[7] has no 'file_name'", "--skip-broken")
+    assert train_detector.main([*arguments, "--skip-broken"]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((out / "metrics.json").read_text())
+    facts = found["data"]
+    assert facts["entries not as written"] == {
+        "broken images: left out": 2,
+        "crowd regions: ignored, they teach nothing": 1,
+        "boxes without area: left out": 1,
+        "broken annotations: left out": 3,
+        "boxes of broken images: left out": 1,
+        "boxes outside their image: left out": 1,
+        "boxes mostly outside their image: ignored": 1,
+        "boxes partly outside their image: cut": 1,
+    }
+    assert facts["images"] == {"train": 5, "test": 1}
+    boxes = facts["boxes"]
+    assert boxes["train"]["red"] + boxes["test"]["red"] == 5  # one of them cut
+    assert boxes["train"]["green"] + boxes["test"]["green"] == 2
+    assert sum(facts["regions to ignore"].values()) == 2
+    assert len(facts["skipped"]) == 5 and str(path) in facts["source"]
+    for count, words in ((3, "broken annotations: left out"), (1, "crowd regions: ignored")):
+        assert f"{count} {words}" in shown
+    assert "annotations[11] must have a bbox [x, y, width, height], got [1, 2, 3]" in shown
+    assert "none.png is missing" in " ".join(facts["skipped"])
+    assert shown.index("red") < shown.index("1 steps")  # before training
+    assert found["config"]["data"] == facts["name"] == "coco"
+    assert set(found["AP of each class"]) == {"red", "green"} and "AP50:95" in found["AP"]
+
+
+def test_a_category_of_another_name_is_no_match(coco, capsys):
+    path, content = coco
+    content["categories"][0]["name"] = "blue"
+    other = path.parent / "other.json"
+    other.write_text(json.dumps(content))
+    fails(capsys, ["--coco", path, "--images", path.parent, "--val-coco", other],
+          "--val-coco", "category 17 is 'blue', but in --coco 'green'")  # fmt: skip
 
 
 def test_truncated_image_is_named(coco, capsys, tmp_path):
@@ -236,6 +301,7 @@ def test_bad_arguments_are_named(coco, capsys, tmp_path):
     fails(capsys, ["--coco", path], "--images")
     fails(capsys, ["--images", folder], "--images", "--coco")
     fails(capsys, ["--val-coco", path], "--val-coco", "--coco")
+    fails(capsys, ["--skip-broken"], "--skip-broken", "--coco")
     fails(capsys, ["--out", text], "--out")
     fails(capsys, ["--device", "tpu7"], "--device")
     fails(capsys, ["--resume", tmp_path / "none.pt"], "--resume", "none.pt")
@@ -421,7 +487,7 @@ def test_two_processes_train_and_report_once(coco, tmp_path, loss):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("AP50") == 1
+    assert done.stdout.count("AP40") == 1
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["losses"]) == 4 and {"AP40", "AP50"} <= set(metrics["AP"])
     assert 0.95 < diagnosed_logits(out) / (4 * 3 * logits_of_a_crop(path)) <= 1  # of both
@@ -504,15 +570,69 @@ def test_nms_keeps_the_best_of_each_class():
     assert kept.tolist() == [1, 2, 3]
 
 
-def test_average_precision_of_perfect_and_of_no_detections():
+def detections(scenes, moved=0.0):
+    """The true boxes, to the right by this part of their width."""
+    found = []
+    for scene in scenes:
+        boxes = torch.from_numpy(scene.boxes.copy())
+        shift = moved * (boxes[:, 2] - boxes[:, 0])
+        boxes[:, [0, 2]] += shift[:, None]
+        found.append((boxes, torch.ones(len(boxes)), torch.from_numpy(scene.labels)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("overlap", "expected"),
+    [
+        (1, {"AP40": 1, "AP50": 1, "AP50:95": 1}),
+        (0.72, {"AP40": 1, "AP50": 1, "AP50:95": 0.5}),  # 0.50, 0.55 ... 0.70 of ten thresholds
+        (0.45, {"AP40": 1, "AP50": 0, "AP50:95": 0}),
+    ],
+)
+def test_average_precision_of_boxes_with_a_known_overlap(overlap, expected):
+    scenes = data.digits(0, 0, 40).test
+    classes = [*map(str, range(10)), "none"]
+    moved = (1 - overlap) / (1 + overlap)  # of two boxes side by side this is their IoU
+    ap, by_class = evaluate.average_precision(scenes, detections(scenes, moved), classes)
+    assert {name: ap[name] for name in expected} == pytest.approx(expected)
+    assert by_class.pop("none") == {"AP50": None, "AP50:95": None}
+    for name, value in by_class.items():
+        assert value == pytest.approx({k: expected[k] for k in value}), name
+
+
+def test_average_precision_of_no_detections():
     scenes = data.digits(0, 0, 6).test
-    perfect = [
-        (torch.from_numpy(s.boxes), torch.ones(len(s.labels)), torch.from_numpy(s.labels))
-        for s in scenes
-    ]
-    assert evaluate.average_precision(scenes, perfect, 10)["AP50"] == pytest.approx(1)
-    nothing = [tuple(x[:0] for x in one) for one in perfect]
-    assert evaluate.average_precision(scenes, nothing, 10)["AP50"] == 0
+    nothing = [tuple(x[:0] for x in one) for one in detections(scenes)]
+    ap, by_class = evaluate.average_precision(scenes, nothing, [*map(str, range(10)), "none"])
+    assert ap["AP50"] == ap["AP50:95"] == 0
+    present = {str(label) for scene in scenes for label in scene.labels}
+    assert {k for k, v in by_class.items() if v == {"AP50": 0, "AP50:95": 0}} == present
+
+
+def test_the_better_of_two_detections_lies_on_top(tmp_path):
+    """In any order, each in the colour of its class, and the truth with its name."""
+    scene = data.Scene(np.zeros((96, 96, 3), np.uint8), [[60, 60, 80, 80]], [2])
+    box = torch.tensor([[10.0, 20, 50, 60]]).expand(2, 4)
+    classes = ["zero", "one", "two"]
+    pixels, counts = [], []
+    for better in (0, 1):
+        found = [
+            (box, torch.tensor([0.9, 0.6] if better == 0 else [0.6, 0.9]), torch.tensor([0, 1]))
+        ]
+        path = tmp_path / f"{better}.png"
+        pictures.draw_detections(path, [scene], found, classes, 0.5, "a title")
+        picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        # without the legend, which has both colours
+        picture = picture[picture.shape[0] // 4 :]
+        counts.append([has_colour(picture, pictures.colour_of(label)) for label in (0, 1)])
+        pixels.append(has_colour(picture, pictures.TRUTH))
+    assert counts[0][0] > 4 * counts[0][1] and counts[1][1] > 4 * counts[1][0], counts
+    assert min(pixels) > 100
+
+
+def has_colour(picture, colour: str) -> int:
+    rgb = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
+    return int((abs(picture - rgb).max(-1) < 20).sum())
 
 
 @pytest.mark.parametrize("loss", ["gfl", pytest.param("focal", marks=pytest.mark.slow)])

@@ -54,8 +54,16 @@ def is_finite(losses: dict, step: int, lr: float) -> None:
 def summary(result) -> str:
     """What to print: the size of the run, and AP if it came to its end."""
     took = f"{result.parameters:,} parameters, {result.train_seconds:.0f} s"
-    found = "  ".join(f"{name} {result.ap[name]:.3f}" for name in ("AP40", "AP50") if result.ap)
-    return f"{len(result.losses)} steps, {took}" + (f"\n{found}" if found else "")
+    lines = [f"{len(result.losses)} steps, {took}"]
+    if result.ap:
+        names = ("AP40", "AP50", "AP50:95")
+        lines.append("  ".join(f"{name} {result.ap[name]:.3f}" for name in names))
+    if len(result.by_class) > 1:
+        width = max(map(len, result.by_class))
+        for name, ap in result.by_class.items():
+            shown = (f"{k} {'none' if v is None else f'{v:.3f}'}" for k, v in ap.items())
+            lines.append(f"  {name:<{width}}  {'  '.join(shown)}")
+    return "\n".join(lines)
 
 
 def write_results(config, dataset, found, result) -> str:
@@ -63,9 +71,14 @@ def write_results(config, dataset, found, result) -> str:
     from . import pictures
 
     out = Path(config.out)
+    settings = dataclasses.asdict(config)
+    if "data" in settings:  # the option's default, where other data were given
+        settings["data"] = dataset.name
     metrics = {
-        "config": dataclasses.asdict(config),
+        "config": settings,
+        "data": dataset.facts(),
         "AP": result.ap,
+        "AP of each class": result.by_class,
         "parameters": result.parameters,
         "train_seconds": round(result.train_seconds, 2),
         "versions": {"tritonloss": tritonloss.__version__, "torch": torch.__version__},

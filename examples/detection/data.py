@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,50 @@ class Dataset:
     flips: str = ""  # "h" left-right, "v" up-down, "t" transpose
     colour: float = 0.0
     bins: int = 8  # the largest distance from an anchor to a side, in strides
+    source: str = ""  # where the pictures come from, and which are held back
+    became: Counter = field(default_factory=Counter)  # of entries that are not taught as written
+    skipped: list[str] = field(default_factory=list)  # why, of each broken entry left out
+
+    def boxes_per_class(self, scenes: list[Scene]) -> dict[str, int]:
+        labels = np.concatenate([scene.labels for scene in scenes] or [np.zeros(0, np.int64)])
+        counts = np.bincount(labels[labels != IGNORE], minlength=len(self.classes))
+        return dict(zip(self.classes, counts.tolist(), strict=True))
+
+    def facts(self) -> dict:
+        """What is trained and tested on, for people and for metrics.json."""
+        parts = {"train": self.train, "test": self.test}
+        return {
+            "name": self.name,
+            "source": self.source,
+            "images": {part: len(scenes) for part, scenes in parts.items()},
+            "boxes": {part: self.boxes_per_class(scenes) for part, scenes in parts.items()},
+            "regions to ignore": {
+                part: sum(int((scene.labels == IGNORE).sum()) for scene in scenes)
+                for part, scenes in parts.items()
+            },
+            "entries not as written": dict(self.became),
+            "skipped": self.skipped,
+        }
+
+    def summary(self) -> str:
+        """The same as a few lines."""
+        facts = self.facts()
+        width = max(map(len, (*self.classes, "regions to ignore")))
+
+        def row(name, train, test):
+            return f"  {name:<{width}}  {train:>7,}  {test:>7,}"
+
+        lines = [f"data: {self.name}, {self.source}", f"  {'':<{width}}  {'train':>7}  {'test':>7}"]
+        lines.append(row("images", *facts["images"].values()))
+        train, test = facts["boxes"].values()
+        lines += [row(name, train[name], test[name]) for name in self.classes]
+        if any(facts["regions to ignore"].values()):
+            lines.append(row("regions to ignore", *facts["regions to ignore"].values()))
+        lines += [f"  {count:,} {what}" for what, count in self.became.items()]
+        lines += [f"    {why}" for why in self.skipped[:5]]
+        if len(self.skipped) > 5:
+            lines.append(f"    ... and {len(self.skipped) - 5:,} more (all are in metrics.json)")
+        return "\n".join(lines)
 
     def batch(self, rng: np.random.Generator, size: int):
         """Images (B, 3, S, S) and padded boxes (B, M, 4), labels (B, M; -1 also where padded)."""
@@ -125,11 +170,14 @@ def clip_boxes(boxes, labels, window):
     return cut[left > 0], labels[left > 0]
 
 
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
 def _open(path: Path, argument: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UsageError(f"{argument}: cannot read the image {path}: {error}") from None
 
 
@@ -150,7 +198,10 @@ def trees() -> Dataset:
             scenes.append(Scene(image[:, x1:x2], part, labels, source=path.name))
     if not train:
         raise UsageError(f"--data trees: no photos in {TREES}")
-    return Dataset("trees", ["tree"], train, test, 160, (0.7, 1.4), "hvt", 0.15)
+    return Dataset(
+        "trees", ["tree"], train, test, 160, (0.7, 1.4), "hvt", 0.15,
+        source="aerial photos: the left 70 % of each to train, the right 30 % to test",
+    )  # fmt: skip
 
 
 def digits(seed: int, n_train: int = 1500, n_test: int = 200) -> Dataset:
@@ -193,7 +244,10 @@ def digits(seed: int, n_train: int = 1500, n_test: int = 200) -> Dataset:
     # No scan and no piece of ground is in both parts.
     train = [compose(0, 1300, ground.train) for _ in range(n_train)]
     test = [compose(1300, len(scans.images), ground.test) for _ in range(n_test)]
-    return Dataset("digits", [str(k) for k in range(10)], train, test, 96, colour=0.1)
+    return Dataset(
+        "digits", [str(k) for k in range(10)], train, test, 96, colour=0.1,
+        source="scans of digits on pieces of aerial photos; no scan and no ground is in both parts",
+    )  # fmt: skip
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
@@ -202,18 +256,26 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
     return max(width, 0) * max(height, 0)
 
 
-def coco(annotations, images, val_annotations=None, seed: int = 0, side: int = 256) -> Dataset:
+def coco(
+    annotations, images, val_annotations=None, seed: int = 0, side: int = 256,
+    skip_broken: bool = False,
+) -> Dataset:  # fmt: skip
     """Your own data in COCO format; without a second file, every fifth image is for testing.
 
-    Every image is scaled so that its longer side has ``side`` pixels.
+    Every image is scaled so that its longer side has ``side`` pixels. A broken entry is an error;
+    with ``skip_broken`` it is left out, and told.
     """
     if images is None:
         raise UsageError("--images: give the folder with the images of --coco")
     if not Path(images).is_dir():
         raise UsageError(f"--images: no such folder: {images}")
-    names, train = _read_coco(Path(annotations), Path(images), "--coco", side)
+    files = [_Coco(Path(annotations), Path(images), "--coco", skip_broken)]
+    names, train = files[0].names, files[0].scenes(side)
+    source = f"{annotations}, images in {images}"
     if val_annotations is not None:
-        _, test = _read_coco(Path(val_annotations), Path(images), "--val-coco", side, names)
+        files.append(_Coco(Path(val_annotations), Path(images), "--val-coco", skip_broken, names))
+        test = files[1].scenes(side)
+        source += f", test {val_annotations}"
     else:
         if len(train) < 2:
             raise UsageError(
@@ -222,76 +284,164 @@ def coco(annotations, images, val_annotations=None, seed: int = 0, side: int = 2
         order = np.random.default_rng([seed, 5]).permutation(len(train))
         held = max(1, len(train) // 5)
         train, test = [train[i] for i in order[held:]], [train[i] for i in order[:held]]
-    return Dataset("coco", list(names.values()), train, test, side, (0.7, 1.4), "h", 0.15, bins=16)
+        source += f", every fifth held back to test (by --seed {seed})"
+    return Dataset(
+        "coco", list(names.values()), train, test, side, (0.7, 1.4), "h", 0.15, bins=16,
+        source=source, became=sum((file.became for file in files), Counter()),
+        skipped=[why for file in files for why in file.skipped],
+    )  # fmt: skip
 
 
-def _read_coco(path: Path, folder: Path, argument: str, side: int, names=None):
-    """Category names by id, in the order of the ids, and the scenes of one annotation file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{argument}: cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"{argument}: {path} is not JSON: {error}") from None
+REQUIRED = {
+    "images": ("id", "file_name"),
+    "annotations": ("image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
 
-    def wrong(what: str) -> UsageError:
-        return UsageError(f"{argument}: {path}: {what}")
 
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise wrong(f"has no list {key!r}")
-    required = {
-        "images": ("id", "file_name"),
-        "annotations": ("image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
-    for part, keys in required.items():
-        for number, entry in enumerate(content[part]):
-            for key in keys:
-                if not isinstance(entry, dict) or key not in entry:
-                    raise wrong(f"{part}[{number}] has no {key!r}")
-    found = {c["id"]: str(c["name"]) for c in sorted(content["categories"], key=_by_id)}
-    names = found if names is None else names
-    column = {category: k for k, category in enumerate(names)}
-    files = {image["id"]: str(image["file_name"]) for image in content["images"]}
-    boxes: dict = {image: [] for image in files}
-    for number, entry in enumerate(content["annotations"]):
-        where, box = f"annotations[{number}]", entry["bbox"]
-        if entry["image_id"] not in files:
-            raise wrong(f"{where}: unknown image_id {entry['image_id']!r}")
-        if entry["category_id"] not in column:
-            raise wrong(f"{where}: unknown category_id {entry['category_id']!r}")
-        if not isinstance(box, list) or len(box) != 4:
-            raise wrong(f"{where}: bbox must be [x, y, width, height], got {box!r}")
-        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
-            raise wrong(f"{where}: bbox must be four finite numbers, got {box!r}")
-        if box[2] < 0 or box[3] < 0:
-            raise wrong(f"{where}: bbox has a negative width or height: {box!r}")
-        label = IGNORE if entry.get("iscrowd") else column[entry["category_id"]]
-        if box[2] and box[3]:  # COCO itself has a few boxes without area
-            x, y, w, h = box
-            boxes[entry["image_id"]].append((x, y, x + w, y + h, label))
-    if not any(box[4] != IGNORE for rows in boxes.values() for box in rows):
-        raise wrong("has no boxes to learn from")
+class _Coco:
+    """One annotation file, checked entry by entry.
 
-    scenes = []
-    for image, name in files.items():
-        file = folder / name
-        if not file.is_file():
-            raise UsageError(f"--images: {file} is missing ({path} names it)")
+    Attributes:
+        names: of the categories by id, in the order of the ids.
+        became, skipped: see ``Dataset``.
+    """
+
+    def __init__(self, path: Path, folder: Path, argument: str, skip_broken: bool, names=None):
+        self.path, self.folder, self.argument, self.skip_broken = (
+            path,
+            folder,
+            argument,
+            skip_broken,
+        )
+        self.became: Counter = Counter()
+        self.skipped: list[str] = []
+        content = self._content()
+        found: dict = {}
+        for number, entry in enumerate(content["categories"]):
+            if why := self._lacks("categories", entry) or self._twice(entry["id"], found):
+                raise self._wrong(f"categories[{number}] {why}")
+            found[entry["id"]] = str(entry["name"])
+        found = dict(sorted(found.items(), key=lambda item: (str(type(item[0])), item[0])))
+        for key, name in found.items():
+            if names is not None and names.get(key, name) != name:
+                raise self._wrong(f"category {key!r} is {name!r}, but in --coco {names[key]!r}")
+        self.names = found if names is None else names
+        self.files: dict = {}
+        for number, entry in enumerate(content["images"]):
+            if why := self._lacks("images", entry) or self._twice(entry["id"], self.files):
+                self._broken("image", f"images[{number}] {why}")
+            else:
+                self.files[entry["id"]] = str(entry["file_name"])
+        column = {category: k for k, category in enumerate(self.names)}
+        self.boxes: dict = {image: [] for image in self.files}
+        for number, entry in enumerate(content["annotations"]):
+            if why := self._lacks("annotations", entry) or self._unfit(entry, column):
+                self._broken("annotation", f"annotations[{number}] {why}")
+                continue
+            x, y, w, h = entry["bbox"]
+            if not (w and h):  # COCO itself has a few
+                self.became["boxes without area: left out"] += 1
+                continue
+            crowd = bool(entry.get("iscrowd"))
+            self.became["crowd regions: ignored, they teach nothing"] += crowd
+            label = IGNORE if crowd else column[entry["category_id"]]
+            self.boxes[entry["image_id"]].append((x, y, x + w, y + h, label))
+        self._any_box()
+
+    def _wrong(self, what: str) -> UsageError:
+        return UsageError(f"{self.argument}: {self.path}: {what}")
+
+    def _broken(self, kind: str, why: str) -> None:
+        if not self.skip_broken:
+            raise self._wrong(f"{why} (--skip-broken leaves such entries out)")
+        self.became[f"broken {kind}s: left out"] += 1
+        self.skipped.append(f"{self.path.name}: {why}")
+
+    def _content(self) -> dict:
         try:
-            with Image.open(file) as picture:  # reads the header only
-                width, height = picture.size
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(
+                f"{self.argument}: cannot read {self.path}: {error.strerror}"
+            ) from None
+        except ValueError as error:
+            raise UsageError(f"{self.argument}: {self.path} is not JSON: {error}") from None
+        for key in REQUIRED:
+            if not isinstance(content, dict) or not isinstance(content.get(key), list):
+                raise self._wrong(f"has no list {key!r}")
+        return content
+
+    def _lacks(self, part: str, entry) -> str:
+        for key in REQUIRED[part]:
+            if not isinstance(entry, dict) or key not in entry:
+                return f"has no {key!r}"
+            if key.endswith("id") and not isinstance(entry[key], (int, float, str)):
+                return f"has {key} {entry[key]!r}, which is no number or string"
+        return ""
+
+    @staticmethod
+    def _twice(key, known) -> str:
+        return f"has id {key!r}, as one before it" if key in known else ""
+
+    def _unfit(self, entry: dict, column) -> str:
+        box = entry["bbox"]
+        if entry["image_id"] not in self.files:
+            return f"is of an unknown image_id {entry['image_id']!r}"
+        if entry["category_id"] not in column:
+            return f"is of an unknown category_id {entry['category_id']!r}"
+        if not isinstance(box, list) or len(box) != 4:
+            return f"must have a bbox [x, y, width, height], got {box!r}"
+        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
+            return f"must have a bbox of four finite numbers, got {box!r}"
+        if box[2] < 0 or box[3] < 0:
+            return f"has a bbox with a negative width or height: {box!r}"
+        return ""
+
+    def _any_box(self) -> None:
+        if not any(box[4] != IGNORE for rows in self.boxes.values() for box in rows):
+            raise self._wrong("has no boxes to learn from")
+
+    def _size(self, file: Path) -> tuple[int, int]:
+        """Of a picture; its header alone is read, unless broken ones are to be left out."""
+        if not file.is_file():
+            raise UsageError(f"--images: {file} is missing ({self.path} names it)")
+        if self.skip_broken:
+            return _open(file, "--images").size
+        try:
+            with Image.open(file) as picture:
+                return picture.size
+        except UNREADABLE as error:
             raise UsageError(f"--images: cannot read the image {file}: {error}") from None
-        scale = side / max(width, height)
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        rows = np.array(boxes[image], np.float64).reshape(-1, 5)
-        scaled = (rows[:, :4] * ([size[0] / width, size[1] / height] * 2)).astype(np.float32)
-        cut, labels = clip_boxes(scaled, rows[:, 4].astype(np.int64), (0, 0, *size))
-        scenes.append(Scene(file, cut, labels, size, source=name))
-    return names, scenes
 
-
-def _by_id(category: dict):
-    return (str(type(category["id"])), category["id"])
+    def scenes(self, side: int) -> list[Scene]:
+        scenes = []
+        for image, name in self.files.items():
+            file = self.folder / name
+            try:
+                width, height = self._size(file)
+            except UsageError as error:
+                if not self.skip_broken:
+                    raise UsageError(f"{error} (--skip-broken leaves it out)") from None
+                self._broken("image", str(error).removeprefix("--images: "))
+                self.became["boxes of broken images: left out"] += len(self.boxes.pop(image))
+                continue
+            scale = side / max(width, height)
+            size = (max(1, round(width * scale)), max(1, round(height * scale)))
+            rows = np.array(self.boxes[image], np.float64).reshape(-1, 5)
+            scaled = (rows[:, :4] * ([size[0] / width, size[1] / height] * 2)).astype(np.float32)
+            before = rows[:, 4].astype(np.int64)
+            cut, labels = clip_boxes(scaled, before, (0, 0, *size))
+            inside = np.clip(scaled, 0, np.float32([*size, *size]))
+            area, left = (np.prod(b[:, 2:] - b[:, :2], axis=1) for b in (scaled, inside))
+            half = left >= 0.5 * area  # as clip_boxes has it
+            for what, those in (
+                ("boxes outside their image: left out", left <= 0),
+                ("boxes mostly outside their image: ignored", (left > 0) & ~half & (before >= 0)),
+                ("boxes partly outside their image: cut", half & (left < 0.99 * area)),
+            ):
+                self.became[what] += int(those.sum())
+            scenes.append(Scene(file, cut, labels, size, source=name))
+        self._any_box()
+        self.became = +self.became  # without what never happened
+        return scenes

@@ -13,11 +13,23 @@ from matplotlib.patches import Rectangle
 
 from .data import IGNORE, Scene
 
-TRUTH, FOUND = "#35d0ff", "#ffb000"
+TRUTH, DASHES = "#35d0ff", (0, (4, 2))
+FOUND = [
+    "#ffb000", "#ff5c8a", "#7bd23c", "#c58cff", "#ff7a45", "#00c2a8", "#f5ee4f", "#ff4d4d",
+    "#9fb4ff", "#c8a26b",
+]  # fmt: skip
+
+
+def colour_of(label: int) -> str:
+    """Of a class; there are ten."""
+    return FOUND[label % len(FOUND)]
 
 
 def draw_detections(path, scenes: list[Scene], found, classes, min_score: float, title: str):
-    """Ground truth and detections above ``min_score`` on up to 8 windows of the scenes."""
+    """Ground truth and detections above ``min_score`` on up to 8 windows of the scenes.
+
+    Detections are drawn in the order of their scores, so that the best lie on top.
+    """
     panels = []
     for scene, (boxes, scores, labels) in zip(scenes, found, strict=True):
         width, height = scene.size
@@ -42,35 +54,39 @@ def draw_detections(path, scenes: list[Scene], found, classes, min_score: float,
     )
     for axis in axes.flat:
         axis.set_axis_off()
+    drawn: set[int] = set()
     for axis, (scene, boxes, scores, labels, window) in zip(axes.flat, panels, strict=False):
         axis.imshow(np.asarray(scene.image))
         known = scene.labels != IGNORE
-        for box in scene.boxes[known]:
-            _box(axis, box, TRUTH, width=1.2)
-        shown = (scores >= min_score) & _inside(boxes, window)
-        # Best first; an untrained detector would paint everything.
-        for k, index in enumerate(np.flatnonzero(shown)[:100]):
-            box = boxes[index]
-            _box(axis, box, FOUND, width=1.6)
-            if len(classes) > 1 and k < 15:
-                axis.text(
-                    box[0],
-                    box[1] - 1,
-                    f"{classes[labels[index]]} {scores[index]:.2f}",
-                    color="black",
-                    fontsize=7,
-                    clip_on=True,
-                    bbox={"facecolor": FOUND, "edgecolor": "none", "pad": 0.8},
-                )
+        named = len(classes) > 1
+        for box, label in zip(scene.boxes[known], scene.labels[known], strict=True):
+            _box(axis, box, TRUTH, width=1.2, style=DASHES)
+            if named and _inside(box[None], window)[0]:
+                _name(axis, box[0], box[3] + 1, classes[label], TRUTH, "top", 1.5)
+        shown = np.flatnonzero((scores >= min_score) & _inside(boxes, window))
+        best = shown[np.argsort(-scores[shown], kind="stable")][:100]  # untrained, it finds all
+        drawn |= set(labels[best].tolist())
+        for place, index in reversed(list(enumerate(best))):
+            box, colour = boxes[index], colour_of(labels[index])
+            height = 3 - place / 100  # the best on top
+            _box(axis, box, colour, width=1.6, height=height)
+            if named and place < 15:
+                words = f"{classes[labels[index]]} {scores[index]:.2f}"
+                _name(axis, box[0], box[1] - 1, words, colour, "bottom", height)
         axis.set_xlim(window[0] - 0.5, window[2] - 0.5)
         axis.set_ylim(window[3] - 0.5, window[1] - 0.5)
     handles = [
-        Line2D([], [], color=TRUTH, linewidth=2, label="ground truth"),
-        Line2D([], [], color=FOUND, linewidth=2, label=f"detected (score ≥ {min_score:.2f})"),
+        Line2D([], [], color=TRUTH, linewidth=2, linestyle=(0, (4, 2)), label="ground truth")
     ]
+    words = f"detected (score ≥ {min_score:.2f})"
+    for label in sorted(drawn)[:8] if len(classes) > 1 else [0]:
+        name = classes[label] if len(classes) > 1 else words
+        handles.append(Line2D([], [], color=colour_of(label), linewidth=2, label=name))
+    if len(classes) > 1:
+        title += f"\n{words}: a colour for each class" + (", some more" if len(drawn) > 8 else "")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    figure.legend(handles=handles, loc="upper right", ncols=2, frameon=False, fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.2 / figure.get_figheight()), pad=0.4)
+    figure.legend(handles=handles, loc="upper right", ncols=5, frameon=False, fontsize=10)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()), pad=0.4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -80,11 +96,21 @@ def _inside(boxes, window):
     return (window[0] <= x) & (x < window[2]) & (window[1] <= y) & (y < window[3])
 
 
-def _box(axis, box, colour, width):
+def _box(axis, box, colour, width, height=1.0, style="solid"):
     x1, y1, x2, y2 = box
     axis.add_patch(
-        Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, ec=colour, lw=width)
-    )
+        Rectangle(
+            (x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, ec=colour, lw=width, ls=style,
+            zorder=height,
+        )
+    )  # fmt: skip
+
+
+def _name(axis, x, y, words, colour, side, height):
+    axis.text(
+        x, y, words, color="black", fontsize=7, clip_on=True, va=side, zorder=height,
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
+    )  # fmt: skip
 
 
 def draw_training(path, losses: list[dict], title: str):
