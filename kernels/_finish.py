@@ -15,11 +15,11 @@ from ._numbers import scalar_args
 @triton.jit
 def finish_kernel(
     # pointers
-    partial_ptr,  # [n_partials] float32
+    partial_ptr,  # [n_partials] float32, of each layer
     count_ptr,  # [n_partials] int32, elements that count
     avg_factor_ptr,  # [1] or None
-    loss_ptr,  # [] float32
-    scale_ptr,  # [] float32, what the backward multiplies the upstream gradient with
+    loss_ptr,  # [] or [layers] float32
+    scale_ptr,  # the same, what the backward multiplies the upstream gradient with
     # shapes
     n_partials,
     # scalars
@@ -27,9 +27,16 @@ def finish_kernel(
     # constants
     MEAN: tl.constexpr,
     HAS_AVG_FACTOR: tl.constexpr,
+    LAYERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program; compensated sums per lane, then a tree over the lanes: a fixed order."""
+    """A program for each result; compensated sums per lane, then a tree over the lanes: a fixed
+    order."""
+    if LAYERED:
+        layer = tl.program_id(0).to(tl.int64)
+        partial_ptr += layer * n_partials
+        loss_ptr += layer
+        scale_ptr += layer
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     lost = tl.zeros([BLOCK], tl.float32)
@@ -62,21 +69,26 @@ def finish_kernel(
     tl.store(scale_ptr, scale)
 
 
-def finish(partials, counts, avg_factor, reduction: str):
-    """``(loss, scale)`` from partial sums and, for a mean without avg_factor, counts."""
-    loss = torch.empty((), dtype=torch.float32, device=partials.device)
+def finish(partials, counts, avg_factor, reduction: str, layers: int | None = None):
+    """``(loss, scale)`` from partial sums and, for a mean without avg_factor, counts.
+
+    With ``layers`` one of each, from as many equal parts of the partial sums.
+    """
+    shape = () if layers is None else (layers,)
+    loss = torch.empty(shape, dtype=torch.float32, device=partials.device)
     scale = torch.empty_like(loss)
     pointer, (number,) = scalar_args(avg_factor, 1)
-    wrap_triton(finish_kernel, partials)[(1,)](
+    wrap_triton(finish_kernel, partials)[(layers or 1,)](
         partials,
         counts,
         pointer,
         loss,
         scale,
-        partials.numel(),
+        partials.numel() // (layers or 1),
         number,
-        MEAN=reduction == "mean",
+        MEAN=reduction != "sum",
         HAS_AVG_FACTOR=avg_factor is not None,
+        LAYERED=layers is not None,
         BLOCK=FINISH.block,
         num_warps=FINISH.num_warps,
     )

@@ -120,7 +120,7 @@ def pointwise_kernel(
     count_ptr,  # [programs] int32, or None
     # shapes
     cell,  # of the first program's sum
-    n,
+    n,  # logits, of a layer
     span,
     n_classes,
     bins,
@@ -152,6 +152,10 @@ def pointwise_kernel(
     grad_s1,
     grad_s2,
     grad_s3,
+    x_layer,
+    row_layer,
+    out_layer,
+    grad_layer,
     # scalars
     ignore_index,
     p0,
@@ -168,11 +172,25 @@ def pointwise_kernel(
     CLASS_DIM: tl.constexpr,
     LINEAR: tl.constexpr,
     ROW_WEIGHT: tl.constexpr,
+    LAYERED: tl.constexpr,
     RUN: tl.constexpr,  # logits that share a row or a class
     BLOCK: tl.constexpr,
 ):
-    """1-D grid; program i takes logits [i span, (i+1) span) in memory order, BLOCK at a time."""
+    """Program i takes logits [i span, (i+1) span) in memory order, BLOCK at a time; of the layer
+    that is the second axis of the grid, if there are layers."""
     pid = tl.program_id(0).to(tl.int64)
+    if LAYERED:  # labels and qualities of rows, and sums, of each layer
+        layer = tl.program_id(1).to(tl.int64)
+        x_ptr += layer * x_layer
+        label_ptr += layer * row_layer
+        if quality_ptr is not None:
+            quality_ptr += layer * row_layer
+        if BACKWARD:
+            grad_ptr += layer * grad_layer
+            scale_ptr += layer
+            out_ptr += layer * out_layer
+        else:
+            out_ptr += layer * tl.num_programs(0)
     run, within = tile_of(BLOCK, RUN)
     pointers = (x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, class_weight_ptr)
     sizes = (1, size_1, size_2, size_3)
@@ -230,16 +248,24 @@ def takes(x, labels, quality, dense, weight, *args) -> bool:
 
 def _launch(
     x, labels, quality, dense, weight, class_weight, params, kind, ignore_index, out, count=None,
-    grad=None, scale=None, regions=None, *, backward, reduced, cell=0,
+    grad=None, scale=None, regions=None, *, backward, reduced, cell=0, layered=False,
 ):  # fmt: skip
-    """Loss or gradient of one tensor of logits; a sum and a count of each program if reduced."""
+    """Loss or gradient of one tensor of logits; a sum and a count of each program if reduced.
+
+    With ``layered`` the first dim of x, labels and quality is one of equal parts, each with its own
+    sums.
+    """
     per_logit = [out if backward or not reduced else None, None if reduced else grad]
-    walk = walk_over(x, dense, labels, weight, class_weight, per_logit)
+    part = x
+    if layered:
+        part, per_logit = x[0], [out[0] if backward else None]
+    walk = walk_over(part, dense, labels, weight, class_weight, per_logit)
     x_s, row_s, _, dense_s, weight_s, out_s, grad_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)
-    n = x.numel()
-    span = span_of(n)
-    wrap_triton(pointwise_kernel, x)[(triton.cdiv(n, span),)](
+    n = part.numel()
+    span = span_of(x.numel())
+    grid = (triton.cdiv(n, span), len(x)) if layered else (triton.cdiv(n, span),)
+    wrap_triton(pointwise_kernel, x)[grid](
         x,
         dense,
         labels,
@@ -264,6 +290,10 @@ def _launch(
         *weight_s,
         *out_s,
         *grad_s,
+        x.stride(0) if layered else 0,
+        labels.stride(0) if layered else 0,
+        out.stride(0) if layered and backward else 0,
+        grad.stride(0) if layered and backward else 0,
         ignore_index,
         *numbers,
         KIND=kind,
@@ -275,6 +305,7 @@ def _launch(
         CLASS_DIM=walk.class_dim,
         LINEAR=walk.linear,
         ROW_WEIGHT=walk.row_weight,
+        LAYERED=layered,
         RUN=walk.run,
         BLOCK=POINTWISE.block,
         num_warps=POINTWISE.num_warps,
@@ -304,11 +335,17 @@ def forward(
         weight: contiguous (...), or (..., C) with any strides, or None.
         class_weight: contiguous (C,), or None.
         avg_factor, params: numbers or float tensors of 1 and 4 entries.
+        reduction: or ``"layers"``, see ``losses.pointwise.by_layer``.
 
     Returns:
         ``(loss, scale)``, float32.
     """
     args = (x, labels, quality, dense, weight, class_weight, params, kind, ignore_index)
+    if reduction == "layers":
+        programs = triton.cdiv(x[0].numel(), span_of(x.numel()))
+        partials, _ = sums(x, len(x) * programs, avg_factor, reduction)
+        _launch(*args, partials, backward=False, reduced=True, layered=True)
+        return finish(partials, None, avg_factor, reduction, len(x))
     if reduction == "none":
         loss = torch.empty_like(x, dtype=torch.float32)
         _launch(*args, loss, backward=False, reduced=False)
@@ -366,6 +403,7 @@ def gradient(
     _launch(
         x, labels, quality, dense, weight, class_weight, params, kind, ignore_index, grad_x, None,
         grad, scale, regions, backward=True, reduced=reduced,
+        layered=reduction == "layers",
     )  # fmt: skip
     return grad_x
 

@@ -80,8 +80,8 @@ class Loss:
         if by_blocks is not None:
             function, self.has_blocks = by_blocks
             self.blockwise = _op.differentiable(
-                function, _backward_by_blocks, lambda x, *args: eager(x, *args[:-1]),
-                outputs=outputs, constants=constants,
+                function, _backward_in_place, lambda x, *args: eager(x, *args[:-1]),
+                outputs=outputs, constants=constants, given=1,
             )  # fmt: skip
 
     def by_kernels(self, x: Tensor, *args) -> bool:
@@ -237,3 +237,10 @@ class WholeBatch:
 
 def _backward_by_blocks(grad, gradient, scale, x, *args):
     return (gradient * (grad * scale)).to(x.dtype)
+
+
+def _backward_in_place(grad, gradient, scale, x, *args):
+    factor = grad * scale
+    if factor.dim() > 0:  # one of each layer
+        factor = factor.reshape(-1, *[1] * (x.dim() - 1))
+    return gradient.mul_(factor).to(x.dtype)

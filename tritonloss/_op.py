@@ -140,6 +140,7 @@ def differentiable(
     *,
     outputs: int = 1,
     constants: int = 0,
+    given: int = 0,
 ):
     """Tie a forward and a backward into one function of ``(x, *args)``, differentiable in ``x``.
 
@@ -150,6 +151,8 @@ def differentiable(
             where the gradient is not the derivative of the value.
         outputs: how many of the results are outputs.
         constants: so many of the last outputs carry no gradient (a running state).
+        given: so many of the first saved results are the backward's own, to be overwritten; if it
+            runs again, for the graph was retained, the forward makes them again.
     """
 
     class Kernel(torch.autograd.Function):
@@ -158,7 +161,8 @@ def differentiable(
             results = forward(x, *args)
             if isinstance(results, Tensor):
                 results = (results,)
-            found, saved = results[:outputs], results[outputs:]
+            found, saved = results[:outputs], results[outputs + given :]
+            ctx.given = results[outputs : outputs + given]
             if constants:
                 ctx.mark_non_differentiable(*found[-constants:])
             ctx.save_for_backward(x, *saved, *[a for a in args if isinstance(a, Tensor)])
@@ -179,7 +183,12 @@ def differentiable(
             if torch.is_grad_enabled():  # create_graph=True
                 (grad_x,) = _through_reference(reference, grads, (x,), (x, *args))
             else:
-                grad_x = backward(*grads, *saved, x, *args)
+                own = ctx.given
+                if given:
+                    if own is None:
+                        own = forward(x, *args)[outputs : outputs + given]
+                    ctx.given = None
+                grad_x = backward(*grads, *own, *saved, x, *args)
             return grad_x, *[None] * len(args)
 
     return Kernel.apply

@@ -45,7 +45,15 @@ def row_blocks(shape, per_row: int) -> Iterator[tuple]:
         yield (slice(start, start + rows),)
 
 
-def summed(x: Tensor, prepare: Callable, values: Callable, want_grad: bool):
+def summed(
+    x: Tensor,
+    prepare: Callable,
+    values: Callable,
+    want_grad: bool,
+    *,
+    slopes: Callable | None = None,
+    by_layer: bool = False,
+):
     """Sum of ``values`` over all rows, and its gradient.
 
     Args:
@@ -53,19 +61,32 @@ def summed(x: Tensor, prepare: Callable, values: Callable, want_grad: bool):
         prepare: ``(block of x, index) -> block``, before the gradient is recorded; where it puts a
             constant, the gradient is the loss' slope at that constant.
         values: ``(block, index) -> values`` whose sum is the block's loss.
+        slopes: ``(block, index) -> (values, their derivatives)``; None differentiates.
+        by_layer: a sum for each entry of the first dim.
 
     Returns:
         ``(total, gradient)``; the gradient is float32 or float64, empty if not wanted.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     gradient = torch.empty_like(x, dtype=dtype) if want_grad else x.new_empty(0, dtype=dtype)
-    totals = []
     x = x.detach()
-    for index in row_blocks(x.shape[:-1], x.shape[-1]):
+
+    def of_block(index) -> Tensor:
         block = prepare(x[index].to(dtype), index)
-        with torch.set_grad_enabled(want_grad):
-            total = values(block.requires_grad_(want_grad), index).sum()
-        if want_grad:
-            (gradient[index],) = torch.autograd.grad(total, block)
-        totals.append(total.detach())
-    return torch.stack(totals).sum(), gradient
+        if not want_grad:
+            return values(block, index).sum()
+        if slopes is not None:
+            value, gradient[index] = slopes(block, index)
+            return value.sum()
+        with torch.enable_grad():
+            total = values(block.requires_grad_(), index).sum()
+        (gradient[index],) = torch.autograd.grad(total, block)
+        return total.detach()
+
+    def total(first: tuple) -> Tensor:
+        rest = row_blocks(x.shape[len(first) : -1], x.shape[-1])
+        return torch.stack([of_block((*first, *index)) for index in rest]).sum()
+
+    if by_layer:
+        return torch.stack([total((k,)) for k in range(len(x))]), gradient
+    return total(()), gradient

@@ -64,11 +64,16 @@ def mean_divisor(count, avg_factor):
     return 1.0 if avg_factor <= 0 else avg_factor
 
 
+def total_of(x: Tensor, reduction: str) -> Tensor:
+    """The sum of all, or with ``"layers"`` of each entry of the first dim."""
+    return x.flatten(1).sum(1) if reduction == "layers" else x.sum()
+
+
 def reduced(loss: Tensor, count, reduction: str, avg_factor) -> Tensor:
     """Reduce per-element losses of which ``count`` count."""
     if reduction == "none":
         return loss
-    total = loss.sum()
+    total = total_of(loss, reduction)
     return total if reduction == "sum" else divided_by(total, mean_divisor(count, avg_factor))
 
 

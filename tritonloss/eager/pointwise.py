@@ -23,6 +23,7 @@ from ._entry import (
     masked_classes,
     mean_divisor,
     reduced,
+    total_of,
     upcast,
 )
 
@@ -36,6 +37,7 @@ class Pointwise(NamedTuple):
     negative: Callable  # (x, *params): target 0
     positive: Callable  # (x, y, *params): the labelled class, y its quality (1 for labels)
     dense: Callable  # (x, y, *params): any y in [0, 1]
+    slopes: Callable | None = None  # (x, *params): negative, and its derivative written out
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -78,6 +80,17 @@ def _focal_dense(x, y, a1, a0, gamma, _=None):
     return balance(y, a1, a0) * power(q, gamma) * bce(x, y)
 
 
+def _focal_slopes(x, a0, gamma, detached=False):
+    """Value and derivative of a0 p^gamma softplus(x), where ``detached`` only by the softplus."""
+    p = torch.sigmoid(x)
+    factor = power(p, gamma) * a0
+    cost = softplus(x)
+    if detached:
+        return cost.mul_(factor), factor.mul_(p)
+    slope = (1 - p).mul_(cost).mul_(gamma).add_(p).mul_(factor)
+    return cost.mul_(factor), slope
+
+
 def _star(x, gamma, beta):
     return softplus(gamma * x - beta) / gamma
 
@@ -86,6 +99,7 @@ FOCAL = Pointwise(
     lambda x, a1, a0, gamma, _=None: a0 * power(torch.sigmoid(x), gamma) * softplus(x),
     _focal_dense,
     _focal_dense,
+    lambda x, a1, a0, gamma, _=None: _focal_slopes(x, a0, gamma),
 )
 
 
@@ -108,6 +122,7 @@ QUALITY = Pointwise(
     lambda x, beta, *_: power(torch.sigmoid(x), beta) * softplus(x),
     _quality_dense,
     _quality_dense,
+    lambda x, beta, *_: _focal_slopes(x, 1.0, beta),
 )
 
 
@@ -130,6 +145,7 @@ VARIFOCAL = Pointwise(
     lambda x, y, *params: torch.where(
         y > 0, _varifocal_positive(x, y, *params), _varifocal_negative(x, *params)
     ),
+    lambda x, alpha, gamma, iou_weighted, detach: _focal_slopes(x, alpha, gamma, bool(detach)),
 )
 
 
@@ -219,7 +235,7 @@ def pointwise(
         else:
             rows = label_rows(x, labels, quality, ignore_index, row_weight)
             whole = reduction != "none" and class_weight is None and logit_weight is None
-            value, count = _labelled(x, rows, logit_weight, params, kind, whole)
+            value, count = _labelled(x, rows, logit_weight, params, kind, whole and reduction)
         if class_weight is not None:
             value = value * class_weight.to(x.dtype)
         return reduced(value, count, reduction, avg_factor)
@@ -262,9 +278,12 @@ def pointwise_by_blocks(
         fill = torch.where(rows.positive.unsqueeze(-1), NO_LOSS, x_at_index)
         fill = torch.where(rows.keep.unsqueeze(-1), fill, NO_LOSS)
 
+        every = bool(rows.keep.all())
+
         def negatives_alone(block, index):
-            kept = rows.keep[index].unsqueeze(-1) & (block != -torch.inf)  # or a masked class
-            block = torch.where(kept, block, NO_LOSS)
+            if not every:
+                block = torch.where(rows.keep[index].unsqueeze(-1), block, NO_LOSS)
+            block = block.clamp(min=NO_LOSS)  # a masked class
             block = block.add_(block, alpha=0)  # an infinite logit gives NaN
             return block.scatter_(-1, rows.index[index], fill[index])
 
@@ -272,14 +291,25 @@ def pointwise_by_blocks(
             value = loss.negative(block, *params).sum(-1)
             return value if rows.weight is None else value * rows.weight[index]
 
-        total, gradient = summed(x, negatives_alone, negative_values, want_grad)
+        def negative_slopes(block, index):
+            value, slope = loss.slopes(block, *params)
+            if rows.weight is None:
+                return value, slope
+            weight = rows.weight[index].unsqueeze(-1)
+            return value.mul_(weight), slope.mul_(weight)
+
+        by_layer = reduction == "layers"
+        slopes = None if loss.slopes is None else negative_slopes
+        total, gradient = summed(
+            x, negatives_alone, negative_values, want_grad, slopes=slopes, by_layer=by_layer
+        )
         labelled = torch.where(rows.positive, x_at_index.squeeze(-1), 0)
 
         def positive_values(labelled):
             value = _positives(labelled, rows, loss, params)
             return value if rows.weight is None else value * rows.weight
 
-        value, slope = value_and_slope(labelled, positive_values, want_grad)
+        value, slope = value_and_slope(labelled, positive_values, want_grad, reduction)
         if want_grad:
             gradient.scatter_add_(-1, rows.index, slope.unsqueeze(-1))
         total = total + value
@@ -289,7 +319,7 @@ def pointwise_by_blocks(
 def divided(total, gradient, count, reduction: str, avg_factor):
     """``(loss, gradient of the sum, 1 / divisor)``."""
     divisor = torch.as_tensor(
-        mean_divisor(count, avg_factor) if reduction == "mean" else 1,
+        1 if reduction == "sum" else mean_divisor(count, avg_factor),
         dtype=total.dtype,
         device=total.device,
     )
@@ -332,12 +362,13 @@ def _dense_by_blocks(x, y, weight, params, kind, want_grad):
     return total + value, gradient
 
 
-def value_and_slope(x: Tensor, values: Callable, want_grad: bool):
+def value_and_slope(x: Tensor, values: Callable, want_grad: bool, reduction: str = "sum"):
     """Sum of the values at the few logits x, and its gradient; an infinite logit gives NaN."""
     with torch.set_grad_enabled(want_grad):
         x = x.add(x, alpha=0).requires_grad_(want_grad)
-        total = values(x).sum()
-    return total.detach(), torch.autograd.grad(total, x)[0] if want_grad else None
+        total = total_of(values(x), reduction)
+    slope = torch.autograd.grad(total, x, torch.ones_like(total))[0] if want_grad else None
+    return total.detach(), slope
 
 
 def split_weight(x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -397,7 +428,7 @@ def _positives(x_labelled, rows, loss, params):
 
 
 def _labelled(x, rows, logit_weight, params, kind, whole):
-    """Losses per logit, or as a ``whole`` their sum, and how many logits count."""
+    """Losses per logit, or as a ``whole`` (a reduction) their sum, and how many logits count."""
     loss = KINDS[kind]
     # 32 bits: Inductor vectorises this comparison on the CPU, and not the one of 64 bits
     classes = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
@@ -420,7 +451,7 @@ def _labelled(x, rows, logit_weight, params, kind, whole):
         negatives = negatives * rows.weight.unsqueeze(-1)
         positives = positives * rows.weight
     if whole:
-        return negatives.sum() + positives.sum(), count
+        return total_of(negatives, whole) + total_of(positives, whole), count
     value = torch.where(labelled, positives.unsqueeze(-1), negatives)
     return value if logit_weight is None else value * logit_weight, count
 

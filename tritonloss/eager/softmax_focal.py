@@ -97,7 +97,7 @@ def softmax_focal_by_blocks(
         value = FOCAL.negative(-d.squeeze(-1), 1.0, 1.0, *params) * factor
         return torch.where(keep, value, 0)
 
-    total, slope = value_and_slope(log_label - others.log(), values, want_grad)
+    total, slope = value_and_slope(log_label - others.log(), values, want_grad, reduction)
     if want_grad:
         gradient.mul_(slope / -others).scatter_(-1, index, slope)
     return divided(total, gradient, keep.sum(), reduction, avg_factor)

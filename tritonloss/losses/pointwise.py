@@ -52,7 +52,20 @@ def evaluate(
     return _loss.of(parse, logits, {"targets": targets, "weight": weight}, common, class_dim)
 
 
-def _balance(alpha) -> tuple:
+def by_layer(kind: str, logits: Tensor, labels: Tensor, quality, params: tuple, divisor) -> Tensor:
+    """The sums of each entry of the first dim, divided, in one call: ``(L,)``.
+
+    Arguments and parameters are known to be right.
+    """
+    labels = labels.contiguous()
+    quality = None if quality is None else quality.contiguous()
+    params = (*params, 0.0, 0.0, 0.0)[:4]
+    return _loss(
+        logits, labels, quality, None, None, None, (divisor,), params, kind, -1, "layers"
+    )  # fmt: skip
+
+
+def balance(alpha) -> tuple:
     """``(weight of y = 1, weight of y = 0)``."""
     if alpha is None:
         return 1.0, 1.0
@@ -120,7 +133,7 @@ def sigmoid_focal_loss(
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.
     """
     gamma = check.is_number("gamma", gamma, 0)
-    params = (*_balance(alpha), gamma)
+    params = (*balance(alpha), gamma)
     return evaluate(
         "focal",
         logits,
@@ -171,7 +184,7 @@ def focal_star_loss(
     """
     gamma = check.is_number("gamma", gamma, 0, open_low=True)
     beta = check.is_number("beta", beta)
-    params = (*_balance(alpha), gamma, beta)
+    params = (*balance(alpha), gamma, beta)
     return evaluate(
         "focal_star", logits, targets, params, weight, class_weight, ignore_index, reduction,
         avg_factor,

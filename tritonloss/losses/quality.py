@@ -108,6 +108,18 @@ def mal_loss(
     )  # fmt: skip
 
 
+@torch.no_grad()
+def iou_aware_target(logits: Tensor, labels: Tensor, quality: Tensor, alpha) -> Tensor:
+    """The mean of score and IoU that a labelled logit learns, 0 in rows without a class."""
+    # those read column 0
+    known = (labels >= 0) & (labels < logits.shape[-1])
+    column = torch.where(known, labels.long(), 0).unsqueeze(-1)
+    score = logits.detach().gather(-1, column).squeeze(-1)
+    score = score.to(torch.promote_types(score.dtype, torch.float32)).sigmoid()
+    target = (score**alpha * quality ** (1 - alpha)).clamp(min=0.01)
+    return torch.where(known, target, 0)
+
+
 def iou_aware_bce_loss(
     logits: Levels,
     targets: tuple[Levels, Levels],
@@ -148,16 +160,9 @@ def iou_aware_bce_loss(
     alpha = check.is_number("alpha", alpha, 0, 1)
     gamma = check.is_number("gamma", gamma, 0)
 
-    @torch.no_grad()
     def means(logits, targets):
         labels, quality = _pair(logits, targets)
-        # rows without a class read column 0, and their target is not looked at
-        known = (labels >= 0) & (labels < logits.shape[-1])
-        column = torch.where(known, labels.long(), 0).unsqueeze(-1)
-        score = logits.detach().gather(-1, column).squeeze(-1)
-        score = score.to(torch.promote_types(score.dtype, torch.float32)).sigmoid()
-        target = (score**alpha * quality ** (1 - alpha)).clamp(min=0.01)
-        return labels, torch.where(known, target, 0)
+        return labels, iou_aware_target(logits, labels, quality, alpha)
 
     return evaluate(
         "varifocal", logits, targets, (1.0, gamma, 0.0, 0.0), weight, class_weight, ignore_index,
