@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from ._dispatch import backend
 from .distributed import HoldsGroup, ProcessGroup, parse_sharing, reduce_avg_factor
+from .losses import pointwise, softmax_focal
 from .losses.boxes import giou_loss, iou_loss
 from .losses.matching import (
     BOX_FORMATS,
@@ -21,9 +21,7 @@ from .losses.matching import (
     parse_queries,
     three_numbers,
 )
-from .losses.pointwise import sigmoid_focal_loss, varifocal_loss
-from .losses.quality import iou_aware_bce_loss, mal_loss
-from .losses.softmax_focal import softmax_focal_loss
+from .losses.quality import iou_aware_target
 
 # Class loss: its default parameters, and the class cost that goes with it.
 CLASS_LOSSES: dict[str, tuple[dict[str, Any], str]] = {
@@ -152,11 +150,11 @@ class SetCriterion(HoldsGroup, nn.Module):
         self._check_class_params()
 
     def _check_class_params(self) -> None:
-        """A call without any row."""
-        rows = {"dtype": torch.float32, "device": "cpu"}
-        labels = torch.zeros(0, dtype=torch.long, device="cpu")
-        with backend("eager"), torch.no_grad():
-            self._class_loss(torch.zeros(0, 8, **rows), labels, torch.zeros(0, **rows), 1.0)
+        for name, value in self.class_params.items():
+            if value is None and self.class_loss in ("focal", "mal"):
+                continue  # as their functions take it
+            most = 1 if name == "alpha" and self.class_loss in ("focal", "iou_aware_bce") else None
+            check.is_number(name, value, 0, most)
 
     def _by_group(self, x: Tensor) -> Tensor:
         """(L, B, Q, D) as (L, groups, B, Q / groups, D), a view."""
@@ -249,25 +247,29 @@ class SetCriterion(HoldsGroup, nn.Module):
         query = torch.where(query < sizes.unsqueeze(1), query, -1)
         return query.unsqueeze(1).expand(layers, -1, groups, -1)
 
-    def _class_loss(self, logits, labels, quality, divisor) -> Tensor:
-        """Class loss of one layer."""
-        shared = {"reduction": "mean", "avg_factor": divisor}
+    def _class_terms(self, logits, labels, quality, divisor) -> Tensor:
+        """Class loss of each layer, in one call."""
+        params = self.class_params
         if self.class_loss == "softmax":
             weight = logits.new_ones(logits.shape[-1], dtype=torch.float32)
-            weight[-1] = check.is_number(
-                "no_object_weight", self.class_params["no_object_weight"], 0
+            weight[-1] = params["no_object_weight"]
+            divisor = weight[labels].flatten(1).sum(1)
+            return softmax_focal.by_layer(
+                logits, labels, weight, torch.where(divisor <= 0, 1, divisor)
             )
-            shared["avg_factor"] = weight[labels].sum()
-            return softmax_focal_loss(logits, labels, alpha=weight, gamma=0.0, **shared)
+        alpha, gamma = params["alpha"], params["gamma"]
         if self.class_loss == "focal":
-            return sigmoid_focal_loss(logits, labels, **self.class_params, **shared)
-        targets = labels, quality
+            numbers = (*pointwise.balance(alpha), gamma)
+            return pointwise.by_layer("focal", logits, labels, None, numbers, divisor)
         if self.class_loss == "varifocal":
-            return varifocal_loss(
-                logits, targets, detach_weight=True, **self.class_params, **shared
-            )
-        function = mal_loss if self.class_loss == "mal" else iou_aware_bce_loss
-        return function(logits, targets, **self.class_params, **shared)
+            numbers = (alpha, gamma, 1.0, 1.0)
+        elif self.class_loss == "mal":
+            numbers = (1.0 if alpha is None else alpha, gamma, 0.0, 1.0)
+            quality = quality**gamma
+        else:
+            numbers = (1.0, gamma, 0.0, 0.0)
+            quality = iou_aware_target(logits, labels, quality, alpha)
+        return pointwise.by_layer("varifocal", logits, labels, quality, numbers, divisor)
 
     def forward(
         self,
@@ -362,17 +364,8 @@ class SetCriterion(HoldsGroup, nn.Module):
                 overlap = 1 - iou_loss(corners.detach(), target_corners, reduction="none")
                 quality = overlap.new_zeros(layers, images, queries + 1)
                 quality = quality.scatter(2, place, overlap.clamp(0, 1))[..., :queries]
-        by_layer = [
-            self._class_loss(
-                logits[i], query_labels[i], None if quality is None else quality[i], divisor
-            )
-            for i in range(layers)
-        ]
-        terms = {
-            "class": torch.stack(by_layer) if by_layer else l1.new_zeros(0),
-            "l1": l1,
-            "giou": giou,
-        }
+        named = self._class_terms(logits, query_labels, quality, divisor)
+        terms = {"class": named, "l1": l1, "giou": giou}
         total = sum(w * terms[t] for w, t in zip(self.loss_weights, TERMS, strict=True))
         if weights is not None:
             # one number after the other: a tensor of them would be copied to the device

@@ -65,8 +65,10 @@ def mean_divisor(count, avg_factor):
 
 
 def total_of(x: Tensor, reduction: str) -> Tensor:
-    """The sum of all, or with ``"layers"`` of each entry of the first dim."""
-    return x.flatten(1).sum(1) if reduction == "layers" else x.sum()
+    """The sum of all, or with ``"layers"`` of each entry of the first dim, unless it is that."""
+    if reduction != "layers":
+        return x.sum()
+    return x if x.dim() == 1 else x.flatten(1).sum(1)
 
 
 def reduced(loss: Tensor, count, reduction: str, avg_factor) -> Tensor:

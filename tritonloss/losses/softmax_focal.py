@@ -22,6 +22,18 @@ _loss = Loss(
 )
 
 
+def by_layer(logits: Tensor, labels: Tensor, alpha: Tensor, divisor: Tensor) -> Tensor:
+    """The sums of each entry of the first dim, gamma 0, by its divisor, in one call: ``(L,)``.
+
+    Arguments are known to be right.
+    """
+    args = labels.contiguous(), None, alpha
+    if not _loss.by_kernels(logits, *args):
+        return _loss(logits, *args, (divisor,), (0.0,), -1, "layers")
+    rows = _loss(logits, *args, None, (0.0,), -1, "none")
+    return rows.flatten(1).sum(1) / divisor
+
+
 def softmax_focal_loss(
     logits: Levels,
     labels: Levels,
