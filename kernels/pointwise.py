@@ -258,7 +258,7 @@ def _launch(
     per_logit = [out if backward or not reduced else None, None if reduced else grad]
     part = x
     if layered:
-        part, per_logit = x[0], [out[0] if backward else None]
+        part, per_logit = x[0], [out[0] if backward else None, None]
     walk = walk_over(part, dense, labels, weight, class_weight, per_logit)
     x_s, row_s, _, dense_s, weight_s, out_s, grad_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 import tritonloss as tl
+from tritonloss.losses.pointwise import by_layer
 
 from ._record import Launch, recorded_launches
 
@@ -197,6 +198,20 @@ def ranking(loss: Callable, form: str = "labels", dtype: str = "float32", layout
     return call
 
 
+def layers(dtype: str = "float32", kind: str = "focal") -> Callable:
+    """The sums of two layers, as SetCriterion takes them."""
+
+    def call():
+        rows, classes = _operands.rows // 2, 80
+        x = logits(2 * rows, classes, dtype, "contiguous").unflatten(0, (2, rows))
+        labels = empty(2, rows, dtype="int64", kind="labels", classes=classes)
+        quality = None if kind == "focal" else empty(2, rows)
+        params = (0.25, 0.75, 2.0) if kind == "focal" else (0.75, 2.0, 1.0, 1.0)
+        return by_layer(kind, x, labels, quality, params, 7.0)
+
+    return call
+
+
 def matching(dtype: str = "float32", scheduled: bool = False, **kwargs) -> Callable:
     """A matching cost of two images and up to 7 objects."""
 
@@ -242,6 +257,8 @@ EXAMPLES: dict[str, Callable] = {
     "focal class weight": pointwise(focal, class_weight=True),
     "focal none": pointwise(focal, reduction="none"),
     "focal avg_factor": pointwise(focal, avg_factor=7.0),
+    "focal layers": layers(),
+    "varifocal layers bf16": layers("bfloat16", "varifocal"),
     "focal scheduled": pointwise(focal, scheduled=("gamma", "avg_factor")),
     "focal_star": pointwise(tl.focal_star_loss),
     "focal_star dense": pointwise(tl.focal_star_loss, "dense"),

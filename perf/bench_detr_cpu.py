@@ -132,7 +132,6 @@ class Theirs:
 
 class Ours:
     def __init__(self, shape: Shape):
-        self.groups = shape.groups
         name = "varifocal" if shape.groups == 1 else "iou_aware_bce"
         self.criterion = tl.SetCriterion(name, groups=shape.groups, loss_weights=WEIGHTS)
 
@@ -140,12 +139,7 @@ class Ours:
         return self.criterion.match(*batch)
 
     def cost(self, batch: Batch) -> Tensor:
-        logits, boxes = batch.logits, batch.boxes
-        if self.groups > 1:
-            logits, boxes = (
-                x.unflatten(2, (self.groups, -1)).movedim(2, 1) for x in (logits, boxes)
-            )
-        return tl.matching_cost(logits, boxes, batch.labels, batch.target_boxes)
+        return tl.matching_cost(*batch)
 
     def loss(self, batch: Batch, indices: Tensor) -> Tensor:
         return self.criterion(*batch, indices=indices)["total"]
@@ -153,7 +147,7 @@ class Ours:
 
 def check(shape: Shape, batch: Batch, theirs: Theirs, ours: Ours) -> tuple[list, Tensor]:
     """Costs, assignments, loss and gradients agree; the assignments."""
-    cost = ours.cost(batch).reshape(-1, shape.queries // shape.groups, shape.objects)
+    cost = ours.cost(batch).unflatten(2, (shape.groups, -1)).movedim(2, 1).flatten(0, 2)
     gate(f"{shape} cost", cost, torch.stack(theirs.cost(batch, keep=True)), 1e-5)
     indices, found = theirs.match(batch), ours.match(batch)
     pairs = found.flatten(2).sort(-1).values

@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 from test_matching import corners_of, draw, giou_of
+from test_sync import NoReads, unchecked  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonloss as tl
+from tritonloss._dispatch import HAS_TRITON, INTERPRET
+from tritonloss.losses import pointwise, softmax_focal
 from tritonloss.set_criterion import CLASS_LOSSES
 
 each_loss = pytest.mark.parametrize("loss", CLASS_LOSSES)
@@ -328,3 +332,144 @@ def test_quality_losses_need_a_pair(loss):
         loss(x, labels)
     with pytest.raises(ValueError, match="quality must have shape"):
         loss(x, (labels, torch.zeros(1)))
+
+
+# ---- what a step costs: launches, operations, reads
+
+
+def step(loss, layers, images, queries=24, objects=3, classes=6, groups=1, device="cpu"):
+    """A call after the assignment, without its backward."""
+    columns = classes + (loss == "softmax")
+    x = torch.randn(layers, images, queries, columns, device=device, requires_grad=True)
+    boxes = (torch.rand(layers, images, queries, 4, device=device) / 2 + 0.1).requires_grad_()
+    labels = torch.zeros(images, objects, dtype=torch.int64, device=device)
+    targets = torch.rand(images, objects, 4, device=device) / 2 + 0.1
+    sizes = torch.full((images,), objects, device=device)
+    criterion = tl.SetCriterion(loss)
+    indices = criterion.denoising_indices(labels, sizes, layers=layers, groups=groups)
+    return lambda: criterion(x, boxes, labels, targets, sizes, indices=indices)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(INTERPRET, reason="interpreted kernels are other operations")
+@each_loss
+def test_operations_of_a_step_do_not_grow_with_layers_images_or_groups(loss):
+    """None of them is looped over; blocks of logits are, and there is less than one here."""
+    found = []
+    for layers, images, groups in ((2, 2, 2), (6, 2, 2), (2, 8, 2), (2, 2, 6)):
+        call = step(loss, layers, images, groups=groups)
+        with tl.backend("eager"), Operations() as operations:
+            call()["total"].backward()
+        found.append(operations.names)
+    assert all(names == found[0] for names in found)
+
+
+@pytest.mark.skipif(INTERPRET, reason="interpreted kernels read values")
+@each_loss
+def test_a_step_reads_nothing_after_the_assignment(loss, unchecked):  # noqa: F811
+    call = step(loss, 3, 2, groups=2)
+    with tl.backend("eager"), NoReads():
+        call()["total"].backward()
+
+
+@pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="launches of compiled kernels")
+@each_loss
+@pytest.mark.parametrize("layers", [1, 6])
+def test_launches_of_a_step(loss, layers):
+    """However many layers: two for the class term and one for its backward, three for boxes."""
+    from perf._record import recorded_launches
+
+    call = step(loss, layers, 2, device="meta")
+    with recorded_launches() as launches, NoReads():
+        call()["total"].backward()
+    named = ["pointwise_kernel", "finish_kernel"]
+    last = ["pointwise_kernel"]
+    if loss == "softmax":
+        named = last = ["softmax_focal_kernel"]
+    quality = [] if loss in ("focal", "softmax") else ["box_kernel"]
+    names = [launch.name for launch in launches]
+    assert names[: 1 + len(quality)] == ["box_kernel", *quality]  # forward of GIoU, IoU
+    assert names[1 + len(quality) : -2] == named
+    assert sorted(names[-2:]) == sorted(["box_kernel", *last])
+    for launch in launches:
+        if launch.name == "pointwise_kernel":
+            assert launch.grid[1] == layers
+
+
+# ---- sums of layers
+
+
+def layered_problem(seed, classes=50):
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.randn(3, 5, 100, classes, generator=g) * 3).to(DEVICE)  # more than a block
+    labels = torch.randint(0, classes + 1, (3, 5, 100), generator=g).to(DEVICE)
+    return x, labels, torch.rand(3, 5, 100, generator=g).to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", ["focal", "varifocal", "softmax"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_sums_of_layers_are_those_of_calls(kind, strided, backend):
+    x, labels, quality = layered_problem(30)
+    if strided:  # the queries of a wider tensor
+        x = torch.stack([x, -x], 3).flatten(2, 3)[:, :, ::2]
+    if kind == "softmax":
+        weight = torch.rand(x.shape[-1], device=DEVICE)
+        labels = labels.clamp(max=x.shape[-1] - 1)
+        divisors = torch.tensor([2.0, 3.0, 5.0], device=DEVICE)
+
+        def all_of(x):
+            return softmax_focal.by_layer(x, labels, weight, divisors)
+
+        def one(x, k):
+            options = {"alpha": weight, "gamma": 0.0, "avg_factor": divisors[k]}
+            return tl.softmax_focal_loss(x, labels[k], **options)
+    elif kind == "focal":
+
+        def all_of(x):
+            return pointwise.by_layer("focal", x, labels, None, (0.3, 0.7, 1.5), 7.0)
+
+        def one(x, k):
+            return tl.sigmoid_focal_loss(x, labels[k], alpha=0.3, gamma=1.5, avg_factor=7.0)
+    else:
+
+        def all_of(x):
+            return pointwise.by_layer("varifocal", x, labels, quality, (0.6, 2.0, 1.0, 0.0), 7.0)
+
+        def one(x, k):
+            return tl.varifocal_loss(x, (labels[k], quality[k]), alpha=0.6, avg_factor=7.0)
+
+    results = []
+    slope = torch.tensor([1.0, -2.0, 0.5], device=DEVICE)
+    for call in (all_of, lambda x: torch.stack([one(x[k], k) for k in range(3)])):
+        leaf = x.detach().requires_grad_()
+        value = call(leaf)
+        results.append((value.detach(), *torch.autograd.grad(value, leaf, slope)))
+    torch.testing.assert_close(*results, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [tl.sigmoid_focal_loss, tl.varifocal_loss, tl.softmax_focal_loss])
+def test_a_retained_graph_has_the_same_gradient_again(loss, backend):
+    """On the CPU a backward overwrites the gradient that the forward made."""
+    x, labels, _ = layered_problem(31)
+    labels = labels.clamp(max=x.shape[-1] - 1)
+    x.requires_grad_()
+    value = loss(x, labels)
+    first = torch.autograd.grad(value, x, retain_graph=True)[0].clone()
+    again = torch.autograd.grad(3 * value, x, retain_graph=True)[0]
+    torch.testing.assert_close(again, 3 * first, rtol=1e-6, atol=0)
+    value.backward()
+    torch.testing.assert_close(x.grad, first, rtol=1e-6, atol=0)
+    value = loss(x, labels)
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        value.backward()

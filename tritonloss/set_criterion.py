@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from .distributed import HoldsGroup, ProcessGroup, parse_sharing, reduce_avg_factor
 from .losses import pointwise, softmax_focal
-from .losses.boxes import giou_loss, iou_loss
+from .losses.boxes import giou_loss, overlap_of_pairs
 from .losses.matching import (
     BOX_FORMATS,
     CLASS_COSTS,
@@ -156,10 +156,6 @@ class SetCriterion(HoldsGroup, nn.Module):
             most = 1 if name == "alpha" and self.class_loss in ("focal", "iou_aware_bce") else None
             check.is_number(name, value, 0, most)
 
-    def _by_group(self, x: Tensor) -> Tensor:
-        """(L, B, Q, D) as (L, groups, B, Q / groups, D), a view."""
-        return x.unflatten(2, (self.groups, -1)).movedim(2, 1)
-
     def match(
         self,
         logits: Tensor,
@@ -172,10 +168,9 @@ class SetCriterion(HoldsGroup, nn.Module):
         parse_queries(logits, boxes)
         last = logits.shape[-1] - (2 if self.class_loss == "softmax" else 1)
         labels, target_boxes, sizes = parse_objects(logits, labels, target_boxes, sizes, last)
-        grouped = self.groups > 1
         cost = matching_cost(
-            self._by_group(logits) if grouped else logits,
-            self._by_group(boxes) if grouped else boxes,
+            logits,
+            boxes,
             labels,
             target_boxes,
             sizes,
@@ -185,8 +180,11 @@ class SetCriterion(HoldsGroup, nn.Module):
             gamma=self.cost_gamma,
             box_format=self.box_format,
         )
-        indices = assign(cost, sizes)
-        return indices.movedim(1, 2) if grouped else indices
+        if self.groups == 1:
+            return assign(cost, sizes)
+        # the cost of a query does not depend on its group
+        cost = cost.unflatten(2, (self.groups, -1)).movedim(2, 1)
+        return assign(cost, sizes).movedim(1, 2)
 
     @staticmethod
     def denoising_indices(
@@ -357,13 +355,13 @@ class SetCriterion(HoldsGroup, nn.Module):
         # column Q takes what belongs to no query
         query_labels = place.new_full((layers, images, queries + 1), background)
         repeated = labels.long().repeat(1, groups).expand(layers, -1, -1)
-        query_labels = query_labels.scatter(2, place, repeated)[..., :queries]
+        query_labels = query_labels.scatter_(2, place, repeated)[..., :queries]
         quality = None
         if self.class_loss not in ("focal", "softmax"):
             with torch.no_grad():
-                overlap = 1 - iou_loss(corners.detach(), target_corners, reduction="none")
+                overlap = overlap_of_pairs(corners, target_corners)
                 quality = overlap.new_zeros(layers, images, queries + 1)
-                quality = quality.scatter(2, place, overlap.clamp(0, 1))[..., :queries]
+                quality = quality.scatter_(2, place, overlap)[..., :queries]
         named = self._class_terms(logits, query_labels, quality, divisor)
         terms = {"class": named, "l1": l1, "giou": giou}
         total = sum(w * terms[t] for w, t in zip(self.loss_weights, TERMS, strict=True))
