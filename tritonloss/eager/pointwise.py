@@ -37,7 +37,8 @@ class Pointwise(NamedTuple):
     negative: Callable  # (x, *params): target 0
     positive: Callable  # (x, y, *params): the labelled class, y its quality (1 for labels)
     dense: Callable  # (x, y, *params): any y in [0, 1]
-    slopes: Callable | None = None  # (x, *params): negative, and its derivative written out
+    # (x, *params): negative, and its derivative written out; x may be overwritten
+    slopes: Callable | None = None
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -81,10 +82,13 @@ def _focal_dense(x, y, a1, a0, gamma, _=None):
 
 
 def _focal_slopes(x, a0, gamma, detached=False):
-    """Value and derivative of a0 p^gamma softplus(x), where ``detached`` only by the softplus."""
-    p = torch.sigmoid(x)
-    factor = power(p, gamma) * a0
+    """Value and derivative of a0 p^gamma softplus(x), where ``detached`` only by the softplus.
+
+    x is overwritten: fewer blocks fit the cache better.
+    """
     cost = softplus(x)
+    p = x.sigmoid_()
+    factor = power(p, gamma).mul_(a0)
     if detached:
         return cost.mul_(factor), factor.mul_(p)
     slope = (1 - p).mul_(cost).mul_(gamma).add_(p).mul_(factor)
