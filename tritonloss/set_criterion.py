@@ -31,7 +31,6 @@ CLASS_LOSSES: dict[str, tuple[dict[str, Any], str]] = {
     "iou_aware_bce": ({"alpha": 0.25, "gamma": 2.0}, "focal"),
     "softmax": ({"no_object_weight": 0.1}, "softmax"),
 }
-TERMS = ("class", "l1", "giou")
 
 
 def _corners(boxes: Tensor, box_format: str) -> Tensor:
@@ -349,8 +348,8 @@ class SetCriterion(HoldsGroup, nn.Module):
         l1 = (chosen.to(paired) - wanted.to(paired)).abs().sum((1, 2, 3)) / divisor
         corners = _corners(chosen.to(paired), self.box_format)
         target_corners = _corners(wanted.to(paired), self.box_format)
-        apart = giou_loss(corners, target_corners, weight=valid.to(paired), reduction="none")
-        giou = apart.sum((1, 2)) / divisor
+        apart = giou_loss(corners, target_corners, reduction="none")
+        giou = (apart * valid).sum((1, 2)) / divisor
 
         # column Q takes what belongs to no query
         query_labels = place.new_full((layers, images, queries + 1), background)
@@ -364,7 +363,8 @@ class SetCriterion(HoldsGroup, nn.Module):
                 quality = quality.scatter_(2, place, overlap)[..., :queries]
         named = self._class_terms(logits, query_labels, quality, divisor)
         terms = {"class": named, "l1": l1, "giou": giou}
-        total = sum(w * terms[t] for w, t in zip(self.loss_weights, TERMS, strict=True))
+        of_class, of_l1, of_giou = self.loss_weights
+        total = of_class * named + of_l1 * l1 + of_giou * giou
         if weights is not None:
             # one number after the other: a tensor of them would be copied to the device
             total = torch.stack([total[i] * weight for i, weight in enumerate(weights)])

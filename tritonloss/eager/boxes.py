@@ -56,12 +56,12 @@ def _aspect_penalty(wp, hp, wt, ht) -> Tensor:
 
 def box_values(pred: Tensor, target: Tensor, eps, alpha_threshold, kind: str) -> Tensor:
     """Loss of each pair of boxes (..., 4)."""
-    px1, py1, px2, py2 = pred.unbind(-1)
-    tx1, ty1, tx2, ty2 = target.unbind(-1)
-    wp, hp = _side(px1, px2), _side(py1, py2)
-    wt, ht = _side(tx1, tx2), _side(ty1, ty2)
-    wi = _side(torch.maximum(px1, tx1), torch.minimum(px2, tx2))
-    hi = _side(torch.maximum(py1, ty1), torch.minimum(py2, ty2))
+    # both axes in one tensor (..., 2) as far as they go the same way
+    p1, p2 = pred.unflatten(-1, (2, 2)).unbind(-2)
+    t1, t2 = target.unflatten(-1, (2, 2)).unbind(-2)
+    wp, hp = _side(p1, p2).unbind(-1)
+    wt, ht = _side(t1, t2).unbind(-1)
+    wi, hi = _side(torch.maximum(p1, t1), torch.minimum(p2, t2)).unbind(-1)
     inter = wi * hi
     area = wp * hp + wt * ht - inter
     union = area.clamp(min=eps)
@@ -74,16 +74,15 @@ def box_values(pred: Tensor, target: Tensor, eps, alpha_threshold, kind: str) ->
     if kind == "iou":
         return loss
 
-    wc = _side(torch.minimum(px1, tx1), torch.maximum(px2, tx2))
-    hc = _side(torch.minimum(py1, ty1), torch.maximum(py2, ty2))
+    sides = _side(torch.minimum(p1, t1), torch.maximum(p2, t2))
+    wc, hc = sides.unbind(-1)
     if kind == "giou":
         hull = (wc * hc).clamp(min=eps)
         gap = _area_minus(wc, hc, wp, hp) - target_alone
         close = solid & (2 * union > hull)
         return loss + torch.where(close, gap / hull, 1 - union / hull)
 
-    dx = ((px1 - tx1) + (px2 - tx2)) / 2
-    dy = ((py1 - ty1) + (py2 - ty2)) / 2
+    dx, dy = (((p1 - t1) + (p2 - t2)) / 2).unbind(-1)
     diagonal = wc * wc + hc * hc
     distance = _passing(dx * dx + dy * dy, diagonal >= eps)
     penalised = loss + distance / diagonal.clamp(min=eps)
@@ -91,11 +90,10 @@ def box_values(pred: Tensor, target: Tensor, eps, alpha_threshold, kind: str) ->
         return penalised
 
     if kind == "eiou":
-        width, height = wc * wc, hc * hc
-        wider = _passing(_side_difference(px1, px2, tx1, tx2), width >= eps)
-        higher = _passing(_side_difference(py1, py2, ty1, ty2), height >= eps)
-        width, height = width.clamp(min=eps), height.clamp(min=eps)
-        return penalised + wider / width * wider + higher / height * higher
+        squares = sides * sides
+        more = _passing(_side_difference(p1, p2, t1, t2), squares >= eps)
+        wider, higher = (more / squares.clamp(min=eps) * more).unbind(-1)
+        return penalised + wider + higher
 
     v = _aspect_penalty(wp, hp, wt, ht)
     alpha = v.detach() / (loss + v).detach().clamp(min=eps)
