@@ -81,6 +81,24 @@ def harmonising() -> str:
     )
 
 
+def set_prediction() -> str:
+    """Matching cost and criterion beside a host's own."""
+    rows = read("detr_cpu")
+    first = rows[0]
+    return (
+        "Set prediction, all decoder layers: the matching cost without the assignment, the "
+        "criterion with its backward, and a step of both with the assignment, which is SciPy's on "
+        "both sides. Processor time in ms (least of rounds that take turns) and most memory in MiB "
+        "of transformers' RT-DETR (with groups LW-DETR) and of ours, in brackets ours / theirs. "
+        f"torch {first['torch']}, {first['device']} (`python -m perf.bench_detr_cpu`).\n\n"
+    ) + table(
+        ("images x queries x objects x layers x classes", "what", "ms, theirs", "ms, ours",
+         "MiB, theirs", "MiB, ours"),
+        *((r["shape"], r["what"], r["host_ms"], f"{r['ours_ms']} ({r['time_ratio']})",
+           r["host_peak_mib"], f"{r['ours_peak_mib']} ({r['peak_ratio']})") for r in rows),
+    )  # fmt: skip
+
+
 def detectors() -> str:
     """AP of the example's detector, one row per loss."""
     found: dict[str, dict[str, dict]] = {}
@@ -314,7 +332,7 @@ FILES = {
         GPU, *on_gpus(newest_only=True), CPU, in_short(), diagnosing(), detectors()
     ],
     "docs/benchmarks.md": lambda: [
-        GPU, *on_gpus(), CPU, pointwise(), ranking(), harmonising(), diagnosing(),
+        GPU, *on_gpus(), CPU, pointwise(), ranking(), harmonising(), set_prediction(), diagnosing(),
         swept("sweep_cpu"), budgets(),
     ],
     **{f"docs/hosts/{host}.md": lambda host=host: [beside_host(host)] for host in HOSTS},
