@@ -222,6 +222,32 @@ def _regression(loss, published):
     return make
 
 
+def _set_criterion(point, x, labels, quality):
+    """One layer of one image, whose pairs are known: focal, L1 and GIoU loss."""
+    queries = (labels < point.classes).nonzero().squeeze(1)
+    centre = torch.rand(point.rows, 2, device=x.device) / 2 + 0.2
+    boxes = torch.cat([centre, 0.1 + 0.1 * quality[:, None].expand(-1, 2)], 1)
+    targets = boxes[queries] + 0.01
+    criterion = tl.SetCriterion("focal")
+    objects = labels[queries][None], targets[None]
+    options = {"indices": queries[None, None], "num_boxes": AVG_FACTOR}
+
+    def corners(boxes):
+        return torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
+
+    def published(x):
+        found = boxes[queries]
+        named = baselines.focal(x, baselines.one_hot(labels, x)).sum()
+        giou = baselines.box(corners(found), corners(targets), "giou").sum()
+        return (named + 5 * (found - targets).abs().sum() + 2 * giou) / AVG_FACTOR
+
+    return Call(
+        lambda x: criterion(x[None, None], boxes[None, None], *objects, **options)["total"],
+        x,
+        published,
+    )
+
+
 class Workload(NamedTuple):
     make: Callable[..., Call]
     classes: int | None = None  # columns, where the loss fixes them
@@ -235,6 +261,7 @@ LOSSES: dict[str, Workload] = {
     "gaussian_focal": Workload(_gaussian_focal),
     "quality_focal": Workload(_quality_focal),
     "varifocal": Workload(_varifocal),
+    "set_criterion": Workload(_set_criterion),
     "softmax_focal": Workload(_softmax),
     "ghm_c": Workload(_ghm_c),
     "rank_sort": Workload(_rank_sort),
