@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -473,3 +474,40 @@ def test_a_retained_graph_has_the_same_gradient_again(loss, backend):
         x.mul_(2)
     with pytest.raises(RuntimeError, match="inplace"):
         value.backward()
+
+
+# ---- several processes
+
+
+def shared_step(group, rank, loss, averaged, logits, boxes, labels, targets, sizes):
+    """The terms of a share of the images, and the gradients of their total."""
+    x, b = logits.clone().requires_grad_(), boxes.clone().requires_grad_()
+    criterion = tl.SetCriterion(loss, process_group=group, gradients_averaged=averaged)
+    found = criterion(x, b, labels, targets, sizes)
+    terms = torch.stack([found[k].detach() for k in ("class", "l1", "giou")])
+    return terms, *torch.autograd.grad(found["total"], (x, b))
+
+
+@pytest.mark.skipif(INTERPRET or DEVICE != "cpu", reason="gloo on CPUs; says the same plain")
+def test_processes_share_the_number_of_objects():
+    """Their terms add up to those of one process with all images, and so do their gradients."""
+    pool = processes.Pool(2)
+    try:
+        for loss in ("focal", "varifocal", "mal", "iou_aware_bce"):
+            logits, boxes, labels, targets, sizes = problem(40, loss, images=5)
+            want = shared_step(None, 0, loss, False, logits, boxes, labels, targets, sizes)
+            dims = (1, 1, 0, 0, 0)  # where the images are: 2 of them, and 3
+            shares = [
+                processes.PerRank(t.split([2, 3], dim))
+                for t, dim in zip((logits, boxes, labels, targets, sizes), dims, strict=True)
+            ]
+            for averaged in (False, True):
+                parts = pool.run(shared_step, 2, loss, averaged, *shares)
+                times = 2 if averaged else 1  # the trainer divides by it
+                terms, *gradients = zip(*parts, strict=True)
+                torch.testing.assert_close(sum(terms) / times, want[0], rtol=1e-5, atol=1e-6)
+                for mine, whole in zip(gradients, want[1:], strict=True):
+                    mine = torch.cat(mine, 1) / times
+                    torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-6)
+    finally:
+        pool.close()
