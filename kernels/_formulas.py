@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 # Which parameter is the power of the modulating factor.
-POWER = {"focal": 2, "quality": 0, "varifocal": 1, "gaussian": 0}
+POWER = {"focal": 2, "focal_smoothed": 2, "quality": 0, "varifocal": 1, "gaussian": 0}
 # Losses with a shorter formula for targets of 0 and 1, ``hard_value``.
 HARD = frozenset({"focal", "focal_star", "quality", "varifocal", "gaussian", "asymmetric", "bce"})
 
@@ -65,31 +65,32 @@ def safe_log(v):
     return tl.log(tl.maximum(v, 1e-37))
 
 
-# Focal loss (Lin et al. 2017): (y a1 + (1-y) a0) q^gamma BCE(x, y), q = p(1-y) + (1-p)y.
+# Focal loss (Lin et al. 2017): (y a1 + (1-y) a0) q^gamma BCE(x, t), q = p(1-y) + (1-p)y; t is y,
+# or a smoothed y.
 
 
 @triton.jit
-def _focal_parts(x, y, gamma, SQUARE: tl.constexpr):
+def _focal_parts(x, y, t, gamma, SQUARE: tl.constexpr):
     p, not_p, log1p_e = sigmoid_parts(x)
     q = p * (1.0 - y) + not_p * y
     # log q without underflow for hard targets: -softplus(+-x)
     log_q = tl.where(y > 0.5, tl.minimum(-x, 0.0), tl.minimum(x, 0.0)) - log1p_e
     hard = (y == 0.0) | (y == 1.0)
     log_q = tl.where(hard, log_q, safe_log(q))
-    return p, not_p, bce_of(x, y, log1p_e), q, power(q, log_q, gamma, SQUARE)
+    return p, not_p, bce_of(x, t, log1p_e), q, power(q, log_q, gamma, SQUARE)
 
 
 @triton.jit
-def focal_value(x, y, a1, a0, gamma, SQUARE: tl.constexpr):
-    _, _, bce, _, factor = _focal_parts(x, y, gamma, SQUARE)
+def focal_value(x, y, t, a1, a0, gamma, SQUARE: tl.constexpr):
+    _, _, bce, _, factor = _focal_parts(x, y, t, gamma, SQUARE)
     return (y * a1 + (1.0 - y) * a0) * factor * bce
 
 
 @triton.jit
-def focal_derivative(x, y, a1, a0, gamma, SQUARE: tl.constexpr):
-    p, not_p, bce, q, factor = _focal_parts(x, y, gamma, SQUARE)
+def focal_derivative(x, y, t, a1, a0, gamma, SQUARE: tl.constexpr):
+    p, not_p, bce, q, factor = _focal_parts(x, y, t, gamma, SQUARE)
     dq = p * not_p * (1.0 - 2.0 * y)
-    dbce = p * (1.0 - y) - not_p * y
+    dbce = p * (1.0 - t) - not_p * t
     if SQUARE:
         slope = q * (2.0 * dq * bce + q * dbce)
     else:
@@ -365,7 +366,9 @@ def pointwise_value(
     if HARD:
         value = hard_value(x, positive, p0, p1, p2, p3, KIND, SQUARE)
     elif KIND == "focal":
-        value = focal_value(x, y, p0, p1, p2, SQUARE)
+        value = focal_value(x, y, y, p0, p1, p2, SQUARE)
+    elif KIND == "focal_smoothed":
+        value = focal_value(x, y, y + p3 * (0.5 - y), p0, p1, p2, SQUARE)
     elif KIND == "focal_star":
         value = focal_star_value(x, y, p0, p1, p2, p3)
     elif KIND == "quality":
@@ -392,7 +395,9 @@ def pointwise_derivative(
     if HARD:
         slope = hard_derivative(x, positive, p0, p1, p2, p3, KIND, SQUARE)
     elif KIND == "focal":
-        slope = focal_derivative(x, y, p0, p1, p2, SQUARE)
+        slope = focal_derivative(x, y, y, p0, p1, p2, SQUARE)
+    elif KIND == "focal_smoothed":
+        slope = focal_derivative(x, y, y + p3 * (0.5 - y), p0, p1, p2, SQUARE)
     elif KIND == "focal_star":
         slope = focal_star_derivative(x, y, p0, p1, p2, p3)
     elif KIND == "quality":

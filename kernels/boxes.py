@@ -15,6 +15,7 @@ from tritonloss._op import launcher, wrap_triton
 
 from ._config import BOXES
 from ._finish import at, over_levels
+from ._formulas import log1p_unit
 from ._numbers import number, scalar_args
 from ._rows import (
     forward_rows,
@@ -122,6 +123,18 @@ def box_loss(p, t, eps, alpha_threshold, KIND: tl.constexpr):
     d_pred = tl.where(solid, iou / union, 0.0)
     # 1 / eps is no slope: where it divides, what is divided is a constant
     d_inter = tl.where(solid, -1.0 / union - d_pred, 0.0)
+    if KIND == "iou_square":
+        loss *= 1.0 + iou
+        d_pred *= 2.0 * iou
+        d_inter *= 2.0 * iou
+    if KIND == "iou_log":
+        # -log(1 - l) = log(1 + l / (1 - l)) where little is missing
+        near = one_minus_iou < 0.5
+        missing = tl.where(near, one_minus_iou, 0.0)
+        loss = tl.where(near, log1p_unit(missing / (1.0 - missing)), -tl.log(tl.maximum(iou, eps)))
+        slope = tl.where(iou >= eps, 1.0 / tl.maximum(iou, eps), 0.0)
+        d_pred *= slope
+        d_inter *= slope
     # derivatives by the sides of p alone, by the sides of the hull, by the centre of p
     d_wp = tl.zeros(px1.shape, tl.float32)
     d_hp = d_wp

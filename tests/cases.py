@@ -197,11 +197,12 @@ def _bce(x, y):
     return -y * torch.nn.functional.logsigmoid(x) - (1 - y) * torch.nn.functional.logsigmoid(-x)
 
 
-def focal_formula(x, problem, alpha=0.25, gamma=2.0):
+def focal_formula(x, problem, alpha=0.25, gamma=2.0, label_smoothing=0.0):
     y = dense_targets(problem)
     p, not_p = torch.sigmoid(x), torch.sigmoid(-x)
     # 1 - p_t = p (1-y) + (1-p) y
-    loss = (p * (1 - y) + not_p * y) ** gamma * _bce(x, y)
+    loss = (p * (1 - y) + not_p * y) ** gamma
+    loss = loss * _bce(x, y * (1 - label_smoothing) + label_smoothing / 2)
     return loss if alpha is None else (alpha * y + (1 - alpha) * (1 - y)) * loss
 
 
@@ -346,7 +347,7 @@ def box_problem(axes: Axes, g: torch.Generator) -> Problem:
 
 
 def box_formula(kind: str):
-    def formula(x, problem, eps=1e-7, alpha_threshold=0.5):
+    def formula(x, problem, eps=1e-7, alpha_threshold=0.5, mode="linear"):
         target = problem.args[0].double()
         low, high = torch.minimum(x, target), torch.maximum(x, target)
 
@@ -358,7 +359,9 @@ def box_formula(kind: str):
         union = (wp * hp + wt * ht - wi * hi).clamp(min=eps)
         iou = wi * hi / union
         if kind == "iou":
-            return 1 - iou
+            if mode == "log":
+                return -iou.clamp(min=eps).log()
+            return 1 - (iou if mode == "linear" else iou**2)
         if kind == "giou":
             hull = (wc * hc).clamp(min=eps)
             return 1 - iou + (hull - union) / hull
@@ -426,7 +429,14 @@ CASES = [
         tl.sigmoid_focal_loss,
         pointwise_problem,
         focal_formula,
-        [{}, {"gamma": 0.5, "alpha": 0.6}, {"gamma": 0.0, "alpha": None}, {"gamma": 1.5}],
+        [
+            {},
+            {"gamma": 0.5, "alpha": 0.6},
+            {"gamma": 0.0, "alpha": None},
+            {"gamma": 1.5},
+            {"label_smoothing": 0.1},
+            {"label_smoothing": 0.3, "gamma": 0.0, "alpha": 0.6},
+        ],
     ),
     Case(
         "focal_star",
@@ -486,7 +496,7 @@ CASES = [
         ROW_AXES | {"classes": [33, 17, 2, 101]},
         ("distillation_kernel", "distillation_kernel"),
     ),
-    box_case("iou", tl.iou_loss),
+    box_case("iou", tl.iou_loss, [{}, {"mode": "square"}, {"mode": "log"}]),
     box_case("giou", tl.giou_loss),
     box_case("diou", tl.diou_loss),
     box_case("eiou", tl.eiou_loss),

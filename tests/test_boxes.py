@@ -20,7 +20,11 @@ LOSSES = {
     "ciou": tl.ciou_loss,
     "ciou everywhere": partial(tl.ciou_loss, alpha_threshold=-1),
 }
-each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+MODES = {
+    "iou square": partial(tl.iou_loss, mode="square"),
+    "iou log": partial(tl.iou_loss, mode="log"),
+}
+each_loss = pytest.mark.parametrize("loss", (LOSSES | MODES).values(), ids=LOSSES | MODES)
 
 
 def written_out(p, t, kind, alpha_threshold=0.5, eps=1e-7):
@@ -55,6 +59,70 @@ def test_written_out(kind, backend):
     pairs = zip(pred.tolist(), target.tolist(), strict=True)
     expected = torch.tensor([written_out(p, t, kind) for p, t in pairs])
     torch.testing.assert_close(loss.cpu(), expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-7, 1e-2])
+def test_modes_of_iou(eps, backend):
+    pred, target = torch.rand(2, 60, 4).sort(-1).values * 10
+    pred[:20] = target[:20] + torch.randn(20, 4) * 0.01
+    pred[20:24] += 50
+    pairs = list(zip(pred.tolist(), target.tolist(), strict=True))
+    overlap = torch.tensor([1 - written_out(p, t, "iou", eps=eps) for p, t in pairs]).clamp(min=eps)
+    for mode, expected in (
+        ("linear", 1 - torch.where(overlap == eps, 0, overlap)),
+        ("square", 1 - torch.where(overlap == eps, 0, overlap) ** 2),
+        ("log", -overlap.log()),
+    ):
+        x, t = pred.to(DEVICE).requires_grad_(), target.to(DEVICE)
+        loss = tl.iou_loss(x, t, mode=mode, eps=eps, reduction="none")
+        torch.testing.assert_close(loss.detach().cpu(), expected, rtol=1e-5, atol=1e-6)
+        (slope,) = torch.autograd.grad(loss.sum(), x)
+        assert not slope[20:24].any() and slope.isfinite().all()
+    with pytest.raises(ValueError, match="mode must be one of linear, square, log; got 'exp'"):
+        tl.iou_loss(pred, target, mode="exp")
+
+
+@each_loss
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_gradient_to_target(loss, reduction, backend):
+    """What the plain formula gives both boxes; the losses are symmetric."""
+    pred, target = (torch.rand(2, 40, 4).sort(-1).values * 10).to(DEVICE)
+    pred[:10] = target[:10] + torch.randn(10, 4, device=DEVICE).abs() * 0.1
+    weight = torch.rand(40, device=DEVICE) - 0.2
+    x, y = pred.clone().requires_grad_(), target.clone().requires_grad_()
+    options = {"weight": weight, "reduction": reduction}
+    with pytest.raises(ValueError, match="target requires grad"):
+        loss(x, y, **options)
+    value = loss(x, y, gradient_to_target=True, **options)
+    expected = loss(pred, target, **options)
+    assert value.equal(expected)
+    upstream = torch.rand_like(value)
+    found = torch.autograd.grad(value, (x, y), upstream)
+    double = [t.double().requires_grad_() for t in (pred, target)]
+    same = loss(double[0], target.double(), **options)
+    swapped = loss(double[1], pred.double(), **options)
+    expected = [torch.autograd.grad(v, t, upstream.double())[0]
+                for v, t in zip((same, swapped), double, strict=True)]  # fmt: skip
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+    # by differences, in the eager formula
+    if loss is tl.ciou_loss or loss is LOSSES["ciou everywhere"]:
+        return  # its alpha is a constant
+    step = torch.randn(40, 4, dtype=torch.float64, device=DEVICE) * 1e-6
+    with tl.backend("eager"):
+        ends = [loss(pred.double(), target.double() + s, **options) for s in (step, -step)]
+    moved = ((ends[0] - ends[1]) / 2 * upstream.double()).sum()
+    torch.testing.assert_close((expected[1] * step).sum(), moved, rtol=1e-3, atol=1e-9)
+
+
+def test_weights_of_coordinates_are_averaged(backend):
+    pred, target = (torch.rand(2, 30, 4).sort(-1).values).to(DEVICE)
+    weight = torch.rand(30, 4, device=DEVICE)
+    weight[:5] = 0
+    for reduction in ("none", "mean"):
+        found = tl.giou_loss(pred, target, weight=weight, reduction=reduction)
+        expected = tl.giou_loss(pred, target, weight=weight.mean(-1), reduction=reduction)
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["iou", "giou", "diou", "eiou", "ciou"])
@@ -238,7 +306,7 @@ def test_vmap_of_grad(loss):
         ({"target": torch.zeros(2, 4).int()}, TypeError, "target must be float16"),
         ({"target": torch.zeros(2, 4, requires_grad=True)}, ValueError, "target requires grad"),
         ({"eps": 0}, ValueError, "eps must be finite and > 0"),
-        ({"weight": torch.rand(2, 4)}, ValueError, r"weight must have shape \(2,\)"),
+        ({"weight": torch.rand(2, 3)}, ValueError, r"weight must have shape \(2,\)"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of"),
     ],
 )

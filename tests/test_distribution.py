@@ -101,6 +101,29 @@ def test_masked_bins_have_probability_zero(dtype, backend):
     assert (gradient.isnan().any(-1) == (y + 3 > 5)).all()
 
 
+def test_flat_rows_of_sides(backend):
+    x, y = torch.randn(5, 3, 4 * 17, device=DEVICE), torch.rand(5, 3, 4, device=DEVICE) * 16
+    weight = torch.rand(5, 3, 4, device=DEVICE) - 0.2
+    x.requires_grad_()
+    for reduction in ("none", "sum", "mean"):
+        options = {"weight": weight, "reduction": reduction}
+        found = tl.distribution_focal_loss(x, y, sides=4, **options)
+        expected = tl.distribution_focal_loss(x.unflatten(-1, (4, 17)), y, **options)
+        assert found.equal(expected)
+        slopes = [torch.autograd.grad(v.sum(), x)[0] for v in (found, expected)]
+        assert slopes[0].equal(slopes[1])
+    head = x.detach().movedim(-1, 1).contiguous()
+    found = tl.distribution_focal_loss(
+        head, y.movedim(-1, 1), sides=4, class_dim=1, reduction="none"
+    )
+    expected = tl.distribution_focal_loss(x, y, sides=4, reduction="none")
+    assert found.shape == (5, 4, 3)
+    torch.testing.assert_close(found.movedim(1, -1), expected, rtol=1e-6, atol=1e-6)
+    for sides in (0, 3, True):
+        with pytest.raises(ValueError, match="sides"):
+            tl.distribution_focal_loss(x, y, sides=sides)
+
+
 def distilled(row, teacher, temperature):
     """The divergence of one row, in plain Python."""
     p, q = ([math.exp(v / temperature) for v in r] for r in (row, teacher))

@@ -69,6 +69,13 @@ def focal(x, y, alpha=0.25, gamma=2.0):
     return -alpha_t * (1 - p_t) ** gamma * p_t.log()
 
 
+def smoothed(v):
+    p, y = v["x"].sigmoid(), v["one_hot"]
+    p_t, alpha_t = p * y + (1 - p) * (1 - y), 0.25 * y + 0.75 * (1 - y)
+    loss = alpha_t * (1 - p_t) ** 1.5 * bce(v["x"], y * (1 - 0.1) + 0.5 * 0.1)
+    return (loss / v["n"]).sum()
+
+
 def sides(boxes):
     return boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
 
@@ -203,6 +210,9 @@ FORMULAS = {
     "focal_loss_legacy(x, one_hot, alpha=0.25, gamma=1.5, normalizer=n).sum()": lambda v: (
         focal(v["x"], v["one_hot"], 0.25, 1.5) / v["n"]
     ).sum(),
+    "focal_loss(x, one_hot, alpha=0.25, gamma=1.5, normalizer=n, label_smoothing=0.1).sum()": (
+        smoothed
+    ),
 }
 
 

@@ -190,7 +190,7 @@ for loss, function in BOX_LOSSES.items():
         f"{loss}: integer targets", TypeError, "target must be float16", function, BOX, BOX.long()
     )
     wrong(f"{loss}: eps 0", ValueError, "eps must be finite and > 0", function, BOX, BOX, eps=0)
-    wrong(f"{loss}: weight", ValueError, "weight must have shape", function, BOX, BOX, weight=X)
+    wrong(f"{loss}: weight", ValueError, "weight must have shape", function, BOX, BOX, weight=X[:1])
     wrong(f"{loss}: None", TypeError, "target must be a tensor; got NoneType", function, BOX, None)
 
 GHM = {

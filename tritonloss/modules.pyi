@@ -9,6 +9,7 @@ from .losses.ranking import ALRP, RankSort
 class FocalLoss(nn.Module):
     alpha: float | Tensor | None
     gamma: float | Tensor
+    label_smoothing: float | Tensor
     class_weight: Tensor | None
     ignore_index: int
     reduction: str
@@ -18,6 +19,7 @@ class FocalLoss(nn.Module):
         *,
         alpha: float | Tensor | None = 0.25,
         gamma: float | Tensor = 2.0,
+        label_smoothing: float | Tensor = 0.0,
         class_weight: Tensor | None = None,
         ignore_index: int = -1,
         reduction: str = "mean",
@@ -347,11 +349,13 @@ class SoftmaxFocalLoss(nn.Module):
     ) -> Tensor: ...
 
 class DistributionFocalLoss(nn.Module):
+    sides: int
     reduction: str
     class_dim: int
     def __init__(
         self,
         *,
+        sides: int = 1,
         reduction: str = "mean",
         class_dim: int = -1,
     ) -> None: ...
@@ -419,15 +423,19 @@ class Integral(nn.Module):
     ) -> Tensor: ...
 
 class IoULoss(nn.Module):
+    mode: str
     eps: float | Tensor
     reduction: str
     class_dim: int
+    gradient_to_target: bool
     def __init__(
         self,
         *,
+        mode: str = "linear",
         eps: float | Tensor = 1e-07,
         reduction: str = "mean",
         class_dim: int = -1,
+        gradient_to_target: bool = False,
     ) -> None: ...
     def forward(
         self,
@@ -450,12 +458,14 @@ class GIoULoss(nn.Module):
     eps: float | Tensor
     reduction: str
     class_dim: int
+    gradient_to_target: bool
     def __init__(
         self,
         *,
         eps: float | Tensor = 1e-07,
         reduction: str = "mean",
         class_dim: int = -1,
+        gradient_to_target: bool = False,
     ) -> None: ...
     def forward(
         self,
@@ -478,12 +488,14 @@ class DIoULoss(nn.Module):
     eps: float | Tensor
     reduction: str
     class_dim: int
+    gradient_to_target: bool
     def __init__(
         self,
         *,
         eps: float | Tensor = 1e-07,
         reduction: str = "mean",
         class_dim: int = -1,
+        gradient_to_target: bool = False,
     ) -> None: ...
     def forward(
         self,
@@ -506,12 +518,14 @@ class EIoULoss(nn.Module):
     eps: float | Tensor
     reduction: str
     class_dim: int
+    gradient_to_target: bool
     def __init__(
         self,
         *,
         eps: float | Tensor = 1e-07,
         reduction: str = "mean",
         class_dim: int = -1,
+        gradient_to_target: bool = False,
     ) -> None: ...
     def forward(
         self,
@@ -535,6 +549,7 @@ class CIoULoss(nn.Module):
     alpha_threshold: float | Tensor
     reduction: str
     class_dim: int
+    gradient_to_target: bool
     def __init__(
         self,
         *,
@@ -542,6 +557,7 @@ class CIoULoss(nn.Module):
         alpha_threshold: float | Tensor = 0.5,
         reduction: str = "mean",
         class_dim: int = -1,
+        gradient_to_target: bool = False,
     ) -> None: ...
     def forward(
         self,

@@ -73,6 +73,11 @@ def box_values(pred: Tensor, target: Tensor, eps, alpha_threshold, kind: str) ->
     loss = torch.where(close, either_alone / union, 1 - inter / union)
     if kind == "iou":
         return loss
+    if kind == "iou_square":
+        return loss * (2 - loss)
+    if kind == "iou_log":
+        overlap = torch.where(close, 1, inter / union).clamp(min=eps)
+        return -torch.where(close, torch.log1p(-torch.where(close, loss, 0)), overlap.log())
 
     sides = _side(torch.minimum(p1, t1), torch.maximum(p2, t2))
     wc, hc = sides.unbind(-1)

@@ -95,6 +95,20 @@ def _focal_slopes(x, a0, gamma, detached=False):
     return cost.mul_(factor), slope
 
 
+def _smoothed_dense(x, y, a1, a0, gamma, smoothing):
+    q = torch.lerp(torch.sigmoid(x), torch.sigmoid(-x), y)
+    flat = (softplus(x) + softplus(-x)) / 2
+    return balance(y, a1, a0) * power(q, gamma) * (bce(x, y) * (1 - smoothing) + flat * smoothing)
+
+
+def _smoothed_negative(x, *params):
+    value = _smoothed_dense(x, torch.zeros_like(x), *params)
+    return torch.where(x == NO_LOSS, 0, value)
+
+
+FOCAL_SMOOTHED = Pointwise(_smoothed_negative, _smoothed_dense, _smoothed_dense)
+
+
 def _star(x, gamma, beta):
     return softplus(gamma * x - beta) / gamma
 
@@ -210,6 +224,7 @@ KINDS = {
     "asl1": AUTHENTIC_SMOOTH_L1,
     "asymmetric": ASYMMETRIC,
     "focal": FOCAL,
+    "focal_smoothed": FOCAL_SMOOTHED,
     "focal_star": FOCAL_STAR,
     "gaussian": GAUSSIAN,
     "quality": QUALITY,

@@ -9,7 +9,8 @@ Example:
     >>> model = MODELS.build(config.model)  # doctest: +SKIP
 
 Ours then are ``FocalLoss``, ``QualityFocalLoss``, ``VarifocalLoss``, ``DistributionFocalLoss``,
-``GHMC``, ``GHMR``, ``GIoULoss``, ``DIoULoss``, ``CIoULoss``, and ISR-P and CARL of the PISA heads.
+``GHMC``, ``GHMR``, ``IoULoss``, ``GIoULoss``, ``DIoULoss``, ``CIoULoss``, and ISR-P and CARL of the
+PISA heads.
 The classes, their constructors, buffers (GHM's ``acc_sum``) and checkpoints stay the host's.
 
 The host computes what ours do not take: probabilities in place of logits (``activated=True``) and
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from tritonloss import modules
 from tritonloss._checks import REDUCTIONS
 from tritonloss.losses import pointwise, prime_sample
-from tritonloss.losses.boxes import ciou_loss, diou_loss, giou_loss, iou
+from tritonloss.losses.boxes import ciou_loss, diou_loss, giou_loss, iou, iou_loss
 from tritonloss.losses.distribution import distribution_focal_loss
 from tritonloss.losses.ghm import ghm_c_loss, ghm_r_loss
 from tritonloss.losses.ranking import self_balanced_weight
@@ -156,7 +157,7 @@ def _distribution_focal(original):
     return forward
 
 
-def _boxes(ours):
+def _boxes(ours, mode_of=lambda module: {}):
     def make(original):
         @wraps(original)
         def forward(
@@ -167,7 +168,7 @@ def _boxes(ours):
                 weight = weight.mean(-1)
 
             def loss(**reduced):
-                return ours(pred, target, eps=self.eps, **kwargs, **reduced)
+                return ours(pred, target, eps=self.eps, **mode_of(self), **kwargs, **reduced)
 
             return _reduced(self, loss, reduction_override, avg_factor, weight, len(pred))
 
@@ -457,6 +458,7 @@ def _places() -> list[Place]:
         f"{losses}.varifocal_loss": {"VarifocalLoss": _varifocal},
         f"{losses}.ghm_loss": {"GHMC": _ghm_c, "GHMR": _ghm_r},
         f"{losses}.iou_loss": {
+            "IoULoss": _boxes(iou_loss, lambda module: {"mode": module.mode}),
             "GIoULoss": _boxes(giou_loss),
             "DIoULoss": _boxes(diou_loss),
             "CIoULoss": _boxes(ciou_loss),

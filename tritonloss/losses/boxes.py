@@ -6,9 +6,9 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss._dispatch import launchers
-from tritonloss._levels import Levels, of_levels
+from tritonloss._levels import Levels, is_levels, of_levels
 from tritonloss._loss import Loss, OverLevels
-from tritonloss._targets import parse_row_weight
+from tritonloss._targets import as_weight, parse_row_weight
 from tritonloss.eager import boxes as eager
 from tritonloss.eager._entry import rows_that_count
 
@@ -23,6 +23,7 @@ _loss = Loss(
 
 
 KINDS = ("iou", "giou", "diou", "ciou", "eiou")
+MODES = {"linear": "iou", "square": "iou_square", "log": "iou_log"}
 
 
 def _check_boxes(target, weight) -> None:
@@ -33,26 +34,50 @@ def _check_boxes(target, weight) -> None:
 
 
 def _box_loss(
-    kind, pred, target, eps, alpha_threshold, weight, reduction, avg_factor, class_dim
+    kind, pred, target, eps, alpha_threshold, weight, reduction, avg_factor, class_dim,
+    gradient_to_target=False,
 ):  # fmt: skip
     """Checks and call: the same for every box loss."""
     eps = check.is_number("eps", eps, 0, open_low=True)
     alpha_threshold = check.is_number("alpha_threshold", alpha_threshold)
     avg_factor = check.is_reduction(reduction, avg_factor)
     common = (avg_factor, (eps, alpha_threshold), kind, reduction)
-    beside = {"target": target, "weight": weight}
-    return _loss.of(_parse, pred, beside, common, class_dim, "pred")
+    if not gradient_to_target:
+        beside = {"target": target, "weight": weight}
+        return _loss.of(_parse, pred, beside, common, class_dim, "pred")
+    beside = {"target": of_levels(Tensor.detach, target), "weight": weight}
+    loss = _loss.of(_parse, pred, beside, common, class_dim, "pred")
+    # the losses are symmetric: the same with the boxes exchanged, for its gradient alone
+    beside = {"pred": of_levels(Tensor.detach, pred), "weight": weight}
+    other = _loss.of(_parse_exchanged, target, beside, common, class_dim, "target")
+    if is_levels(loss):
+        return [_with_gradient_of(*pair) for pair in zip(loss, other, strict=True)]
+    return _with_gradient_of(loss, other)
+
+
+def _with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
+    return value + (other - other.detach()).to(value.dtype)
 
 
 def _parse(pred, target, weight) -> tuple:
-    check.is_floating("pred", pred)
-    if pred.dim() == 0 or pred.shape[-1] != 4:
-        raise ValueError(f"pred must have shape (..., 4); got {tuple(pred.shape)}")
-    check.is_input("target", target, pred.shape, "as pred", "pred", pred)
-    weight = parse_row_weight(pred, weight, "pred")
+    pred, target, weight = _parse_pair("pred", pred, "target", target, weight)
     if check.values_checked(pred):
         _check_boxes(target, weight)
     return pred, target, weight
+
+
+def _parse_exchanged(target, pred, weight) -> tuple:
+    return _parse_pair("target", target, "pred", pred, weight)
+
+
+def _parse_pair(x_name, x, other_name, other, weight) -> tuple:
+    check.is_floating(x_name, x)
+    if x.dim() == 0 or x.shape[-1] != 4:
+        raise ValueError(f"{x_name} must have shape (..., 4); got {tuple(x.shape)}")
+    check.is_input(other_name, other, x.shape, f"as {x_name}", x_name, x)
+    if isinstance(weight, Tensor) and weight.shape == x.shape:
+        weight = as_weight(weight).mean(-1)
+    return x, other, parse_row_weight(x, weight, x_name)
 
 
 def overlap_of_pairs(pred: Tensor, target: Tensor) -> Tensor:
@@ -118,15 +143,19 @@ def iou_loss(
     pred: Levels,
     target: Levels,
     *,
+    mode: str = "linear",
     eps: float | Tensor = 1e-7,
     weight: Levels | None = None,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
     class_dim: int = -1,
+    gradient_to_target: bool = False,
 ) -> Tensor:
-    r"""One minus the intersection over union of each pair of boxes.
+    r"""One minus the intersection over union of each pair of boxes, its square, or its logarithm.
 
-    .. math:: L = 1 - \mathrm{IoU}, \quad \mathrm{IoU} = |P \cap T| / \max(|P \cup T|, \epsilon)
+    .. math:: L = 1 - \mathrm{IoU}, \quad 1 - \mathrm{IoU}^2, \quad \text{or} \quad
+              -\log \max(\mathrm{IoU}, \epsilon); \quad
+              \mathrm{IoU} = |P \cap T| / \max(|P \cup T|, \epsilon)
 
     Widths and heights are clamped at 0: an inverted box is empty, and an empty box has IoU 0. Value
     and gradient are finite for all coordinates up to 1e9.
@@ -135,13 +164,17 @@ def iou_loss(
         pred: boxes ``(..., 4)`` as x1, y1, x2, y2; float16, bfloat16, float32 or float64, any
             strides.
         target: boxes of the same shape, floating.
-        eps: smallest union, > 0.
-        weight: ``(...)``; boxes whose weight is not above 0 are removed from loss, gradient and
-            divisor, whatever stands in them.
+        mode: ``"linear"``, ``"square"``, or ``"log"`` as in UnitBox and FCOS.
+        eps: smallest union, and smallest IoU of which the logarithm is taken, > 0.
+        weight: ``(...)``, or ``(..., 4)``, whose mean over a box counts; boxes whose weight is not
+            above 0 are removed from loss, gradient and divisor, whatever stands in them.
         reduction: ``"none"`` (one value per pair), ``"sum"`` or ``"mean"``.
         avg_factor: number or 0-d tensor; with ``"mean"``, divide the sum by this; a value <= 0
             counts as 1. Without it, divide by the number of boxes that have a weight above 0.
         class_dim: where pred has its coordinates; with 1 ``(B, 4, H, W)`` is read in place.
+        gradient_to_target: whether the target gets a gradient, too, as boxes that are predicted
+            from others want it; it takes a second pass. Without it, a target that requires one is
+            an error.
 
     ``pred`` may be a list of levels, with target and weight lists of the same length: one result,
     as of all levels in one tensor; ``"none"`` gives a list.
@@ -163,7 +196,20 @@ def iou_loss(
         Yu et al., UnitBox: An Advanced Object Detection Network, ACM MM 2016, which takes the
         logarithm; 1 - IoU is what came to be used.
     """
-    return _box_loss("iou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim)
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    return _box_loss(
+        MODES[mode],
+        pred,
+        target,
+        eps,
+        0.0,
+        weight,
+        reduction,
+        avg_factor,
+        class_dim,
+        gradient_to_target,
+    )
 
 
 def giou_loss(
@@ -175,6 +221,7 @@ def giou_loss(
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
     class_dim: int = -1,
+    gradient_to_target: bool = False,
 ) -> Tensor:
     r"""IoU loss with a penalty for the empty part of the smallest box around both.
 
@@ -191,7 +238,9 @@ def giou_loss(
     Reference:
         Rezatofighi et al., Generalized Intersection over Union, CVPR 2019.
     """
-    return _box_loss("giou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim)
+    return _box_loss(
+        "giou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim, gradient_to_target
+    )
 
 
 def diou_loss(
@@ -203,6 +252,7 @@ def diou_loss(
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
     class_dim: int = -1,
+    gradient_to_target: bool = False,
 ) -> Tensor:
     r"""IoU loss with a penalty for the distance of the centres.
 
@@ -221,7 +271,9 @@ def diou_loss(
     Reference:
         Zheng et al., Distance-IoU Loss, AAAI 2020.
     """
-    return _box_loss("diou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim)
+    return _box_loss(
+        "diou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim, gradient_to_target
+    )
 
 
 def eiou_loss(
@@ -233,6 +285,7 @@ def eiou_loss(
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
     class_dim: int = -1,
+    gradient_to_target: bool = False,
 ) -> Tensor:
     r"""DIoU loss with a penalty for the difference of each side.
 
@@ -253,7 +306,9 @@ def eiou_loss(
     Reference:
         Zhang et al., Focal and Efficient IOU Loss, Neurocomputing 2022.
     """
-    return _box_loss("eiou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim)
+    return _box_loss(
+        "eiou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim, gradient_to_target
+    )
 
 
 def ciou_loss(
@@ -266,6 +321,7 @@ def ciou_loss(
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
     class_dim: int = -1,
+    gradient_to_target: bool = False,
 ) -> Tensor:
     r"""DIoU loss with a penalty for the difference of the aspect ratios.
 
@@ -294,5 +350,14 @@ def ciou_loss(
         Zheng et al., Distance-IoU Loss, AAAI 2020.
     """
     return _box_loss(
-        "ciou", pred, target, eps, alpha_threshold, weight, reduction, avg_factor, class_dim
+        "ciou",
+        pred,
+        target,
+        eps,
+        alpha_threshold,
+        weight,
+        reduction,
+        avg_factor,
+        class_dim,
+        gradient_to_target,
     )

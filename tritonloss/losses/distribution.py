@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from tritonloss import _checks as check
@@ -41,10 +43,32 @@ def _check_target(logits, target, weight) -> None:
     check.require(inside, f"target must lie in [0, {last}]{where}", target)
 
 
+def _has_bins(logits) -> None:
+    check.is_floating("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] < 2:
+        raise ValueError(
+            f"logits must have shape (..., n + 1) with n >= 1; got {tuple(logits.shape)}"
+        )
+
+
+def _by_sides(logits: Tensor, sides: int) -> Tensor:
+    """(..., sides * bins) -> (..., sides, bins), for more than one."""
+    if isinstance(sides, bool) or not isinstance(sides, int) or sides < 1:
+        raise ValueError(f"sides must be an int >= 1; got {sides!r}")
+    check.is_floating("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0 or logits.shape[-1] % sides:
+        raise ValueError(
+            f"logits must have shape (..., {sides} * (n + 1)) for sides = {sides}; "
+            f"got {tuple(logits.shape)}"
+        )
+    return logits if sides == 1 else logits.unflatten(-1, (sides, logits.shape[-1] // sides))
+
+
 def distribution_focal_loss(
     logits: Levels,
     target: Levels,
     *,
+    sides: int = 1,
     weight: Levels | None = None,
     reduction: str = "mean",
     avg_factor: float | Tensor | None = None,
@@ -57,11 +81,13 @@ def distribution_focal_loss(
 
     Args:
         logits: ``(..., n + 1)``, one per bin 0..n, n >= 1; float16, bfloat16, float32 or float64,
-            any strides.
-        target: ``(...)`` floating, in [0, n]; n itself is valid. What lies outside is clamped, and
-            is an error on the CPU (see ``TRITONLOSS_CHECK`` for a GPU).
-        weight: ``(...)``; rows whose weight is not above 0 are removed from loss, gradient and
-            divisor, whatever stands in them.
+            any strides; or ``(..., sides * (n + 1))`` with the bins of a side together.
+        target: ``(...)``, or ``(..., sides)`` for more than one side; floating, in [0, n]; n itself
+            is valid. What lies outside is clamped, and is an error on the CPU (see
+            ``TRITONLOSS_CHECK`` for a GPU).
+        sides: number of distributions in the last dim; 4 for the rows of a box head.
+        weight: of the target's shape; rows whose weight is not above 0 are removed from loss,
+            gradient and divisor, whatever stands in them.
         reduction: ``"none"`` (one value per row), ``"sum"`` or ``"mean"``.
         avg_factor: number or 0-d tensor; with ``"mean"``, divide the sum by this; a value <= 0
             counts as 1. Without it, divide by the number of rows that have a weight above 0.
@@ -88,18 +114,12 @@ def distribution_focal_loss(
     """
     avg_factor = check.is_reduction(reduction, avg_factor)
     beside = {"target": target, "weight": weight}
-    return _loss.of(_parse, logits, beside, (avg_factor, reduction), class_dim)
+    parse = partial(_parse, sides)
+    return _loss.of(parse, logits, beside, (avg_factor, reduction), class_dim)
 
 
-def _has_bins(logits) -> None:
-    check.is_floating("logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] < 2:
-        raise ValueError(
-            f"logits must have shape (..., n + 1) with n >= 1; got {tuple(logits.shape)}"
-        )
-
-
-def _parse(logits, target, weight) -> tuple:
+def _parse(sides, logits, target, weight) -> tuple:
+    logits = _by_sides(logits, sides)
     _has_bins(logits)
     check.is_input("target", target, logits.shape[:-1], "one per row of logits", "logits", logits)
     weight = parse_row_weight(logits, weight)
@@ -160,16 +180,15 @@ def distribution_distillation_loss(
     """
     temperature = check.is_number("temperature", temperature, 0, open_low=True)
     avg_factor = check.is_reduction(reduction, avg_factor)
-
-    def parse(logits, teacher, weight):
-        _has_bins(logits)
-        check.is_input("teacher", teacher, logits.shape, "as logits", "logits", logits)
-        return logits, teacher, parse_row_weight(logits, weight)
-
+    beside = {"teacher": teacher, "weight": weight}
     common = (avg_factor, (temperature,), reduction)
-    return _distillation.of(
-        parse, logits, {"teacher": teacher, "weight": weight}, common, class_dim
-    )
+    return _distillation.of(_parse_pair, logits, beside, common, class_dim)
+
+
+def _parse_pair(logits, teacher, weight) -> tuple:
+    _has_bins(logits)
+    check.is_input("teacher", teacher, logits.shape, "as logits", "logits", logits)
+    return logits, teacher, parse_row_weight(logits, weight)
 
 
 def distribution_expectation(logits: Levels, *, sides: int = 1, class_dim: int = -1) -> Tensor:
@@ -202,23 +221,14 @@ def distribution_expectation(logits: Levels, *, sides: int = 1, class_dim: int =
     Reference:
         Li et al., Generalized Focal Loss, NeurIPS 2020.
     """
-    if isinstance(sides, bool) or not isinstance(sides, int) or sides < 1:
-        raise ValueError(f"sides must be an int >= 1; got {sides!r}")
 
     def parse(logits):
-        check.is_floating("logits", logits)
-        if logits.dim() == 0 or logits.shape[-1] == 0 or logits.shape[-1] % sides:
-            raise ValueError(
-                f"logits must have shape (..., {sides} * (n + 1)); got {tuple(logits.shape)}"
-            )
-        return (logits,)
+        return logits, _by_sides(logits, sides)
 
     def means(level):
-        (last,) = level
-        if sides == 1:
-            return _expectation(last)
-        means = _expectation(last.unflatten(-1, (sides, last.shape[-1] // sides)))
-        return class_back(means, class_dim, last)
+        last, by_sides = level
+        means = _expectation(by_sides)
+        return means if sides == 1 else class_back(means, class_dim, last)
 
     if is_levels(logits):
         return [means(level) for level in parsed(parse, logits, {}, class_dim)]

@@ -81,6 +81,7 @@ def sigmoid_focal_loss(
     *,
     alpha: float | Tensor | None = 0.25,
     gamma: float | Tensor = 2.0,
+    label_smoothing: float | Tensor = 0.0,
     class_weight: Tensor | None = None,
     weight: Levels | None = None,
     ignore_index: int = -1,
@@ -93,6 +94,8 @@ def sigmoid_focal_loss(
     .. math:: L = \alpha_t (1-p_t)^\gamma \, \mathrm{BCE}(x, y), \quad p_t = p y + (1-p)(1-y),
               \quad \alpha_t = \alpha y + (1-\alpha)(1-y)
 
+    With label smoothing s the cross entropy alone is that with :math:`y (1 - s) + s / 2`.
+
     Args:
         logits: ``(..., C)``, float16, bfloat16, float32 or float64, any strides.
         targets: integer labels ``(...)``, C for background; or a pair ``(labels, quality)``, whose
@@ -100,6 +103,7 @@ def sigmoid_focal_loss(
             with a (soft) target in [0, 1] per logit.
         alpha: weight of positives in [0, 1]; None turns balancing off.
         gamma: focusing power, >= 0; 0 is (balanced) cross entropy.
+        label_smoothing: s in [0, 1), as EfficientDet has it. Every negative then has a loss.
         class_weight: ``(C,)``, scales the columns.
         weight: ``(...)`` per anchor or ``(..., C)`` per logit; elements whose weight is not above 0
             are removed from loss, gradient and divisor.
@@ -134,8 +138,12 @@ def sigmoid_focal_loss(
     """
     gamma = check.is_number("gamma", gamma, 0)
     params = (*balance(alpha), gamma)
+    kind = "focal"
+    if isinstance(label_smoothing, Tensor) or label_smoothing != 0:
+        label_smoothing = check.is_number("label_smoothing", label_smoothing, 0, 1, open_high=True)
+        kind, params = "focal_smoothed", (*params, label_smoothing)
     return evaluate(
-        "focal",
+        kind,
         logits,
         targets,
         params,
