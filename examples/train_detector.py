@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import os
 import pickle
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -346,10 +348,12 @@ def parse_arguments(arguments: list[str] | None) -> Config:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    first = True
     try:
         config = parse_arguments(arguments)
         if "LOCAL_RANK" in os.environ:  # started by torchrun
             dist.init_process_group("nccl" if "cuda" in config.device else "gloo")
+            first = dist.get_rank() == 0
         result = train(config)
     except UsageError as error:
         print(f"train_detector.py: error: {error}", file=sys.stderr)
@@ -357,12 +361,15 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception:
+        # Printed here, so that what the error holds (DistributedDataParallel, and with it threads
+        # of the process group) is gone before the group is, and the interpreter ends without them
+        traceback.print_exc()
+        return 1
     finally:
         if dist.is_initialized():
-            first = dist.get_rank() == 0
+            gc.collect()
             dist.destroy_process_group()
-        else:
-            first = True
     if not first:
         return 0
     print(common.summary(result))

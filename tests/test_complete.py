@@ -42,7 +42,7 @@ NO_MODULE = {"authentic_smooth_l1_loss", "generalized_focal_loss"}
 
 def called(run) -> set[str]:
     """Public functions that ``run`` calls, whatever name it has for them."""
-    names = {getattr(tl, name).__code__: name for name in FUNCTIONS}
+    names = {inspect.unwrap(getattr(tl, name)).__code__: name for name in FUNCTIONS}
     found = set()
 
     def watch(frame, event, _):

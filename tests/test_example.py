@@ -495,6 +495,45 @@ def test_two_processes_train_and_report_once(coco, tmp_path, loss):
     assert train_detector.main(["--resume", str(out / "checkpoint.pt"), "--steps", "6"]) == 0
 
 
+MISMATCH = """
+import dataclasses, sys
+sys.path.insert(0, {examples!r})
+import torch, train_detector
+from detection import losses
+plain = losses.rank_sort
+def other(*args, **shared):
+    return plain(*args, delta=0.25 + torch.distributed.get_rank(), **shared)
+recipe = dataclasses.replace(losses.LOSSES["rank_sort"], classification=other)
+losses.LOSSES["rank_sort"] = recipe
+sys.exit(train_detector.main(sys.argv[1:]))
+"""
+
+
+def test_a_process_that_raised_ends_without_an_abort(coco, tmp_path):
+    """Of two whose settings differ, without a launcher that kills the other: 1 is the error."""
+    path, _ = coco
+    script = MISMATCH.format(examples=str(ROOT / "examples"))
+    arguments = ["--coco", path, "--images", path.parent, "--steps", 4, "--batch", 4, "--channels",
+                 16, "--loss", "rank_sort", "--threads", 1]  # fmt: skip
+    port = str(processes.free_port())
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, arguments), "--out", f"{tmp_path}/{rank}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
+                 "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": port},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in pair:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 1, (process.returncode, error)
+        assert error.strip().splitlines()[-1].startswith("ValueError: delta differs between"), error
+
+
 @pytest.mark.parametrize(
     "loss", ["gfl", *(pytest.param(n, marks=pytest.mark.slow) for n in LOSSES if n != "gfl")]
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
+import pickle
 import threading
 import warnings
 
@@ -438,6 +440,8 @@ SCORED = {
     "matching": of_queries,
     "mal": lambda x, y: tl.mal_loss(x, (y, torch.full(y.shape, 0.5))),
     "diagnosis": lambda x, y: tl.Diagnosis().update(x, y),
+    "dfl": lambda x, y: tl.distribution_focal_loss(x, torch.full(y.shape, 0.5)),
+    "expectation": lambda x, y: tl.distribution_expectation(x),
 }
 
 
@@ -479,3 +483,165 @@ def test_a_label_beyond_int64_is_no_ignored_one(loss):
     labels = torch.from_numpy(np.array([1, 2**64 - 1], np.uint64))
     with pytest.raises(ValueError, match=r"must be below 2\*\*63; got 18446744073709551615"):
         LABELLED[loss](torch.zeros(2, 4), labels)
+
+
+FUNCTIONS = {
+    name: getattr(tl.functional, name)
+    for name in tl.functional.__all__
+    if not isinstance(getattr(tl.functional, name), type)
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_has_to_be_named(name):
+    """As torchvision's functions take it: loss(x, y, 0.25, 2, "mean")."""
+    function = FUNCTIONS[name]
+    parameters = inspect.signature(function).parameters
+    first = [p for p in parameters.values() if p.kind != p.KEYWORD_ONLY]
+    reduced = "reduction" in parameters
+    hint = r", such as reduction='sum'; got 'sum'" if reduced else "; got 'sum'"
+    with pytest.raises(TypeError, match=f"{name} takes {first[0].name}.*{hint} without one"):
+        function(*[None] * len(first), "sum")
+    with pytest.raises(TypeError, match="all else by name; got a tensor without one"):
+        function(*[None] * len(first), torch.zeros(2))
+    if reduced:
+        with pytest.raises(TypeError, match="got 'sum' without one"):
+            function(*[None] * len(first), "sum", reduction="mean")
+    else:
+        with pytest.raises(TypeError, match=f"{name} takes no reduction.*; got 'sum'"):
+            function(*[None] * len(first), reduction="sum")
+    assert pickle.loads(pickle.dumps(function)) is function
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_what_has_to_be_named_in_a_call_of_a_module(module):
+    loss, positional = module(), inspect.signature(module.function).parameters.values()
+    first = [None for p in positional if p.kind != p.KEYWORD_ONLY]
+    with pytest.raises(TypeError, match=r"all else by name.*; got 'sum' without one"):
+        loss(*first, "sum")
+    if "reduction" in module.__signature__.parameters:
+        assert "reduction" in module(reduction="sum").extra_repr()
+    else:
+        with pytest.raises(TypeError, match="got reduction"):
+            module(reduction="sum")
+
+
+def test_a_reduction_given_twice_is_that_of_the_call():
+    loss, x, y = tl.FocalLoss(reduction="sum"), torch.randn(2, 3), torch.tensor([1, 3])
+    torch.testing.assert_close(loss(x, y, reduction="none").sum(), loss(x, y))
+
+
+NEED_VALUES = {"rank & sort", "ap", "alrp"}  # they sort
+# Nothing is made in them, on whatever device
+OF_INPUTS = {
+    **ROWS_OF_A_MASK,
+    "quality": lambda x, b, y, q: tl.quality_focal_loss(x, (y, q)),
+    "varifocal": lambda x, b, y, q: tl.varifocal_loss(x, (y, q)),
+    "alrp": lambda x, b, y, q: sum(tl.alrp_loss(x, y, q)),
+    "carl": lambda x, b, y, q: tl.carl_loss(x, y, q),
+}
+
+
+@pytest.mark.skipif(INTERPRET or DEVICE != "cpu", reason="says the same in the plain run")
+@pytest.mark.parametrize("loss", OF_INPUTS)
+def test_tensors_without_values_have_a_shape(loss):
+    inputs = torch.randn(6, 5), torch.rand(6, 4), torch.randint(5, (6,)), torch.rand(6)
+    inputs = [t.to("meta") for t in inputs]
+    if loss in NEED_VALUES:
+        with pytest.raises(ValueError, match=r"logits must hold values, .*; got one on meta"):
+            OF_INPUTS[loss](*inputs)
+        return
+    value = OF_INPUTS[loss](*(t.requires_grad_(t.dim() > 1) for t in inputs))
+    assert value.is_meta and value.shape == () and value.dtype == torch.float32
+    value.backward()
+    with pytest.raises(ValueError, match="cost must hold values"):
+        tl.assign(torch.rand(1, 3, 2, device="meta"))
+
+
+def of_images(x, b, y, q, **options):
+    """Set prediction: an image, its queries at b, and an object for each."""
+    criterion = tl.SetCriterion(**options)
+    return criterion(x[None, None], b[None, None], y[None], b[None] * 0.9)["total"]
+
+
+ANYWHERE = {
+    **OF_INPUTS,
+    "expectation": lambda x, b, y, q: tl.distribution_expectation(x).sum(),
+    "iou": lambda x, b, y, q: tl.iou(b, 0.9 * b).sum(),
+    "mal": lambda x, b, y, q: tl.mal_loss(x, (y, q)),
+    "general": lambda x, b, y, q: tl.generalized_focal_loss(x[:, 0], x[:, 1], q, 0, 1, beta=2),
+    "lists": lambda x, b, y, q: tl.ap_loss(x, y, group=y[:, None], num_groups=5),
+    "matching": lambda x, b, y, q: tl.matching_cost(x[None], b[None], y[None], b[None]).sum(),
+}
+BY_HAND = {  # assignment is SciPy's, which no graph holds
+    "criterion": of_images,
+    "softmax criterion": lambda *t: of_images(*t, class_loss="softmax"),
+    "lists of objects": lambda x, b, y, q: tl.SetCriterion()(
+        x[None, None], b[None, None], [y], [b]
+    )["total"],
+    "class balanced": lambda x, b, y, q: tl.class_balanced_weight(y + 1).sum(),
+}
+
+
+def at_random():
+    x = torch.randn(6, 5, requires_grad=True)
+    return x, torch.rand(6, 4).cumsum(-1), torch.randint(4, (6,)), torch.rand(6)
+
+
+def value_and_gradient(function, x, *inputs):
+    value = function(x, *inputs)
+    return value, *(torch.autograd.grad(value, x, allow_unused=True) if value.grad_fn else ())
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the tensors are on the CPU, whatever the default")
+@pytest.mark.parametrize("loss", {**ANYWHERE, **BY_HAND})
+def test_the_default_device_is_nobodys(loss, backend):
+    inputs, function = at_random(), (ANYWHERE | BY_HAND)[loss]
+    expected = value_and_gradient(function, *inputs)
+    torch.set_default_device("meta")
+    try:
+        found = value_and_gradient(function, *inputs)
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("module", SHARED, ids=lambda m: m.__name__)
+def test_the_default_device_is_no_groups(module, group):
+    loss, (x, b, y, q) = module(process_group=group), at_random()
+    inputs = {"GHMRLoss": (b.clone().requires_grad_(), 0.9 * b), "ALRPLoss": (x, y, q)}
+    inputs = inputs.get(module.__name__, (x, y))
+    if module is tl.SetCriterion:
+        inputs = x[None, None], b[None, None], y[None], b[None]
+
+    def call(*inputs):
+        result = loss(*inputs)
+        return result["total"] if isinstance(result, dict) else sum(result) if isinstance(
+            result, tuple) else result  # fmt: skip
+
+    expected = value_and_gradient(call, *inputs)
+    torch.set_default_device("meta")
+    try:
+        found = value_and_gradient(call, *inputs)
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(INTERPRET, reason="says the same in the plain run")
+@pytest.mark.parametrize("default", [torch.float16, "meta"], ids=str)
+@pytest.mark.parametrize("loss", ANYWHERE)
+def test_a_graph_made_under_another_default(loss, default):
+    torch._dynamo.reset()
+    inputs, function = at_random(), ANYWHERE[loss]
+    expected = value_and_gradient(function, *inputs)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    before = torch.get_default_dtype()
+    torch.set_default_device(default if default == "meta" else None)
+    torch.set_default_dtype(before if default == "meta" else default)
+    try:
+        found = value_and_gradient(compiled, *inputs)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(found, expected)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from numbers import Real
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +18,34 @@ from torch import Tensor
 from ._dispatch import _transforms_active
 
 REDUCTIONS = ("none", "sum", "mean")
+WORDS = tuple(map(repr, REDUCTIONS))
+Function = TypeVar("Function", bound=Callable)
+
+
+def by_name(function: Function) -> Function:
+    """The function, with a sentence for what is passed by position and must have a name, and for a
+    reduction where there is none to choose."""
+    parameters = inspect.signature(function).parameters.values()
+    first = [p.name for p in parameters if p.kind != p.KEYWORD_ONLY]
+    most, has_reduction = len(first), "reduction" in (p.name for p in parameters)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if len(args) > most:
+            given = "a tensor" if isinstance(args[most], Tensor) else repr(args[most])
+            hint = f", such as reduction={given}" if has_reduction and given in WORDS else ""
+            raise TypeError(
+                f"{function.__name__} takes {', '.join(first)} by position, and all else by name"
+                f"{hint}; got {given} without one"
+            )
+        if "reduction" in kwargs and not has_reduction:
+            raise TypeError(
+                f"{function.__name__} takes no reduction: its docstring says what it returns; got "
+                f"{kwargs['reduction']!r}"
+            )
+        return function(*args, **kwargs)
+
+    return call
 
 
 def is_tensor(name: str, value) -> None:
@@ -32,6 +64,15 @@ def is_floating(name: str, value: Tensor) -> None:
     if not value.dtype.is_floating_point or value.dtype.itemsize == 1:
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64; got {str(value.dtype)[6:]}"
+        )
+
+
+def holds_values(name: str, x: Tensor) -> None:
+    """What sorts or picks by value has nothing to do with a tensor that has only a shape."""
+    if x.is_meta and _holds_values(x):
+        raise ValueError(
+            f"{name} must hold values, for they decide what is computed: pass a tensor on a CPU or "
+            "a GPU; got one on meta"
         )
 
 
@@ -94,7 +135,7 @@ def is_number(name: str, value, low=None, high=None, *, open_low=False, open_hig
     back as a tensor.
     """
     if torch.compiler.is_compiling() and type(value).__module__ == "numpy":
-        value = torch.as_tensor(value)
+        value = torch.as_tensor(value, device="cpu")
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor; got {tuple(value.shape)}")

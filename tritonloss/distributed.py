@@ -188,7 +188,8 @@ def header(settings: dict, device) -> tuple[Tensor, str]:
     values = [_number(value) for value in settings.values()]
     values += [0.0] * (SETTINGS - len(values))
     if torch.device(device).type == "cpu" and not torch.compiler.is_compiling():
-        packed = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        numbers = [float(value) for value in values]
+        packed = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     else:  # nothing is copied from the host, which a CUDA graph could not replay
         like = torch.zeros((), dtype=torch.float64, device=device)
         packed = torch.stack(
@@ -264,7 +265,7 @@ def leave(found: _Found, group: str) -> None:
     if _capturing(found.values):
         return
     if found.values.is_cuda:
-        host = torch.empty(found.values.shape, dtype=torch.float64, pin_memory=True)
+        host = torch.empty(found.values.shape, dtype=torch.float64, pin_memory=True, device="cpu")
         host.copy_(found.values, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()

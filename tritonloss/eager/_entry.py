@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 # A logit that is no negative is replaced by this one, whose loss and gradient are exactly 0.
 NO_LOSS = -1e30
+
+
+def without_autocast(x: Tensor):
+    """No autocast inside; of tensors without values there is none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def upcast(x: Tensor) -> Tensor:

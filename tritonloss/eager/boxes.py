@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._entry import entered, reduced
+from ._entry import entered, reduced, without_autocast
 
 
 def _side(low: Tensor, high: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def box_loss(
     reduction: str,
 ) -> Tensor:
     """Any box loss: the reference of ``kernels/boxes.py``, and the CPU path."""
-    with torch.autocast(pred.device.type, enabled=False):
+    with without_autocast(pred):
         pred = entered(pred)
         target = entered(target.to(pred.dtype))
         count = pred[..., 0].numel()  # numel() of a shape would bake it into an export

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._entry import entered, reduced
+from ._entry import entered, reduced, without_autocast
 
 
 def distribution_focal(
     x: Tensor, target: Tensor, weight: Tensor | None, avg_factor, reduction: str
 ) -> Tensor:
     """Cross entropy with the two bins beside the target."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x = entered(x, masked=True)
         last = x.shape[-1] - 1
         y = target.to(x.dtype).clamp(0, last)
@@ -43,7 +43,7 @@ def distillation(
 ) -> Tensor:
     """Divergence of each distribution from the teacher's, at a temperature, times its square."""
     (temperature,) = params
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x = entered(x, masked=True)
         teacher = entered(teacher.to(x.dtype), masked=True)
         count = x[..., 0].numel()  # numel() of a shape would bake it into an export
@@ -64,7 +64,7 @@ def distillation(
 
 def expectation(x: Tensor) -> Tensor:
     """Mean bin of softmax(x): (..., bins) -> (...)."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x = entered(x, masked=True)
         bins = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
         return (torch.softmax(x, -1) * bins).sum(-1)

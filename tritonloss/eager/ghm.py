@@ -15,7 +15,7 @@ from torch import Tensor
 from tritonloss.distributed import ProcessGroup, all_reduce, group_of, summed_regions, valued
 
 from . import _blocks as blocks
-from ._entry import finite_or_nan, masked_classes
+from ._entry import finite_or_nan, masked_classes, without_autocast
 from .pointwise import (
     asl1,
     asl1_radius,
@@ -170,7 +170,7 @@ def harmonised(
         process_group: the processes that share the batch.
         flag: that of their agreement.
     """
-    with torch.autocast(levels[0][0].device.type, enabled=False):
+    with without_autocast(levels[0][0]):
         mu, found, count = params[0], [], 0
         for level in levels:
             elements = _whole(*level, kind, ignore_index)
@@ -254,7 +254,7 @@ def harmonised_by_blocks(*lists_and_args):
     of the arguments of ``harmonised``, and want_grad."""
     lists, args = lists_and_args[:5], lists_and_args[5:]
     levels = list(zip(*(of or [None] * len(lists[0]) for of in lists), strict=True))
-    with torch.autocast(levels[0][0].device.type, enabled=False):
+    with without_autocast(levels[0][0]):
         loss, *rest = _by_blocks(levels, *args)
     return loss, *rest, torch.ones_like(loss)
 

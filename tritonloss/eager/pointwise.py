@@ -25,6 +25,7 @@ from ._entry import (
     reduced,
     total_of,
     upcast,
+    without_autocast,
 )
 
 # Share of targets above 0 up to which they are worth a pass of their own.
@@ -246,7 +247,7 @@ def pointwise(
     reduction: str,
 ) -> Tensor:
     """Any pointwise loss: the reference of ``kernels/pointwise.py``, and the CPU path."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x = laid_out(x)
         row_weight, logit_weight = split_weight(x, weight)
         if dense is not None:
@@ -477,7 +478,7 @@ def _labelled(x, rows, logit_weight, params, kind, whole):
 
 def generalized_focal(x_left, x_right, y, y_left, y_right, beta, reduction, avg_factor):
     """General form of the GFocal paper on the softmax of a pair of logits."""
-    with torch.autocast(x_left.device.type, enabled=False):
+    with without_autocast(x_left):
         x = finite_or_nan(upcast(x_right) - upcast(x_left))
         y, y_left, y_right = (
             t.to(x.dtype) if isinstance(t, Tensor) else t for t in (y, y_left, y_right)

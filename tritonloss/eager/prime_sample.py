@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._entry import divided_by, mean_divisor, upcast
+from ._entry import divided_by, mean_divisor, upcast, without_autocast
 from .pointwise import softplus
 
 
@@ -91,7 +91,7 @@ def carl_loss(
     logits, labels, box_loss, k, bias, activation: str, keep_loss: bool, avg_factor
 ) -> Tensor:
     """Box losses times v / mean(v), with v from its logarithm: no 0 / 0 for tiny p."""
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits):
         x, box_loss = upcast(logits), upcast(box_loss)
         n_classes = x.shape[-1]
         if box_loss.dim() > labels.dim():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import row_blocks
-from ._entry import entered, finite_or_nan, reduced, without_infinity
+from ._entry import entered, finite_or_nan, reduced, without_autocast, without_infinity
 from .pointwise import FOCAL, divided, value_and_slope
 
 # Stands in for the labelled logit among the others: far below every allowed logit.
@@ -27,7 +27,7 @@ def softmax_focal(
 
     The label's probability is sigmoid(d), d = x_label - logsumexp(others): a binary focal loss.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x = entered(x, masked=True)
         keep, index, factor = _rows(x, labels, alpha, weight, ignore_index)
         x = torch.where(keep.unsqueeze(-1), x, 0)

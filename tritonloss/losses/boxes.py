@@ -86,6 +86,7 @@ def overlap_of_pairs(pred: Tensor, target: Tensor) -> Tensor:
     return (1 - loss).clamp_(0, 1)
 
 
+@check.by_name
 def iou(
     pred: Levels,
     target: Levels,
@@ -139,6 +140,7 @@ def iou(
     return of_levels(of, loss)
 
 
+@check.by_name
 def iou_loss(
     pred: Levels,
     target: Levels,
@@ -212,6 +214,7 @@ def iou_loss(
     )
 
 
+@check.by_name
 def giou_loss(
     pred: Levels,
     target: Levels,
@@ -243,6 +246,7 @@ def giou_loss(
     )
 
 
+@check.by_name
 def diou_loss(
     pred: Levels,
     target: Levels,
@@ -276,6 +280,7 @@ def diou_loss(
     )
 
 
+@check.by_name
 def eiou_loss(
     pred: Levels,
     target: Levels,
@@ -311,6 +316,7 @@ def eiou_loss(
     )
 
 
+@check.by_name
 def ciou_loss(
     pred: Levels,
     target: Levels,

@@ -49,6 +49,7 @@ def _has_bins(logits) -> None:
         raise ValueError(
             f"logits must have shape (..., n + 1) with n >= 1; got {tuple(logits.shape)}"
         )
+    check.are_logits("logits", logits)
 
 
 def _by_sides(logits: Tensor, sides: int) -> Tensor:
@@ -61,9 +62,11 @@ def _by_sides(logits: Tensor, sides: int) -> Tensor:
             f"logits must have shape (..., {sides} * (n + 1)) for sides = {sides}; "
             f"got {tuple(logits.shape)}"
         )
+    check.are_logits("logits", logits)
     return logits if sides == 1 else logits.unflatten(-1, (sides, logits.shape[-1] // sides))
 
 
+@check.by_name
 def distribution_focal_loss(
     logits: Levels,
     target: Levels,
@@ -128,6 +131,7 @@ def _parse(sides, logits, target, weight) -> tuple:
     return logits, target, weight
 
 
+@check.by_name
 def distribution_distillation_loss(
     logits: Levels,
     teacher: Levels,
@@ -191,6 +195,7 @@ def _parse_pair(logits, teacher, weight) -> tuple:
     return logits, teacher, parse_row_weight(logits, weight)
 
 
+@check.by_name
 def distribution_expectation(logits: Levels, *, sides: int = 1, class_dim: int = -1) -> Tensor:
     r"""Mean bin of each distribution: what a head that was trained with DFL predicts.
 

@@ -153,6 +153,7 @@ def _harmonised(
     return value if state is None else (value, tuple(new_state))
 
 
+@check.by_name
 def ghm_c_loss(
     logits: Levels,
     targets: LevelTargets,
@@ -237,6 +238,7 @@ def ghm_c_loss(
     )  # fmt: skip
 
 
+@check.by_name
 def ghm_r_loss(
     pred: Levels,
     target: Levels,

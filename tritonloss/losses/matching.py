@@ -10,6 +10,7 @@ from tritonloss import _op
 from tritonloss._dispatch import launchers, use_triton
 from tritonloss._targets import is_logits
 from tritonloss.eager import matching as eager
+from tritonloss.eager._entry import without_autocast
 
 kernels = launchers("matching")
 CLASS_COSTS = ("focal", "bce", "softmax", "iou_aware")
@@ -102,6 +103,7 @@ def _two_leading(x: Tensor) -> Tensor:
     return x.flatten(0, x.dim() - 5) if x.dim() > 5 else x
 
 
+@check.by_name
 @torch.no_grad()
 def matching_cost(
     logits: Tensor,
@@ -195,7 +197,7 @@ def matching_cost(
         return kernels.cost(_two_leading(logits), *args).reshape(shape)
     if 0 in shape:
         return logits.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits):
         return eager.matching_cost(
             logits.flatten(0, -3), boxes.flatten(0, -3), labels, target_boxes, sizes, params,
             class_cost, centred, substituted,
@@ -234,7 +236,7 @@ def _solve(cost: Tensor, counts: list[int]) -> Tensor:
     except ImportError as error:
         raise ImportError("assign needs SciPy: pip install tritonloss[detr]") from error
     n, _, objects = cost.shape
-    found = torch.full((n, objects), -1, dtype=torch.int64)
+    found = torch.full((n, objects), -1, dtype=torch.int64, device="cpu")
     table, result = cost.numpy(), found.numpy()
     for i in range(n):
         try:
@@ -248,6 +250,7 @@ def _solve(cost: Tensor, counts: list[int]) -> Tensor:
     return found
 
 
+@check.by_name
 @torch.no_grad()
 def assign(cost: Tensor, sizes: Tensor | None = None) -> Tensor:
     r"""The query of each object in the cheapest assignment, one query an object.
@@ -283,6 +286,7 @@ def assign(cost: Tensor, sizes: Tensor | None = None) -> Tensor:
         Crouse, On implementing 2D rectangular assignment algorithms, IEEE TAES 2016 (SciPy's).
     """
     check.is_floating("cost", cost)
+    check.holds_values("cost", cost)
     if cost.dim() < 3:
         raise ValueError(f"cost must have shape (..., B, Q, T); got {tuple(cost.shape)}")
     images, queries, objects = cost.shape[-3:]

@@ -75,6 +75,7 @@ def balance(alpha) -> tuple:
     return alpha, 1 - alpha
 
 
+@check.by_name
 def sigmoid_focal_loss(
     logits: Levels,
     targets: LevelTargets,
@@ -156,6 +157,7 @@ def sigmoid_focal_loss(
     )
 
 
+@check.by_name
 def focal_star_loss(
     logits: Levels,
     targets: LevelTargets,
@@ -200,6 +202,7 @@ def focal_star_loss(
     )  # fmt: skip
 
 
+@check.by_name
 def quality_focal_loss(
     logits: Levels,
     targets: LevelTargets,
@@ -244,6 +247,7 @@ def quality_focal_loss(
     )  # fmt: skip
 
 
+@check.by_name
 def varifocal_loss(
     logits: Levels,
     targets: LevelTargets,
@@ -296,6 +300,7 @@ def varifocal_loss(
     )  # fmt: skip
 
 
+@check.by_name
 def asymmetric_loss(
     logits: Levels,
     targets: LevelTargets,
@@ -345,6 +350,7 @@ def asymmetric_loss(
     )  # fmt: skip
 
 
+@check.by_name
 def gaussian_focal_loss(
     logits: Levels,
     targets: LevelTargets,
@@ -399,6 +405,7 @@ def parse_regression(pred, target, weight) -> tuple:
     return pred, None, None, target, parse_weight(pred, weight)
 
 
+@check.by_name
 def authentic_smooth_l1_loss(
     pred: Levels,
     target: Levels,
@@ -445,6 +452,7 @@ def authentic_smooth_l1_loss(
     return _loss.of(parse_regression, pred, beside, common, class_dim, "pred")
 
 
+@check.by_name
 def generalized_focal_loss(
     x_left: Tensor,
     x_right: Tensor,
@@ -514,6 +522,7 @@ def generalized_focal_loss(
     return eager.generalized_focal(x_left, x_right, y, y_left, y_right, beta, reduction, avg_factor)
 
 
+@check.by_name
 def class_balanced_weight(
     samples_per_class: Tensor, *, beta: float = 0.9999, normalize: bool = True
 ) -> Tensor:

@@ -21,6 +21,7 @@ def _check_positives(iou: Tensor, gt_index: Tensor, labels: Tensor) -> None:
     check.is_constant("iou", iou)
 
 
+@check.by_name
 def iou_hlr(iou: Tensor, gt_index: Tensor, labels: Tensor) -> Tensor:
     r"""Hierarchical local rank of positives by IoU: 0 is the most important of its class.
 
@@ -54,6 +55,7 @@ def iou_hlr(iou: Tensor, gt_index: Tensor, labels: Tensor) -> Tensor:
     return eager.iou_hlr(iou, gt_index, labels)
 
 
+@check.by_name
 def isr_p_weight(
     cls_loss: Tensor,
     iou: Tensor,
@@ -117,6 +119,7 @@ def isr_p_weight(
     return eager.isr_p_weight(cls_loss, iou, gt_index, labels, k, bias, normalizer, weight)
 
 
+@check.by_name
 def carl_loss(
     logits: Tensor,
     labels: Tensor,

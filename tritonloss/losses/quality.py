@@ -24,6 +24,7 @@ def _pair(logits: Tensor, targets) -> tuple[Tensor, Tensor]:
     return labels, quality
 
 
+@check.by_name
 def bce_loss(
     logits: Levels,
     targets: LevelTargets,
@@ -58,6 +59,7 @@ def bce_loss(
     )  # fmt: skip
 
 
+@check.by_name
 def mal_loss(
     logits: Levels,
     targets: tuple[Levels, Levels],
@@ -120,6 +122,7 @@ def iou_aware_target(logits: Tensor, labels: Tensor, quality: Tensor, alpha) -> 
     return torch.where(known, target, 0)
 
 
+@check.by_name
 def iou_aware_bce_loss(
     logits: Levels,
     targets: tuple[Levels, Levels],

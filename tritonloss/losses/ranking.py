@@ -140,10 +140,11 @@ def _joined(levels: list[tuple]) -> tuple:
 def _eager(levels, delta, *args):
     (delta,) = delta
     x, *beside = _joined(levels)
+    check.holds_values("logits", x)
     if _op.traced(x):
         if not isinstance(delta, Tensor):
             # an op's float would recompile the graph at each new value
-            delta = torch.full((), delta, dtype=torch.float64)
+            delta = torch.full((), delta, dtype=torch.float64, device="cpu")
         beside = _op.distinct(x, beside)
     need_grad = x.requires_grad and torch.is_grad_enabled()
     first, second, coefficient = _by_engine(x, *beside, delta, *args, need_grad)
@@ -291,6 +292,7 @@ def _parse_group(logits: Tensor, group: Tensor | None, num_groups: int | None) -
     return group
 
 
+@check.by_name
 def rank_sort_loss(
     logits: Levels,
     targets: LevelTargets,
@@ -391,6 +393,7 @@ def rank_sort_loss(
     return RankSort(*(scaled_gradient(loss, inputs.sharing) for loss in (rank, sort)))
 
 
+@check.by_name
 def ap_loss(
     logits: Levels,
     targets: LevelTargets,
@@ -439,6 +442,7 @@ def ap_loss(
     return scaled_gradient(value, inputs.sharing)
 
 
+@check.by_name
 def alrp_loss(
     logits: Levels,
     targets: LevelTargets,
@@ -500,6 +504,7 @@ def alrp_loss(
     return ALRP(*(scaled_gradient(loss, inputs.sharing) for loss in (cls, loc)))
 
 
+@check.by_name
 def self_balanced_weight(cls_loss: Tensor, box_loss: Tensor) -> Tensor:
     """Weight that gives a box loss the size of the classification loss: no weights to tune.
 

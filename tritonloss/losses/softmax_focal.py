@@ -34,6 +34,7 @@ def by_layer(logits: Tensor, labels: Tensor, alpha: Tensor, divisor: Tensor) -> 
     return rows.flatten(1).sum(1) / divisor
 
 
+@check.by_name
 def softmax_focal_loss(
     logits: Levels,
     labels: Levels,
