@@ -57,8 +57,8 @@ def _aspect_penalty(wp, hp, wt, ht) -> Tensor:
 def box_values(pred: Tensor, target: Tensor, eps, alpha_threshold, kind: str) -> Tensor:
     """Loss of each pair of boxes (..., 4)."""
     # both axes in one tensor (..., 2) as far as they go the same way
-    p1, p2 = pred.unflatten(-1, (2, 2)).unbind(-2)
-    t1, t2 = target.unflatten(-1, (2, 2)).unbind(-2)
+    p1, p2 = pred.chunk(2, -1)
+    t1, t2 = target.chunk(2, -1)
     wp, hp = _side(p1, p2).unbind(-1)
     wt, ht = _side(t1, t2).unbind(-1)
     wi, hi = _side(torch.maximum(p1, t1), torch.minimum(p2, t2)).unbind(-1)
