@@ -99,6 +99,22 @@ def set_prediction() -> str:
     )  # fmt: skip
 
 
+def heads() -> str:
+    """Levels as they come beside permute, cat and the same loss."""
+    rows = read("heads_cpu")
+    first = rows[0]
+    return (
+        "A head of five levels, channels first, two images, forward and backward: permuted and "
+        "concatenated before the loss, and as it comes. Processor time in ms (least of rounds that "
+        "take turns) and most memory in MiB, in brackets levels / joined. "
+        f"torch {first['torch']}, {first['device']} (`python -m perf.bench_heads_cpu`).\n\n"
+    ) + table(
+        ("loss", "logits", "ms, joined", "ms, levels", "MiB, joined", "MiB, levels"),
+        *((r["loss"], r["logits"], r["joined_ms"], f"{r['levels_ms']} ({r['time_ratio']})",
+           r["joined_peak_mib"], f"{r['levels_peak_mib']} ({r['peak_ratio']})") for r in rows),
+    )  # fmt: skip
+
+
 def detectors() -> str:
     """AP of the example's detector, one row per loss."""
     found: dict[str, dict[str, dict]] = {}
@@ -332,7 +348,8 @@ FILES = {
         GPU, *on_gpus(newest_only=True), CPU, in_short(), diagnosing(), detectors()
     ],
     "docs/benchmarks.md": lambda: [
-        GPU, *on_gpus(), CPU, pointwise(), ranking(), harmonising(), set_prediction(), diagnosing(),
+        GPU, *on_gpus(), CPU, pointwise(), ranking(), harmonising(), set_prediction(), heads(),
+        diagnosing(),
         swept("sweep_cpu"), budgets(),
     ],
     **{f"docs/hosts/{host}.md": lambda host=host: [beside_host(host)] for host in HOSTS},
