@@ -568,6 +568,10 @@ ANYWHERE = {
     **OF_INPUTS,
     "expectation": lambda x, b, y, q: tl.distribution_expectation(x).sum(),
     "iou": lambda x, b, y, q: tl.iou(b, 0.9 * b).sum(),
+    "sides": lambda x, b, y, q: tl.distribution_focal_loss(x.repeat(1, 4), b, sides=4),
+    "expected sides": lambda x, b, y, q: (
+        tl.distribution_expectation(x.repeat(1, 4), sides=4) * b
+    ).sum(),
     "mal": lambda x, b, y, q: tl.mal_loss(x, (y, q)),
     "general": lambda x, b, y, q: tl.generalized_focal_loss(x[:, 0], x[:, 1], q, 0, 1, beta=2),
     "lists": lambda x, b, y, q: tl.ap_loss(x, y, group=y[:, None], num_groups=5),

@@ -62,8 +62,9 @@ def _by_sides(logits: Tensor, sides: int) -> Tensor:
             f"logits must have shape (..., {sides} * (n + 1)) for sides = {sides}; "
             f"got {tuple(logits.shape)}"
         )
-    check.are_logits("logits", logits)
-    return logits if sides == 1 else logits.unflatten(-1, (sides, logits.shape[-1] // sides))
+    # not unflatten: a graph that is made under a default device traces no such method
+    bins = logits.shape[-1] // sides
+    return logits if sides == 1 else logits.view(*logits.shape[:-1], sides, bins)
 
 
 @check.by_name
@@ -228,7 +229,9 @@ def distribution_expectation(logits: Levels, *, sides: int = 1, class_dim: int =
     """
 
     def parse(logits):
-        return logits, _by_sides(logits, sides)
+        by_sides = _by_sides(logits, sides)
+        check.are_logits("logits", logits)
+        return logits, by_sides
 
     def means(level):
         last, by_sides = level
