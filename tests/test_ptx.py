@@ -333,12 +333,16 @@ def edited(kernel: str, pattern: str, new: str, count: int = 1):
 
 
 GUARDED = r"@!?%p\d+ (?={}\.global)"
-ATOMIC = r"(@!?%p\d+ )?atom\.\S*global\S*\.add\.(\w)(\d+) (%\w+), (\[.*?\]), (%\w+);"
-PLAIN = r"\1ld.global.b\3 \4, \5; \1add.s\3 \4, \4, \6; \1st.global.b\3 \5, \4;"
+# Triton 3.9 writes red, which returns nothing
+ATOMIC = r"(@!?%p\d+ )?(?:atom|red)\.\S*global\S*\.add\.\w(\d+)\s+(?:%\w+, )?(\[.*?\]), (%\w+);"
+PLAIN = (
+    r"\n.reg .b\2 %plain\2_<1>;\n\1ld.global.b\2 %plain\2_0, \3; "
+    r"\1add.s\2 %plain\2_0, %plain\2_0, \4; \1st.global.b\2 \3, %plain\2_0;"
+)
 
 DIVERGED = "setp.lt.u32 %p1, %tid.x, 7; @%p1 "
 MISPLACED = r"(ld\.global\.v4[^;]*)\+ 0 \]", r"\1+ 4 ]"
-SWAPPED = r"(sub\.f32\s+\S+, )(\S+), (\S+);", r"\1\3, \2;"
+SWAPPED = r"(fma\.rn\.f32\s+\S+, )(\S+), (\S+), (\S+);", r"\1\2, \4, \3;"
 
 PLANTED = [
     ("focal", edited("pointwise_kernel", GUARDED.format("ld"), "", 0), "out of bounds"),
