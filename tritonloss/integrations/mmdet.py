@@ -182,7 +182,8 @@ def _harmonised(self, loss) -> Tensor:
     if self.momentum == 0:
         return loss()
     counts = self.acc_sum
-    state = counts.float(), torch.zeros_like(counts, dtype=torch.float32)
+    # a copy: the counts change before the backward
+    state = counts.to(torch.float32, copy=True), torch.zeros_like(counts, dtype=torch.float32)
     value, (amount, _) = loss(state=state, momentum=self.momentum)
     with torch.no_grad():
         counts.copy_(amount)
