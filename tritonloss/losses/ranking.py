@@ -116,17 +116,23 @@ def _backward_eager(first_grad, second_grad, grad, sort_grad, x, labels, value, 
 _by_engine = _op.differentiable(ranking_eager, _backward_eager, None, outputs=3, constants=1)
 
 
-def _joined(levels: list[tuple]) -> tuple:
-    """The levels as one tensor of rows and what lies beside it: the eager engine sorts logits into
-    lists, and reads a copy of them anyway."""
+def _joined(levels: list[tuple]) -> tuple[tuple, list[int] | None]:
+    """The levels as one tensor (B, rows, C) and what lies beside it, and how many rows each has.
+
+    The eager engine sorts logits into lists, and reads a copy of them anyway. A level is copied
+    once.
+    """
     if len(levels) == 1:
-        return levels[0][:6]
+        return levels[0][:6], None
+    shapes = [level[0].shape for level in levels]
+    images = shapes[0][0] if all(len(s) > 2 and s[0] == shapes[0][0] for s in shapes) else 1
+    sizes = [shape[:-1].numel() // max(images, 1) for shape in shapes]
 
     def rows(values):
         if values[0] is None:
             return None
-        return torch.cat([v.reshape(-1, *v.shape[level[0].dim() - 1 :])
-                          for v, level in zip(values, levels, strict=True)])  # fmt: skip
+        parts = zip(values, sizes, shapes, strict=True)
+        return torch.cat([v.reshape(images, n, *v.shape[len(s) - 1 :]) for v, n, s in parts], 1)
 
     x, labels, value, dense, weight, group, _ = zip(*levels, strict=True)
     if group[0] is not None:
@@ -134,20 +140,21 @@ def _joined(levels: list[tuple]) -> tuple:
     if weight[0] is not None and len({w.dim() < t.dim() for w, t in zip(weight, x)}) > 1:  # noqa: B905
         weight = [(w[..., None] if w.dim() < t.dim() else w).expand(t.shape)
                   for w, t in zip(weight, x, strict=True)]  # fmt: skip
-    return tuple(map(rows, (x, labels, value, dense, weight, group)))
+    return tuple(map(rows, (x, labels, value, dense, weight, group))), sizes
 
 
 def _eager(levels, delta, *args):
     (delta,) = delta
-    x, *beside = _joined(levels)
-    check.holds_values("logits", x)
+    (x, *beside), sizes = _joined(levels)
     if _op.traced(x):
         if not isinstance(delta, Tensor):
             # an op's float would recompile the graph at each new value
-            delta = torch.full((), delta, dtype=torch.float64, device="cpu")
+            delta = torch.full((), delta, dtype=torch.float64)
         beside = _op.distinct(x, beside)
     need_grad = x.requires_grad and torch.is_grad_enabled()
     first, second, coefficient = _by_engine(x, *beside, delta, *args, need_grad)
+    if sizes and coefficient.dim() > 1:  # level after level
+        return first, second, torch.cat([c.flatten() for c in coefficient.split(sizes, 1)])
     return first, second, coefficient.reshape(-1)
 
 
