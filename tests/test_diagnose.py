@@ -410,7 +410,12 @@ def test_what_the_figures_leave_out_is_said():
     ("call", "error", "message"),
     [
         (lambda d: d.read(), RuntimeError, r"call update\(logits, targets\) first"),
-        (lambda d: d.update([1.0], torch.zeros(1)), TypeError, "logits must be a tensor"),
+        (lambda d: d.update(1.0, torch.zeros(1)), TypeError, "logits must be a tensor"),
+        (
+            lambda d: d.update([1.0], [torch.zeros(1)]),
+            TypeError,
+            "level 0: logits must be a tensor",
+        ),
         (
             lambda d: d.update(torch.zeros(3, 2), torch.zeros(4, dtype=torch.long)),
             ValueError,

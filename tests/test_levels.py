@@ -356,3 +356,40 @@ def test_ranked_levels_without_anchors(backend):
     assert loss == 0
     loss.backward()
     assert x[0].grad.shape == x[0].shape
+
+
+@pytest.mark.parametrize("class_dim", [1, -1])
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("form", ["labels", "quality", "dense"])
+def test_a_diagnosis_counts_all_levels(form, levels, class_dim, backend):
+    x, targets = of_qualities()
+    g = generator(levels)
+    weight = (torch.rand(2, 60, generator=g) - 0.2).to(DEVICE)
+    if form == "dense":
+        targets = (torch.rand(x.shape, generator=g) - 0.8).to(DEVICE)
+        weight = (torch.rand(x.shape, generator=g) - 0.2).to(DEVICE)
+    targets = targets[0] if form == "labels" else targets
+    one, several = tl.Diagnosis(), tl.Diagnosis()
+    sizes = sizes_of(60, levels)
+    for step in (1, 2):  # the second is added
+        y = x * step
+        one.update(y, targets, weight=weight)
+        several.update(
+            split(y, x, sizes, class_dim),
+            of_rows(targets, x, sizes, class_dim),
+            weight=of_rows(weight, x, sizes, class_dim),
+            class_dim=class_dim,
+        )
+    assert several.counts.equal(one.counts) and one.counts.sum() > 0
+
+
+def test_a_wrong_level_leaves_a_diagnosis_as_it_was(backend):
+    x, (labels, _) = of_qualities()
+    diagnosis = tl.Diagnosis()
+    diagnosis.update([x, x], [labels, labels])
+    before = diagnosis.counts.clone()
+    with pytest.raises(ValueError, match="level 1: targets must have shape"):
+        diagnosis.update([x, x], [labels, labels[:1]])
+    with pytest.raises(ValueError, match="one entry for each of 2 levels; got 1"):
+        diagnosis.update([x, x], [labels])
+    assert diagnosis.counts.equal(before)

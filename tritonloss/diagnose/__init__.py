@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tritonloss import _checks as check
+from tritonloss._levels import Levels, LevelTargets
 from tritonloss.distributed import ProcessGroup, all_reduce, parse_sharing
 
 from ._counting import counted
@@ -63,10 +64,11 @@ class Diagnosis:
 
     def update(
         self,
-        logits: Tensor,
-        targets: Tensor | tuple[Tensor, Tensor],
+        logits: Levels,
+        targets: LevelTargets,
         *,
-        weight: Tensor | None = None,
+        weight: Levels | None = None,
+        class_dim: int = -1,
     ) -> None:
         """Count one batch.
 
@@ -76,11 +78,16 @@ class Diagnosis:
                 with the IoU of each predicted box, for the figures about IoUs; or a floating
                 tensor ``(..., C)``: > 0 a positive of this quality, 0 a negative, < 0 ignored.
             weight: ``(...)`` or ``(..., C)``, a mask: what is above 0 counts.
+            class_dim: where the logits have their classes; with 1 ``(B, C, H, W)`` is read in
+                place.
+
+        Logits may be a list of levels, with targets and weight lists of the same length, a pair two
+        lists: all are counted, none is copied.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, shape, device or range.
         """
-        counts = counted(logits, targets, weight, self.ignore_index)
+        counts = counted(logits, targets, weight, self.ignore_index, class_dim)
         if self.counts is None:
             self.counts = counts
         elif self.counts.device != counts.device:
@@ -117,12 +124,13 @@ class Diagnosis:
 
 
 def diagnose(
-    logits: Tensor,
-    targets: Tensor | tuple[Tensor, Tensor],
+    logits: Levels,
+    targets: LevelTargets,
     *,
-    weight: Tensor | None = None,
+    weight: Levels | None = None,
     ignore_index: int = -1,
     bins: int = 30,
+    class_dim: int = -1,
 ) -> Report:
     """The report of one batch; the arguments are those of :class:`Diagnosis`.
 
@@ -134,7 +142,7 @@ def diagnose(
         0.8333
     """
     diagnosis = Diagnosis(ignore_index=ignore_index)
-    diagnosis.update(logits, targets, weight=weight)
+    diagnosis.update(logits, targets, weight=weight, class_dim=class_dim)
     return diagnosis.read(bins=bins)
 
 
