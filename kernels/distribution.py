@@ -278,7 +278,9 @@ def expectation_kernel(
     _, _, e = load_bins(x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS)
     k = bins.to(tl.float32)
     share = 1.0 / over_columns(e)
-    mean = over_columns(e * k) * share
+    # The where keeps the product out of the sum: fused with it, a sum over two lanes has other last
+    # bits in the one than in the other, and both store it.
+    mean = over_columns(tl.where(bins < n_bins, e * k, 0.0)) * share
     if grad_ptr is None:
         tl.store(out_ptr + row, mean, mask=inside)
     else:

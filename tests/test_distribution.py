@@ -101,6 +101,18 @@ def test_masked_bins_have_probability_zero(dtype, backend):
     assert (gradient.isnan().any(-1) == (y + 3 > 5)).all()
 
 
+@pytest.mark.parametrize("bins", [2, 3, 6, 9, 17, 33])
+def test_expectation_of_any_number_of_bins(bins, backend):
+    x = torch.randn(70, bins, device=DEVICE, requires_grad=True)
+    side = tl.distribution_expectation(x)
+    (gradient,) = torch.autograd.grad(side.square().sum(), x)
+    p = x.detach().double().softmax(-1)
+    k = torch.arange(bins, device=DEVICE)
+    mean = (p * k).sum(-1, keepdim=True)
+    torch.testing.assert_close(side.double(), mean[:, 0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), 2 * mean * p * (k - mean), rtol=1e-5, atol=1e-5)
+
+
 def test_flat_rows_of_sides(backend):
     x, y = torch.randn(5, 3, 4 * 17, device=DEVICE), torch.rand(5, 3, 4, device=DEVICE) * 16
     weight = torch.rand(5, 3, 4, device=DEVICE) - 0.2
