@@ -146,10 +146,11 @@ def _joined(levels: list[tuple]) -> tuple[tuple, list[int] | None]:
 def _eager(levels, delta, *args):
     (delta,) = delta
     (x, *beside), sizes = _joined(levels)
+    check.holds_values("logits", x)
     if _op.traced(x):
         if not isinstance(delta, Tensor):
             # an op's float would recompile the graph at each new value
-            delta = torch.full((), delta, dtype=torch.float64)
+            delta = torch.full((), delta, dtype=torch.float64, device="cpu")
         beside = _op.distinct(x, beside)
     need_grad = x.requires_grad and torch.is_grad_enabled()
     first, second, coefficient = _by_engine(x, *beside, delta, *args, need_grad)
