@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -356,6 +357,40 @@ def test_fine_grained_distribution():
                 integration.uninstall()
                 found.append((value, torch.autograd.grad(value.sum(), logits)))
             torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "own teacher", "no objects", "every query", "plain"])
+def test_local_losses_of_d_fine(kind):
+    """Distributions of the matched boxes, and their distillation from the last layer."""
+    g = torch.Generator().manual_seed(5)
+    draw = functools.partial(torch.rand, generator=g)  # float32: the host's bins have no other
+    host = loss_d_fine.DFineLoss(DFineConfig(num_labels=CLASSES))
+    sizes = {"no objects": (0, 0), "every query": (6, 6)}.get(kind, (3, 1))
+    outputs = {
+        "logits": draw(2, 6, CLASSES),
+        "pred_boxes": (draw(2, 6, 4) / 4 + 0.3).requires_grad_(),
+        "ref_points": draw(2, 6, 4) / 4 + 0.3,
+        "pred_corners": (4 * draw(2, 6, 4 * 33)).requires_grad_(),
+        "teacher_logits": 4 * draw(2, 6, CLASSES) - 2,
+        "teacher_corners": 4 * draw(2, 6, 4 * 33),
+    }
+    if kind == "own teacher":
+        outputs["teacher_corners"] = outputs["pred_corners"].clone()
+    if kind == "plain":
+        del outputs["pred_corners"]
+    targets = [{"boxes": draw(n, 4) / 4 + 0.3} for n in sizes]
+    indices = [(torch.randperm(6, generator=g)[:n], torch.randperm(n, generator=g)) for n in sizes]
+    found = []
+    for installed in (False, True):
+        if installed:
+            integration.install()
+        losses = host.loss_local(outputs, targets, indices, 4.0)
+        integration.uninstall()
+        found.append(losses)
+        if kind != "plain":
+            grad = torch.autograd.grad(sum(losses.values()), outputs["pred_corners"])
+            found[-1] = losses, grad
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
 
 
 def tiny(name):

@@ -11,8 +11,7 @@ Example:
 
 The models' files stay as they are, and so do options, weights and checkpoints. Values agree with
 the host's to float32 rounding. RT-DETRv2, Conditional and DAB DETR and the detectors of RF-DETR
-share these classes and are served, too. Masks, D-FINE's distillation of distributions and RT-DETR
-with softmax costs stay the host's.
+share these classes and are served, too. Masks and RT-DETR with softmax costs stay the host's.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tritonloss.losses.boxes import giou_loss, iou
-from tritonloss.losses.distribution import distribution_focal_loss
+from tritonloss.losses.distribution import distribution_distillation_loss, distribution_focal_loss
 from tritonloss.losses.matching import assign, matching_cost
 from tritonloss.losses.pointwise import sigmoid_focal_loss, varifocal_loss
 from tritonloss.losses.quality import iou_aware_bce_loss, mal_loss
@@ -141,6 +140,44 @@ def _fine_grained(
         divisor = len(pred) if avg_factor is None else avg_factor
         return distribution_focal_loss(pred, target, weight=weight, reduction="sum") / divisor
     return distribution_focal_loss(pred, target, weight=weight, reduction=reduction)
+
+
+def _loss_local(original):
+    host = importlib.import_module(original.__module__)
+
+    def loss_local(self, outputs, targets, indices, num_boxes, T=5):
+        if "pred_corners" not in outputs:
+            return {}
+        bins, at = self.max_num_bins + 1, _at(indices)
+        boxes, wanted = _pairs(outputs, targets, indices)
+        wanted = _corners(wanted, "cxcywh")
+        overlap = iou(_corners(boxes.detach(), "cxcywh"), wanted)
+        student, teacher = outputs["pred_corners"], outputs["teacher_corners"].detach()
+        with torch.no_grad():
+            self.fgl_targets = host.bbox2distance(
+                outputs["ref_points"][at], wanted, self.max_num_bins, self.reg_scale, self.up
+            )
+        fine = self.unimodal_distribution_focal_loss(
+            student[at].reshape(-1, bins), *self.fgl_targets,
+            overlap.repeat_interleave(4), avg_factor=num_boxes,
+        )  # fmt: skip
+        # the last layer is its own teacher: nothing to learn, and its divergence is 0
+        weight = outputs["teacher_logits"].detach().amax(-1).sigmoid().to(overlap.dtype)
+        weight[at] = overlap
+        matched = torch.zeros_like(weight, dtype=torch.bool)
+        matched[at] = True
+        # the mean over each kind's sides, weighted by the root of their number
+        sides = 4 * torch.stack([matched.sum(), (~matched).sum()]).to(weight.dtype)
+        self.num_pos, self.num_neg = roots = (sides / len(weight)).sqrt()
+        share = roots / sides.clamp(min=1) / roots.sum()
+        weight = weight * torch.where(matched, share[0], share[1])
+        distilled = distribution_distillation_loss(
+            student.reshape(-1, bins), teacher.reshape(-1, bins), temperature=T,
+            weight=weight.flatten().repeat_interleave(4), reduction="sum",
+        )  # fmt: skip
+        return {"loss_fgl": fine, "loss_ddf": distilled}
+
+    return loss_local
 
 
 def _loss_labels(self, outputs, targets, indices, num_boxes):
@@ -373,6 +410,7 @@ def _places() -> list[Place]:
         Place(third, "LwDetrImageLoss.loss_labels", lambda original: _loss_labels_iou_aware),
         Place(third, "LwDetrImageLoss.loss_boxes", lambda original: _loss_boxes),
         Place(d_fine, "DFineLoss.unimodal_distribution_focal_loss", lambda _: _fine_grained),
+        Place(d_fine, "DFineLoss.loss_local", _loss_local),
         Place(deim, "Deimv2Loss.loss_labels_mal", lambda original: _loss_labels_mal),
     ]
 
