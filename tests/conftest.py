@@ -31,7 +31,6 @@ NOT_ON_PTX = {
     "test_lockstep": "trains models: too slow here",
     "test_distributed": "its processes have no interpreter of PTX",
     "test_compile": "Inductor makes its own launches",
-    "test_opcheck": "opcheck copies its arguments, scratch that nobody wrote included",
 }
 
 

@@ -10,7 +10,6 @@ import types
 import pytest
 import torch
 from conftest import DEVICE
-from ptx.switch import PTX
 from test_opcheck import recorded_ops
 from test_sync import NoReads
 
@@ -229,7 +228,6 @@ def test_compiled_whole(backend):
     torch.testing.assert_close(compiled(*arguments), tl.matching_cost(*arguments))
 
 
-@pytest.mark.skipif(bool(PTX), reason="opcheck copies inputs, unwritten to the interpreter of PTX")
 @pytest.mark.skipif(not INTERPRET, reason="opcheck runs the op")
 def test_opcheck(monkeypatch):
     arguments = draw(12, (2,), 2, 6, 3, 4)

@@ -26,6 +26,7 @@ if not HAS_TRITON or INTERPRET:
 import triton
 import triton.language as tl_
 from ptx.harness import interpreted
+from ptx.memory import POISON
 from ptx.parser import Fault
 
 from perf import _examples
@@ -370,6 +371,19 @@ def test_planted_faults_are_found(example, edit, word):
         right = found["value"] <= VALUE_TOLERANCE and found["gradient"] <= TOLERANCE[torch.float32]
         what = "nothing" if right else "wrong"
     assert re.search(word, what), what
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_what_torch_wrote_is_no_fault(written):
+    """A float of which one byte is that of the poison counts as written."""
+    labels = torch.randint(9, (500,))
+    with interpreted(ARCH):
+        x = torch.empty(500, 8)
+        if written:
+            x.copy_(torch.randn(500, 8))
+            assert (x.view(torch.uint8) == POISON[True]).any()
+        with nullcontext() if written else pytest.raises(Fault, match="never written"):
+            tl.sigmoid_focal_loss(x, labels)
 
 
 @triton.jit

@@ -19,8 +19,8 @@ POISON = {True: 0xFF, False: 0x7F}  # floating point?
 class Fresh:
     """Storages that ``torch.empty`` handed out, poisoned, and which of their bytes were stored.
 
-    A byte counts as written once a kernel stored it, or once it no longer holds the poison (torch
-    itself may fill what it allocated).
+    A byte counts as written once a kernel stored it, an element also once it no longer holds the
+    poison alone (torch itself may fill what it allocated).
     """
 
     def __init__(self):
@@ -175,11 +175,10 @@ class Global:
             self.fault(where, f"out of bounds: {kind} between the elements of {region.name}")
         if region.poison is not None:
             bytes_ = offset[:, None] + np.arange(size)
-            if (
-                kind != "store"
-                and (~region.written[bytes_] & (region.bytes[bytes_] == region.poison)).any()
-            ):
-                self.fault(where, f"never written: {kind} of {region.name}")
+            if kind != "store":
+                left = ~region.written[bytes_] & (region.bytes[bytes_] == region.poison)
+                if left.reshape(-1, region.cell).all(1).any():
+                    self.fault(where, f"never written: {kind} of {region.name}")
             if kind != "load":
                 region.written[bytes_] = True
         rival = region.conflicts.meet(kind, cells, np.repeat(programs, width))
