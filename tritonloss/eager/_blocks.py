@@ -61,7 +61,8 @@ def summed(
         prepare: ``(block of x, index) -> block``, before the gradient is recorded; where it puts a
             constant, the gradient is the loss' slope at that constant.
         values: ``(block, index) -> values`` whose sum is the block's loss.
-        slopes: ``(block, index) -> (values, their derivatives)``; None differentiates.
+        slopes: ``(block, index, out) -> values``, whose derivatives go to ``out``; None
+            differentiates.
         by_layer: a sum for each entry of the first dim.
 
     Returns:
@@ -76,8 +77,7 @@ def summed(
         if not want_grad:
             return values(block, index).sum()
         if slopes is not None:
-            value, gradient[index] = slopes(block, index)
-            return value.sum()
+            return slopes(block, index, gradient[index]).sum()
         with torch.enable_grad():
             total = values(block.requires_grad_(), index).sum()
         (gradient[index],) = torch.autograd.grad(total, block)

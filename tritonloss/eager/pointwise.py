@@ -38,7 +38,7 @@ class Pointwise(NamedTuple):
     negative: Callable  # (x, *params): target 0
     positive: Callable  # (x, y, *params): the labelled class, y its quality (1 for labels)
     dense: Callable  # (x, y, *params): any y in [0, 1]
-    # (x, *params): negative, and its derivative written out; x may be overwritten
+    # (x, out, *params): negative, its derivative written to out; x may be overwritten
     slopes: Callable | None = None
 
 
@@ -82,8 +82,8 @@ def _focal_dense(x, y, a1, a0, gamma, _=None):
     return balance(y, a1, a0) * power(q, gamma) * bce(x, y)
 
 
-def _focal_slopes(x, a0, gamma, detached=False):
-    """Value and derivative of a0 p^gamma softplus(x), where ``detached`` only by the softplus.
+def _focal_slopes(x, out, a0, gamma, detached=False):
+    """Value of a0 p^gamma softplus(x); its derivative, where ``detached`` only by the softplus.
 
     x is overwritten: fewer blocks fit the cache better.
     """
@@ -91,9 +91,10 @@ def _focal_slopes(x, a0, gamma, detached=False):
     p = x.sigmoid_()
     factor = power(p, gamma).mul_(a0)
     if detached:
-        return cost.mul_(factor), factor.mul_(p)
-    slope = (1 - p).mul_(cost).mul_(gamma).add_(p).mul_(factor)
-    return cost.mul_(factor), slope
+        torch.mul(factor, p, out=out)
+    else:
+        torch.sub(1, p, out=out).mul_(cost).mul_(gamma).add_(p).mul_(factor)
+    return cost.mul_(factor)
 
 
 def _smoothed_dense(x, y, a1, a0, gamma, smoothing):
@@ -118,7 +119,7 @@ FOCAL = Pointwise(
     lambda x, a1, a0, gamma, _=None: a0 * power(torch.sigmoid(x), gamma) * softplus(x),
     _focal_dense,
     _focal_dense,
-    lambda x, a1, a0, gamma, _=None: _focal_slopes(x, a0, gamma),
+    lambda x, out, a1, a0, gamma, _=None: _focal_slopes(x, out, a0, gamma),
 )
 
 
@@ -141,7 +142,7 @@ QUALITY = Pointwise(
     lambda x, beta, *_: power(torch.sigmoid(x), beta) * softplus(x),
     _quality_dense,
     _quality_dense,
-    lambda x, beta, *_: _focal_slopes(x, 1.0, beta),
+    lambda x, out, beta, *_: _focal_slopes(x, out, 1.0, beta),
 )
 
 
@@ -164,7 +165,9 @@ VARIFOCAL = Pointwise(
     lambda x, y, *params: torch.where(
         y > 0, _varifocal_positive(x, y, *params), _varifocal_negative(x, *params)
     ),
-    lambda x, alpha, gamma, iou_weighted, detach: _focal_slopes(x, alpha, gamma, bool(detach)),
+    lambda x, out, alpha, gamma, iou_weighted, detach: _focal_slopes(
+        x, out, alpha, gamma, bool(detach)
+    ),
 )
 
 
@@ -275,9 +278,9 @@ def counted(x, labels, quality, dense, weight, class_weight, avg_factor, params,
 
 
 def has_blocks(x, labels, quality, dense, weight, class_weight, avg_factor, *args) -> bool:
-    """True for sums with weights per row."""
+    """True for sums over rows, with weights per row."""
     by_row = class_weight is None and (weight is None or weight.dim() < x.dim())
-    return by_row and args[-1] != "none"
+    return by_row and args[-1] != "none" and x.dim() > 1
 
 
 def pointwise_by_blocks(
@@ -311,27 +314,32 @@ def pointwise_by_blocks(
             value = loss.negative(block, *params).sum(-1)
             return value if rows.weight is None else value * rows.weight[index]
 
-        def negative_slopes(block, index):
-            value, slope = loss.slopes(block, *params)
+        def negative_slopes(block, index, out):
+            value = loss.slopes(block, out, *params)
             if rows.weight is None:
-                return value, slope
+                return value
             weight = rows.weight[index].unsqueeze(-1)
-            return value.mul_(weight), slope.mul_(weight)
+            out.mul_(weight)
+            return value.mul_(weight)
 
         by_layer = reduction == "layers"
         slopes = None if loss.slopes is None else negative_slopes
         total, gradient = summed(
             x, negatives_alone, negative_values, want_grad, slopes=slopes, by_layer=by_layer
         )
-        labelled = torch.where(rows.positive, x_at_index.squeeze(-1), 0)
+        places = rows.positive.nonzero(as_tuple=True)
+        y = rows.y[places]
+        there_weight = None if rows.weight is None else rows.weight[places]
 
         def positive_values(labelled):
-            value = _positives(labelled, rows, loss, params)
-            return value if rows.weight is None else value * rows.weight
+            value = loss.positive(labelled, y, *params)
+            value = value if there_weight is None else value * there_weight
+            return rows.y.new_zeros(rows.y.shape).index_put(places, value) if by_layer else value
 
+        labelled = x_at_index.squeeze(-1)[places]
         value, slope = value_and_slope(labelled, positive_values, want_grad, reduction)
-        if want_grad:
-            gradient.scatter_add_(-1, rows.index, slope.unsqueeze(-1))
+        if want_grad:  # 0 until now
+            gradient[(*places, rows.labels[places])] = slope
         total = total + value
     return divided(total, gradient, count, reduction, avg_factor)
 
