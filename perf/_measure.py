@@ -72,6 +72,23 @@ def peak_bytes(function, device: str) -> int:
     return resident("VmHWM") - before
 
 
+def peak_tensor_bytes(function) -> int:
+    """Most memory of CPU tensors during a call above what was before, as torch hands it out.
+
+    Unlike resident memory it does not depend on what earlier calls left in the allocator.
+    """
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    most = used = 0
+    for _, change in sorted(changes, key=lambda c: c[0]):
+        used += change
+        most = max(most, used)
+    return most
+
+
 def resident(field: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))

@@ -24,7 +24,7 @@ from transformers.loss import loss_lw_detr, loss_rt_detr
 
 import tritonloss as tl
 
-from ._measure import gate, machine, peak_bytes, timed_in_turn, write_rows
+from ._measure import gate, machine, peak_tensor_bytes, timed_in_turn, write_rows
 
 WEIGHTS = (1.0, 5.0, 2.0)
 
@@ -192,7 +192,7 @@ def measured(shape: Shape, rounds: int) -> list[dict]:
         sides = dict(zip(("host", "ours"), pair, strict=True))
         times = timed_in_turn({k: lambda f=f: timed(f) for k, f in sides.items()}, rounds)
         best = {k: min(t) for k, t in times.items()}
-        peak = {k: min(peak_bytes(f, "cpu") for _ in range(3)) for k, f in sides.items()}
+        peak = {k: peak_tensor_bytes(f) for k, f in sides.items()}
         rows.append(
             {"shape": str(shape), "what": what}
             | {f"{k}_ms": f"{1e3 * s:.2f}" for k, s in best.items()}
