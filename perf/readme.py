@@ -88,8 +88,9 @@ def set_prediction() -> str:
     return (
         "Set prediction, all decoder layers: the matching cost without the assignment, the "
         "criterion with its backward, and a step of both with the assignment, which is SciPy's on "
-        "both sides. Processor time in ms (least of rounds that take turns) and most memory in MiB "
-        "of transformers' RT-DETR (with groups LW-DETR) and of ours, in brackets ours / theirs. "
+        "both sides. Processor time in ms (least of rounds that take turns) and most memory of "
+        "tensors in MiB of transformers' RT-DETR (with groups LW-DETR) and of ours, in brackets "
+        "ours / theirs. "
         f"torch {first['torch']}, {first['device']} (`python -m perf.bench_detr_cpu`).\n\n"
     ) + table(
         ("images x queries x objects x layers x classes", "what", "ms, theirs", "ms, ours",
