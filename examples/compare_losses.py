@@ -64,6 +64,7 @@ def main() -> None:
     wanted = options.loss or list(RUNS)
     for name in tqdm([n for n in wanted if (options.data, n, options.seed) not in done]):
         rows.append(train(name, options))
+        rows.sort(key=lambda row: (row["data"], list(RUNS).index(row["loss"]), int(row["seed"])))
         with options.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()

@@ -161,8 +161,7 @@ def train(config: Config) -> Result:
     )
     compute = torch.compile(criterion, fullgraph=True) if config.compile else criterion
     predict = model if group is None else DistributedDataParallel(model)
-    points, strides = cells(dataset.crop, dataset.crop, device)
-    every = config.compile or device.type != "cpu"
+    grids = cells(dataset.crop, dataset.crop, device)
 
     result = Result(parameters=sum(p.numel() for p in model.parameters()))
     if saved:
@@ -191,13 +190,13 @@ def train(config: Config) -> Result:
             rng = np.random.default_rng([config.seed, 1, step])
             share = (x.tensor_split(processes)[rank] for x in dataset.batch(rng, config.batch))
             images, gt_boxes, gt_labels = (x.to(device) for x in share)
-            targets = assign(points, strides, gt_boxes, gt_labels, len(dataset.classes), every)
+            targets = assign(grids, gt_boxes, gt_labels, len(dataset.classes))
             for parameters in optimizer.param_groups:
                 parameters["lr"] = common.learning_rate(step, config)
             if config.diagnose and step == max(first, last - DIAGNOSED):
                 criterion.diagnosis = tritonloss.Diagnosis()
             logits, outputs = predict(images.contiguous(memory_format=torch.channels_last))
-            total, losses = compute(logits, outputs, points, strides, targets)
+            total, losses = compute(logits, outputs, grids, targets)
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
@@ -315,6 +314,8 @@ def parse_arguments(arguments: list[str] | None) -> Config:
     )
     add("--device", help="cpu (default), cuda, cuda:1, ...")
     add("--backend", choices=("auto", "triton", "eager"), help="of the losses; default: auto")
+    # Not by default: the first start on a CPU takes longer than the demo's steps win back, see
+    # docs/guides/heads.md.
     add("--compile", action="store_true", help="torch.compile the losses into one graph")
     steps = ", ".join(f"{count} for {name}" for name, count in STEPS.items())
     add("--steps", type=common.positive(int), help=f"default: {steps}")
@@ -368,6 +369,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     finally:
         if dist.is_initialized():
+            # Here, not at the interpreter's end: a thread of gloo that is still connected when the
+            # peer has gone raises in a destructor, and that aborts the process.
             gc.collect()
             dist.destroy_process_group()
     if not first:

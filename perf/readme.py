@@ -178,6 +178,25 @@ def budgets() -> str:
     )
 
 
+def compiled_step() -> str:
+    """Masks beside rows under torch.compile."""
+    rows = read("compiled_step_cpu")
+    first = rows[0]
+    return (
+        "The losses of a step of the example's detector (three levels, quality focal, distribution "
+        "focal and GIoU, forward and backward to the head), with the positive cells as masks, and "
+        f"as rows that are joined and indexed. What Dynamo makes of {first['steps']} steps, "
+        "and processor time in ms of a step. "
+        f"torch {first['torch']}, {first['device']} "
+        "(`python -m perf.bench_compiled_step`).\n\n"
+    ) + table(
+        ("positives", "graph breaks", "graphs", "recompiles", "ms, eager", "ms, compiled"),
+        *((r["positives"], *(r[k] for k in ("graph_breaks", "graphs", "recompiles", "eager_ms",
+                                            "compiled_ms")))
+          for r in rows),
+    )  # fmt: skip
+
+
 def diagnosing() -> str:
     """An update of a diagnosis over a focal loss, whatever was measured."""
     found = [r for path in sorted(RESULTS.glob("diagnose_*.csv")) for r in read(path.stem)]
@@ -350,7 +369,7 @@ FILES = {
     ],
     "docs/benchmarks.md": lambda: [
         GPU, *on_gpus(), CPU, pointwise(), ranking(), harmonising(), set_prediction(), heads(),
-        diagnosing(),
+        compiled_step(), diagnosing(),
         swept("sweep_cpu"), budgets(),
     ],
     **{f"docs/hosts/{host}.md": lambda host=host: [beside_host(host)] for host in HOSTS},

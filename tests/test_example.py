@@ -17,6 +17,7 @@ import pytest
 import ranking_reference as reference
 import torch
 
+import tritonloss
 from tritonloss.losses.ranking import ALRP, RankSort
 
 for module in ("pycocotools", "sklearn", "matplotlib", "PIL", "tqdm"):
@@ -33,7 +34,8 @@ data, evaluate = train_detector.data, train_detector.evaluate
 losses = importlib.import_module("detection.losses")
 pictures = importlib.import_module("detection.pictures")
 model = importlib.import_module("detection.model")
-LOSSES = losses.LOSSES
+bench = importlib.import_module("perf.bench_compiled_step")
+LOSSES, rows = losses.LOSSES, losses.rows
 
 SMALL = {"data": "digits", "digits": (24, 8), "batch": 2, "channels": 16, "steps": 10}
 
@@ -98,7 +100,7 @@ def test_coco_run_writes_what_it_promises(coco, tmp_path):
 def logits_of_a_crop(path) -> int:
     """Of the two categories of the images above."""
     dataset = data.coco(str(path), str(path.parent), None, 0)
-    return 2 * len(model.cells(dataset.crop, dataset.crop)[0])
+    return 2 * sum(grid.points[0].numel() for grid in model.cells(dataset.crop, dataset.crop))
 
 
 def diagnosed_logits(out) -> int:
@@ -409,43 +411,128 @@ def test_resume_takes_its_settings_from_the_checkpoint(tmp_path, capsys):
 def test_a_batch_without_objects_trains():
     criterion = losses.Criterion("gfl")
     network = model.Detector(10, 8, 16)
-    points, strides = model.cells(32, 32)
-    nothing = torch.zeros(2, 1, 4), torch.full((2, 1), -1)
-    for every in (True, False):
-        targets = losses.assign(points, strides, *nothing, 10, every)
-        total, parts = criterion(*network(torch.randn(2, 3, 32, 32)), points, strides, targets)
-        total.backward()
-        assert parts["giou"] == parts["dfl"] == 0 < total
-        assert all(torch.isfinite(p.grad).all() for p in network.parameters())
+    grids = model.cells(32, 32)
+    targets = losses.assign(grids, torch.zeros(2, 1, 4), torch.full((2, 1), -1), 10)
+    total, parts = criterion(*network(torch.randn(2, 3, 32, 32)), grids, targets)
+    total.backward()
+    assert parts["giou"] == parts["dfl"] == 0 < total
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters())
 
 
+def head(loss, images=2, seed=0):
+    """Outputs of a new network on digits, and their targets."""
+    dataset = data.digits(seed, 6, 0)
+    pixels, boxes, labels = dataset.batch(np.random.default_rng(seed), images)
+    torch.manual_seed(seed)
+    bins = losses.Criterion(loss).bins
+    network = model.Detector(10, bins, 16)
+    for part in (network.classify, network.regress):  # unlike each other, as trained ones are
+        torch.nn.init.normal_(part.weight, std=0.1)
+    outputs = [[x.detach() for x in levels] for levels in network(pixels)]
+    grids = model.cells(96, 96)
+    return outputs, grids, losses.assign(grids, boxes, labels, 10), bins
+
+
+def leaves_of(outputs):
+    return [[x.clone().requires_grad_() for x in levels] for levels in outputs]
+
+
+def flat(heads):
+    return [x for levels in heads for x in levels]
+
+
+def box_rows(outputs, grids, targets, bins):
+    """Of the positive cells: predicted boxes, wanted ones, outputs, cells and strides."""
+    labels = rows(targets.labels)
+    positive = (labels >= 0) & (labels < 10)
+    points, strides = (each[positive] for each in bench.of_rows(grids, len(outputs[0])))
+    chosen = rows(outputs)[positive]
+    sides = torch.nn.functional.softplus(chosen)
+    if bins:
+        sides = tritonloss.distribution_expectation(chosen, sides=4)
+    x1y1, x2y2 = points - sides[:, :2] * strides, points + sides[:, 2:] * strides
+    return torch.cat([x1y1, x2y2], 1), rows(targets.boxes)[positive], chosen, points, strides
+
+
+def classified_rows(loss, x, labels, quality, error, n):
+    """The classification loss of rows; of aLRP with its box loss."""
+    graded = labels, quality
+    if loss == "ghm":
+        state = torch.zeros(30), torch.zeros(30)
+        options = {"bins": 30, "momentum": 0.99, "state": state, "bias_correction": True}
+        return losses.GHM_C_WEIGHT * tritonloss.ghm_c_loss(x, labels, **options)[0]
+    return {
+        "gfl": lambda: tritonloss.quality_focal_loss(x, graded, avg_factor=n),
+        "focal": lambda: tritonloss.sigmoid_focal_loss(x, labels, avg_factor=n),
+        "focal_star": lambda: tritonloss.focal_star_loss(x, labels, avg_factor=n),
+        "varifocal": lambda: tritonloss.varifocal_loss(x, graded, avg_factor=n),
+        "rank_sort": lambda: sum(tritonloss.rank_sort_loss(x, graded)),
+        "ap": lambda: tritonloss.ap_loss(x, labels),
+        "alrp": lambda: tritonloss.alrp_loss(x, labels, error),
+    }[loss]()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_all_cells_or_the_positive_ones_give_the_same_losses(loss):
-    dataset = data.digits(0, 4, 0)
-    images, boxes, labels = dataset.batch(np.random.default_rng(0), 2)
-    points, strides = model.cells(96, 96)
-    network = model.Detector(10, losses.Criterion(loss).bins, 16)
-    outputs = [x.detach() for x in network(images)]
-    results = []
-    for every in (True, False):
-        targets = losses.assign(points, strides, boxes, labels, 10, every)
-        leaves = [x.clone().requires_grad_() for x in outputs]
-        total, _ = losses.Criterion(loss)(*leaves, points, strides, targets)
-        results.append([total, *torch.autograd.grad(total, leaves)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+def test_levels_and_masks_give_what_the_positive_rows_give(loss, seed):
+    outputs, grids, targets, bins = head(loss, seed=seed)
+    mine, theirs = leaves_of(outputs), leaves_of(outputs)
+    total, _ = losses.Criterion(loss)(*mine, grids, targets)
+
+    labels = rows(targets.labels)
+    positive = (labels >= 0) & (labels < 10)
+    boxes, wanted, chosen, points, strides = box_rows(theirs[1], grids, targets, bins)
+    assert targets.count == len(boxes) > 0
+    quality, error = torch.zeros(len(labels)), torch.zeros(len(labels))
+    quality[positive] = tritonloss.iou(boxes, wanted).detach()
+    each = losses.BOX_LOSSES[LOSSES[loss].box]
+    if each is not None:
+        error = error.masked_scatter(positive, each(boxes, wanted, reduction="none"))
+    found = classified_rows(loss, rows(theirs[0]), labels, quality, error, targets.count)
+    box = losses.BOX_WEIGHT * error.sum() / targets.count
+    if loss == "alrp":
+        found, box = found
+    if loss == "ghm":
+        state = torch.zeros(10), torch.zeros(10)
+        options = {"momentum": 0.7, "state": state, "bias_correction": True}
+        scaled = boxes / strides, wanted / strides
+        box = losses.GHM_R_WEIGHT * tritonloss.ghm_r_loss(*scaled, **options)[0]
+    scale = (found / box).detach() if LOSSES[loss].balance else 1
+    want = found + scale * box
+    if bins:
+        sides = torch.cat([points - wanted[:, :2], wanted[:, 2:] - points], 1) / strides
+        want = want + losses.DFL_WEIGHT * tritonloss.distribution_focal_loss(
+            chosen.unflatten(1, (4, -1)), sides.clamp(0, bins), avg_factor=targets.count
+        )
+    torch.testing.assert_close(total, want)
+    for ours, plain in zip(flat(mine), flat(theirs), strict=True):
+        grads = [torch.autograd.grad(t, x, retain_graph=True)[0] for t, x in
+                 ((total, ours), (want, plain))]  # fmt: skip
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+def test_one_graph_serves_every_batch():
+    """With masks; the rows of the positive cells break it, and compile again and again."""
+    steps = bench.steps(4, 2)
+    counted = {way: bench.graphs(make(), steps) for way, make in bench.WAYS.items()}
+    assert counted["masks"] == {"graph_breaks": 0, "graphs": 1, "recompiles": 0}
+    assert counted["rows"]["graph_breaks"] > 0 and counted["rows"]["graphs"] > 2, counted
+    values = [
+        torch.stack([bench.step(make(), *one) for one in steps]) for make in bench.WAYS.values()
+    ]
+    torch.testing.assert_close(*values)
 
 
 def criterion_step(group, rank, loss, outputs, boxes, labels):
     """Losses and gradients of a share of a batch."""
     torch.manual_seed(0)
-    points, strides = model.cells(96, 96)
-    targets = losses.assign(points, strides, boxes, labels, 10)
-    leaves = [x.clone().requires_grad_() for x in outputs]
+    grids = model.cells(96, 96)
+    targets = losses.assign(grids, boxes, labels, 10)
+    leaves = leaves_of(outputs)
     criterion = losses.Criterion(loss, group=group)
-    total, parts = criterion(*leaves, points, strides, targets)
+    total, parts = criterion(*leaves, grids, targets)
     values = criterion.mean_over_processes(torch.stack([total, *parts.values()]))
-    return values, torch.autograd.grad(total, leaves)
+    return values, torch.autograd.grad(total, flat(leaves))
 
 
 def test_processes_share_a_batch():
@@ -455,13 +542,14 @@ def test_processes_share_a_batch():
     try:
         for loss in LOSSES:
             network = model.Detector(10, losses.Criterion(loss).bins, 16)
-            inputs = *(x.detach() for x in network(images)), boxes, labels
-            whole, whole_grads = criterion_step(None, 0, loss, inputs[:2], *inputs[2:])
-            split = [x.tensor_split(2) for x in inputs]
-            outputs = processes.PerRank(zip(*split[:2], strict=True))
-            (got, grads), (other, more) = pool.run(
-                criterion_step, 2, loss, outputs, *map(processes.PerRank, split[2:])
+            outputs = [[x.detach() for x in levels] for levels in network(images)]
+            whole, whole_grads = criterion_step(None, 0, loss, outputs, boxes, labels)
+            shares = processes.PerRank(
+                [[x.tensor_split(2)[rank] for x in levels] for levels in outputs]
+                for rank in range(2)
             )
+            split = [processes.PerRank(x.tensor_split(2)) for x in (boxes, labels)]
+            (got, grads), (other, more) = pool.run(criterion_step, 2, loss, shares, *split)
             torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
             assert torch.equal(got, other)
             for a, b, w in zip(grads, more, whole_grads, strict=True):
@@ -554,14 +642,14 @@ def loop(name):
     """A classification loss of the example from the loops over positives."""
 
     def loss(logits, targets, predicted):
+        logits, labels = rows(logits), rows(targets.labels)
         n_classes = logits.shape[-1]
-        labels = targets.labels.flatten()
         pos = (labels[:, None] == torch.arange(n_classes)).flatten()
         neg = (labels >= 0).repeat_interleave(n_classes) & ~pos
         flat = logits.flatten()
 
-        def wide(rows):
-            return rows.flatten().repeat_interleave(n_classes)
+        def wide(levels):
+            return rows(levels).repeat_interleave(n_classes)
 
         if name == "rank_sort":
             rank, sort, *grads = reference.rank_sort(flat, pos, neg, wide(predicted.quality), 0.5)
@@ -590,17 +678,44 @@ def test_ranking_losses_train_like_the_loops(loss, monkeypatch):
 
 
 def test_cells_learn_the_smallest_box_around_them():
-    points, strides = model.cells(64, 64)
-    boxes = torch.tensor([[[8.0, 8, 28, 28], [14, 14, 22, 22], [0, 0, 64, 64], [40, 0, 60, 20]]])
-    targets = losses.assign(points, strides, boxes, torch.tensor([[0, 1, 2, -1]]), 3)
-    at = {(*p.tolist(), s.item()): k for k, (p, s) in enumerate(zip(points, strides, strict=True))}
-    label = targets.labels[0]
-    assert label[at[18.0, 18.0, 4.0]] == 1  # in both of the first two boxes
-    assert label[at[22.0, 14.0, 4.0]] == 0
-    assert label[at[36.0, 36.0, 8.0]] == 2
-    assert label[at[50.0, 10.0, 4.0]] == -1 and label[at[62.0, 62.0, 4.0]] == 3
-    assert targets.count == ((label >= 0) & (label < 3)).sum()
-    assert ((targets.gt_index[0] >= 0) == ((label >= 0) & (label < 3))).all()
+    grids = model.cells(64, 64)
+    assert [grid.stride for grid in grids] == [4, 8, 16]
+    boxes = torch.tensor(
+        [[[8.0, 8, 28, 28], [14, 14, 22, 22], [0, 0, 64, 64], [40, 0, 60, 20], [2, 14, 42, 54]]]
+    )
+    targets = losses.assign(grids, boxes, torch.tensor([[0, 1, 2, -1, 1]]), 3)
+    at = {}
+    for grid, labels, index in zip(grids, targets.labels, targets.gt_index, strict=True):
+        assert labels.shape == index.shape == (1, *grid.points.shape[1:])
+        for y, x in np.ndindex(*labels.shape[1:]):
+            place = *grid.points[:, y, x].tolist(), grid.stride
+            at[place] = labels[0, y, x].item(), index[0, y, x].item()
+    assert at[18, 18, 4] == (1, 1)  # in both of the first two boxes
+    assert at[22, 14, 4] == (0, 0)
+    assert at[20, 36, 8] == (1, 4)  # 40 pixels wide: of the middle level alone
+    assert at[24, 24, 16][1] != 4 and at[22, 34, 4] == (3, -1)
+    assert at[40, 40, 16] == (2, 2)
+    assert at[36, 36, 8][1] != 2
+    assert at[50, 10, 4] == (-1, -1) and at[62, 62, 4] == (3, -1)
+    for label, index in at.values():
+        assert (index >= 0) == (0 <= label < 3)
+    assert targets.count == sum(index >= 0 for _, index in at.values())
+    for grid, wanted, index in zip(grids, targets.boxes, targets.gt_index, strict=True):
+        assert wanted.shape == (1, 4, *grid.points.shape[1:])
+        for y, x in np.ndindex(*index.shape[1:]):
+            k = index[0, y, x]
+            want = boxes[0, k] if k >= 0 else torch.zeros(4)
+            assert torch.equal(wanted[0, :, y, x], want)
+
+
+def test_each_level_has_the_boxes_of_its_size():
+    """Up to 28 pixels on stride 4, up to 56 on stride 8, the larger ones on stride 16."""
+    grids = model.cells(256, 256)
+    for side, level in ((5, 0), (27, 0), (28, 0), (29, 1), (56, 1), (57, 2), (250, 2)):
+        box = torch.tensor([[[2.0, 2, 2 + side, 2 + side]]])
+        targets = losses.assign(grids, box, torch.tensor([[0]]), 1)
+        counts = [int((index >= 0).sum()) for index in targets.gt_index]
+        assert counts[level] > 0 and sum(counts) == counts[level], (side, counts)
 
 
 def test_nms_keeps_the_best_of_each_class():

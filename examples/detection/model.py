@@ -1,8 +1,9 @@
-"""A small anchor-free detector with strides 4 and 8, and what turns its outputs into boxes."""
+"""A small anchor-free detector with strides 4, 8 and 16, and what turns its outputs into boxes."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,7 +11,14 @@ from torch.nn import functional as F
 
 import tritonloss
 
-STRIDES = (4, 8)
+STRIDES = (4, 8, 16)
+
+
+class Grid(NamedTuple):
+    """The cells of a level."""
+
+    points: torch.Tensor  # (2, H, W) centres, x and y in pixels
+    stride: float
 
 
 def conv(n_in: int, n_out: int, stride: int = 1) -> nn.Sequential:
@@ -51,8 +59,8 @@ class Tower(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Image (B, 3, H, W) -> features (B, channels, ...) at strides 4 and 8, which has that of 16
-    added."""
+    """Image (B, 3, H, W) -> features (B, channels, ...) at strides 4, 8 and 16, each with the
+    coarser ones added."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -66,16 +74,17 @@ class Pyramid(nn.Module):
     def forward(self, images):
         x4 = self.stage4(self.stem(images))
         x8 = self.stage8(x4)
-        x16 = self.lateral[2](self.stage16(x8))
-        y8 = self.lateral[1](x8) + F.interpolate(x16, scale_factor=2.0)
-        return self.lateral[0](x4) + F.interpolate(y8, scale_factor=2.0), y8
+        y16 = self.lateral[2](self.stage16(x8))
+        y8 = self.lateral[1](x8) + F.interpolate(y16, scale_factor=2.0)
+        return self.lateral[0](x4) + F.interpolate(y8, scale_factor=2.0), y8, y16
 
 
 class Detector(nn.Module):
-    """Image (B, 3, H, W) -> class logits (B, N, C) and box outputs (B, N, 4 * (bins + 1)).
+    """Image (B, 3, H, W) -> for each level class logits (B, C, h, w) and box outputs
+    (B, 4 * (bins + 1), h, w), two lists.
 
-    With ``bins`` 0 the box output is the four distances themselves, (B, N, 4). N runs over the
-    cells of stride 4, then those of stride 8. H and W are multiples of 16.
+    With ``bins`` 0 the box output is the four distances themselves, (B, 4, h, w). H and W are
+    multiples of 16.
     """
 
     def __init__(self, n_classes: int, bins: int = 8, channels: int = 48, prior: float = 0.01):
@@ -93,32 +102,29 @@ class Detector(nn.Module):
 
     def forward(self, images):
         towers = self.tower(self.pyramid(images))
-        # (B, N, channels) views of one channel-first tensor: the losses read any strides.
-        logits = torch.cat([self.classify(t).flatten(2) for t in towers], 2).transpose(1, 2)
-        boxes = torch.cat([self.regress(t).flatten(2) for t in towers], 2).transpose(1, 2)
-        return logits, boxes
+        return [self.classify(t) for t in towers], [self.regress(t) for t in towers]
 
 
-def cells(height: int, width: int, device=None):
-    """Centres (N, 2) and strides (N,) of the cells of an image, in the order of the outputs."""
-    points, strides = [], []
+def cells(height: int, width: int, device=None) -> list[Grid]:
+    """The cells of an image, level by level."""
+    levels = []
     for stride in STRIDES:
-        y = (torch.arange(height // stride, device=device) + 0.5) * stride
-        x = (torch.arange(width // stride, device=device) + 0.5) * stride
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
-        points.append(grid)
-        strides.append(torch.full((len(grid),), float(stride), device=device))
-    return torch.cat(points), torch.cat(strides)
+        x, y = ((torch.arange(n // stride, device=device) + 0.5) * stride for n in (width, height))
+        levels.append(Grid(torch.stack(torch.meshgrid(x, y, indexing="xy")), float(stride)))
+    return levels
 
 
-def decode(outputs, points, strides, bins: int):
-    """Box outputs (B, N, 4 * (bins + 1)) to boxes (B, N, 4)."""
+def decode(outputs, grids: list[Grid], bins: int):
+    """Box outputs (B, 4 * (bins + 1), H, W) of each level to boxes (B, 4, H, W)."""
     if bins:
-        distances = tritonloss.distribution_expectation(outputs, sides=4)
+        distances = tritonloss.distribution_expectation(outputs, sides=4, class_dim=1)
     else:
-        distances = F.softplus(outputs.float())
-    distances = distances * strides[:, None]
-    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], -1)
+        distances = [F.softplus(x.float()) for x in outputs]
+    boxes = []
+    for (points, stride), sides in zip(grids, distances, strict=True):
+        sides = sides * stride
+        boxes.append(torch.cat([points - sides[:, :2], points + sides[:, 2:]], 1))
+    return boxes
 
 
 def iou_matrix(a, b):
@@ -146,8 +152,11 @@ def nms(boxes, scores, labels, threshold: float = 0.5):
 def detect(model: Detector, images, min_score: float = 0.005, candidates: int = 1000):
     """Boxes, scores and labels found in each image of a batch (B, 3, H, W), on the CPU."""
     logits, outputs = model(images)
-    points, strides = cells(*images.shape[-2:], device=images.device)
-    boxes = decode(outputs, points, strides, model.bins)
+    grids = cells(*images.shape[-2:], device=images.device)
+    boxes, logits = (
+        torch.cat([level.flatten(2) for level in levels], 2).transpose(1, 2)
+        for levels in (decode(outputs, grids, model.bins), logits)
+    )
     found = []
     for scores, places in zip(logits.sigmoid().float(), boxes, strict=True):
         best, index = scores.flatten().topk(min(candidates, scores.numel()))
