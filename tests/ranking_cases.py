@@ -107,22 +107,41 @@ def to_device(t):
     return tuple(map(to_device, t)) if isinstance(t, tuple) else t
 
 
-def ours(loss: str, logits, targets, error, **options):
-    """Two values; gradients in logits of each, and of the second in ``error``."""
+def as_head(t, class_dim: int):
+    """Three levels, the second empty, of what has one row per anchor; (1, C, rows) with 1."""
+    if isinstance(t, tuple):
+        return tuple(as_head(part, class_dim) for part in t)
+    sizes = [2 * len(t) // 3, 0, len(t) - 2 * len(t) // 3]
+    levels = [part.unsqueeze(0) for part in t.split(sizes)]
+    return [v.movedim(-1, class_dim).contiguous() if t.dim() == 2 else v for v in levels]
+
+
+def ours(loss: str, logits, targets, error, *, head: int | None = None, **options):
+    """Two values; gradients in logits of each, and of the second in ``error``.
+
+    With ``head``, a class_dim, the call is one of levels.
+    """
+    if head is not None:
+        options["class_dim"] = head
+
+    def arranged(t):
+        return t if head is None else as_head(t, head)
+
     x = to_device(logits.detach()).clone(memory_format=torch.preserve_format).requires_grad_()
     targets = to_device(targets)
     labels = targets[0] if isinstance(targets, tuple) else targets
     options = {name: to_device(value) for name, value in options.items()}
     second, grad_2, error_grad = torch.zeros(()), None, None
     if loss == "rank_sort":
-        first, second = ranking.rank_sort_loss(x, targets, **options)
+        first, second = ranking.rank_sort_loss(arranged(x), arranged(targets), **options)
         (grad_2,) = torch.autograd.grad(second, x, retain_graph=True)
     elif loss == "alrp":
         e = to_device(error.detach()).clone().requires_grad_()
-        first, second = ranking.alrp_loss(x, labels, e, **options)
+        first, second = ranking.alrp_loss(*map(arranged, (x, labels, e)), **options)
         (error_grad,) = torch.autograd.grad(second, e)
     else:
-        first = ranking.ap_loss(x, labels, interpolated=loss == "ap", **options)
+        x_of_call, labels = arranged(x), arranged(labels)
+        first = ranking.ap_loss(x_of_call, labels, interpolated=loss == "ap", **options)
     (grad_1,) = torch.autograd.grad(first, x)
     grads = [None if g is None else g.cpu() for g in (grad_1, grad_2, error_grad)]
     return (first.detach().cpu(), second.detach().cpu()), *grads

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import Failed, PerRank, Pool
-from ranking_cases import INPUTS, LOSSES, Problem, make, ours, relative_error
+from ranking_cases import INPUTS, LOSSES, Problem, as_head, make, ours, relative_error
 
 import tritonloss as tl
 from perf import scaling
@@ -79,7 +79,7 @@ def whole(loss, parts, form, **options):
 
 
 def check_ranking(pool, loss, parts, form="quality", tolerance=1e-6, **options):
-    shared = {name: options.pop(name) for name in ("capacity",) if name in options}
+    shared = {name: options.pop(name) for name in ("capacity", "head") if name in options}
     k = len(parts)
     got = pool.run(ranking_step, k, loss, PerRank(parts), form, options | shared)
     want, want_grads = whole(loss, parts, form, **options)
@@ -101,6 +101,20 @@ def check_ranking(pool, loss, parts, form="quality", tolerance=1e-6, **options):
 
 
 SHARDS = ("even", "uneven", "one has all positives", "one has no anchors", "one has no positives")
+
+
+# How the call takes the anchors: in one tensor, or as levels with classes in that dim
+HEADS = (None, 1, -1)
+
+
+@pytest.mark.parametrize("how", SHARDS)
+@pytest.mark.parametrize("head", HEADS[1:])
+def test_ranking_of_levels_is_that_of_one_tensor(pool, how, head):
+    parts = shards(make("random", N_POS, N_NEG), 2, how)
+    for loss in LOSSES:
+        check_ranking(pool, loss, parts, head=head)
+    for loss in LOSSES[:3]:
+        check_ranking(pool, loss, parts, "dense", head=head)
 
 
 @pytest.mark.parametrize("k", [3] if INTERPRET else [1, 2, 3, 4])
@@ -313,14 +327,21 @@ def harmonised_inputs(rows: int = 400, seed: int = 0, spread: float = 3.0):
     return x, torch.randint(-1, 5, (rows,), generator=g), torch.rand(rows, 4, generator=g)
 
 
-def ghm_step(group, rank, x, labels, y, options):
-    """(loss, state, gradient) of both losses."""
+def ghm_step(group, rank, x, labels, y, options, head=None):
+    """(loss, state, gradient) of both losses; with ``head`` of levels."""
     results = []
+    if head is not None:
+        options = options | {"class_dim": head}
+
+    def arranged(t):
+        return t if head is None else as_head(t, head)
+
     with tl.backend(BACKEND):
         for loss, target in ((tl.ghm_c_loss, labels), (tl.ghm_r_loss, y)):
             leaf = x.clone().requires_grad_()
             state = torch.zeros(10), torch.zeros(10)
-            value, state = loss(leaf, target, state=state, process_group=group, **options)
+            inputs = arranged(leaf), arranged(target)
+            value, state = loss(*inputs, state=state, process_group=group, **options)
             value.backward()
             results.append((value.detach(), *state, leaf.grad))
     return results
@@ -336,10 +357,11 @@ GHM_OPTIONS = [
 
 @pytest.mark.parametrize("options", GHM_OPTIONS, ids=lambda o: "-".join(o) or "defaults")
 @pytest.mark.parametrize("sizes", [[400], [150, 250], [0, 400], [0, 30, 300, 70]], ids=str)
-def test_ghm_is_that_of_one_process(pool, sizes, options, monkeypatch):
+@pytest.mark.parametrize("head", HEADS)
+def test_ghm_is_that_of_one_process(pool, head, sizes, options, monkeypatch):
     inputs = harmonised_inputs()
     split = [PerRank(t.split(sizes)) for t in inputs]
-    got = pool.run(ghm_step, len(sizes), *split, options)
+    got = pool.run(ghm_step, len(sizes), *split, options, head)
     scale = len(sizes) if options.get("gradients_averaged") else 1
     alone = {k: v for k, v in options.items() if k != "gradients_averaged"}
     for i, (*want, want_grad) in enumerate(ghm_step(None, 0, *inputs, alone)):
