@@ -76,7 +76,7 @@ def capacity_of(n: int, labels) -> int:
     NaN, never a wrong number.
     """
     if labels:
-        return max(sum(level.numel() for level in labels), 1)
+        return max(sum(map(Tensor.numel, labels)), 1)
     return max(n // 8, min(n, DENSE_POSITIVES))
 
 
@@ -133,11 +133,15 @@ class _Items(NamedTuple):
 def _items(x, dense, labels, weight, group, out) -> _Items:
     shape = x.shape
     rows = (*contiguous_strides(shape[:-1]), 0)
-    operands = [x.stride(), rows, *(_broadcast_strides(t, shape) for t in (dense, weight, group))]
-    operands.append(_broadcast_strides(out, shape))
+    operands = [
+        x.stride(),
+        rows,
+        *map(_broadcast_strides, (dense, weight, group, out), [shape] * 4),
+    ]
     by_class = (0, 0, 0, 0)
     if labels is not None:
-        by_class = tuple(operands[k][-1] for k in (0, 3, 4, 5))
+        x_s, _, _, weight_s, group_s, out_s = operands
+        by_class = (x_s[-1], weight_s[-1], group_s[-1], out_s[-1])
         shape = shape[:-1]
         # rows in the order of the labels
         layout = merged_dims(shape, [op[:-1] for op in [rows, *operands]])
@@ -258,7 +262,7 @@ def launch(
     """
     levels = _levels_of(x, labels, value, dense, weight, group, start)
     spec, device, x_all, x = SPECS[loss], x[0].device, x, x[0]
-    n = sum(level.numel() for level in x_all)
+    n = sum(map(Tensor.numel, x_all))
     capacity = capacity_of(n, labels)
     raw = torch.empty(2, capacity, dtype=torch.float32, device=device)
     raw_list = torch.empty(capacity, dtype=torch.int32, device=device)

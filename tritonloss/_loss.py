@@ -216,12 +216,17 @@ class WholeBatch:
 
     def by_kernels(self, levels: list[tuple], *rest) -> bool:
         """Whether the kernels run."""
-        if not all(use_triton(level[0]) and self.takes(*level, *rest) for level in levels):
-            return False
-        xs = [level[0] for level in levels]
-        return self.empty or (
-            all(not_empty(x) or is_empty(x) for x in xs) and any(map(not_empty, xs))
-        )
+        full = self.empty
+        for level in levels:  # a generator would cost a call a level
+            x = level[0]
+            if not (use_triton(x) and self.takes(*level, *rest)):
+                return False
+            if not self.empty:
+                if not_empty(x):
+                    full = True
+                elif not is_empty(x):
+                    return False
+        return full
 
     def __call__(self, levels: list[tuple], *rest):
         xs = [level[0] for level in levels]

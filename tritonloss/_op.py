@@ -214,15 +214,16 @@ def differentiable_levels(
         outputs, constants: see ``differentiable``.
     """
 
-    def level_lists(flat):
-        levels = [flat[k : k + n] for k in range(0, len(flat), n)]
-        return levels, [[t for t in of if t is not None] for of in zip(*levels, strict=True)]
+    def of_levels(flat):
+        return [flat[k : k + n] for k in range(0, len(flat), n)]
 
     class Kernel(torch.autograd.Function):
         @staticmethod
         def forward(ctx, n_levels, *args):
-            _, lists = level_lists(args[: n_levels * n])
-            results = forward(*lists, *args[n_levels * n :])
+            cut = n_levels * n
+            # what one level lacks, all of them lack
+            lists = [[] if args[k] is None else list(args[k:cut:n]) for k in range(n)]
+            results = forward(*lists, *args[cut:])
             found, saved = results[:outputs], results[outputs:]
             if constants:
                 ctx.mark_non_differentiable(*found[-constants:])
@@ -245,7 +246,7 @@ def differentiable_levels(
             ]
             grads = grads[: outputs - constants]
             cut = ctx.n_levels * n
-            levels, _ = level_lists(args[:cut])
+            levels = of_levels(args[:cut])
             if torch.is_grad_enabled():  # create_graph=True
                 xs = [level[0] for level in levels]
                 grads_x = _through_reference(reference, grads, xs, (levels, *args[cut:]))
