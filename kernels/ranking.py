@@ -9,6 +9,7 @@ positives'. The passes: `_ranking_logits`, `_ranking_positives`; their tables: `
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +106,10 @@ def _levels_of(x, labels, value, dense, weight, group, start) -> list[_Level]:
 
 def fraction_bits(n: int) -> int:
     """Bits of a fixed-point distance in [0, 1] of which n sum below 2**62."""
-    return min(40, 62 - n.bit_length())
+    bits = 40
+    while n >= 1 << (62 - bits):  # of a graph's symbolic n, bit_length() would fix the value
+        bits -= 1
+    return bits
 
 
 def _broadcast_strides(t, shape):
@@ -147,7 +151,7 @@ def _items(x, dense, labels, weight, group, out) -> _Items:
         layout = merged_dims(shape, [op[:-1] for op in [rows, *operands]])
     else:
         layout = merged_dims(shape, [operands[0], *operands])
-    return _Items(shape.numel(), layout.n_dims, layout.sizes[1:], layout.strides[1:], by_class)
+    return _Items(math.prod(shape), layout.n_dims, layout.sizes[1:], layout.strides[1:], by_class)
 
 
 def _programs(n: int) -> int:
@@ -339,7 +343,7 @@ def launch(
 
 def _coefficient(scratch, levels, x, spec):
     """Of each row's error, in the order of levels and rows."""
-    rows = sum(level.shape[:-1].numel() for level in x) if spec.coefficient else 0
+    rows = sum(math.prod(level.shape[:-1]) for level in x) if spec.coefficient else 0
     coefficient = torch.zeros(rows, dtype=torch.float32, device=x[0].device)
     if not rows:
         return coefficient

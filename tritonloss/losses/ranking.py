@@ -5,6 +5,7 @@ Their gradients are error-driven: designed from the ranking error, not derived f
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -126,7 +127,7 @@ def _joined(levels: list[tuple]) -> tuple[tuple, list[int] | None]:
         return levels[0][:6], None
     shapes = [level[0].shape for level in levels]
     images = shapes[0][0] if all(len(s) > 2 and s[0] == shapes[0][0] for s in shapes) else 1
-    sizes = [shape[:-1].numel() // max(images, 1) for shape in shapes]
+    sizes = [math.prod(shape[:-1]) // max(images, 1) for shape in shapes]
 
     def rows(values):
         if values[0] is None:
@@ -163,7 +164,7 @@ def _fake_shared(x, labels, value, dense, weight, group, start, delta, loss, ign
                  num_groups, process_group, capacity, scale):  # fmt: skip
     room = group_of(process_group).size() * capacity
     first = x[0].new_empty((), dtype=torch.float32)
-    rows = sum(level.shape[:-1].numel() for level in x) if loss == "alrp" else 0
+    rows = sum(math.prod(level.shape[:-1]) for level in x) if loss == "alrp" else 0
     coefficient = first.new_empty(rows)
     counter = x[0].new_empty(2, dtype=torch.int64)
     scratch = kernels.scratch_of(x[0], room, False, num_groups, counter)
