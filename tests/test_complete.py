@@ -79,6 +79,30 @@ def test_module_is_exported(name):
     assert known, f"{name}: a class in tritonloss/modules.py, named in tritonloss/__init__.py"
 
 
+# Of classes, pairs or queries instead of anchors; HLR has nothing but rows
+NO_LEVELS = {
+    "assign", "class_balanced_weight", "generalized_focal_loss", "matching_cost",
+    "self_balanced_weight",
+}  # fmt: skip
+ROWS_ONLY = {"iou_hlr"}
+
+
+@pytest.mark.parametrize("name", tl.__all__)
+def test_a_head_may_come_as_levels(name):
+    """``class_dim``, and annotations that take a list; tests/test_levels.py compares the values."""
+    function = getattr(tl, name)
+    function = getattr(function, "function", function)
+    if getattr(function, "__name__", None) not in FUNCTIONS or function.__name__ in NO_LEVELS:
+        return
+    parameters = inspect.signature(function).parameters
+    per_anchor = [p for p in parameters.values() if p.kind != p.KEYWORD_ONLY]
+    missing = [p.name for p in per_anchor if "Level" not in p.annotation]
+    assert not missing, f"{name}: {missing} as lists of levels, see tritonloss/_levels.py"
+    assert "class_dim" in parameters or function.__name__ in ROWS_ONLY, name
+    tested = function.__name__ in (ROOT / "tests" / "test_levels.py").read_text()
+    assert tested or any(case.function is function for case in CASES), name
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_readme_has_a_row_with_the_defaults(name):
     table = (ROOT / "README.md").read_text().split("## Losses")[1].split("\n## ")[0]

@@ -358,6 +358,68 @@ def test_ranked_levels_without_anchors(backend):
     assert x[0].grad.shape == x[0].shape
 
 
+def prime_samples(levels: int):
+    """``(IoU, object, class, weight)`` of rows; some rows are no positives."""
+    g = generator(levels + 40)
+    objects = torch.randint(-6, 9, (2, 60), generator=g).clamp(min=-1)
+    labels = torch.where(objects >= 0, objects % 4, 5)
+    overlap, weight = torch.rand(2, 60, generator=g), torch.rand(2, 60, generator=g) - 0.2
+    return tuple(t.to(DEVICE) for t in (overlap, objects, labels, weight))
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_prime_samples_are_ranked_over_all_levels(levels, backend):
+    overlap, objects, labels, weight = prime_samples(levels)
+    sizes = sizes_of(60, levels)
+    iou, gt, label, of_weight = (split(t, t[..., None], sizes, 1) for t in prime_samples(levels))
+    got = joined(tl.iou_hlr(iou, gt, label), 1, False)
+    assert torch.equal(got, tl.iou_hlr(overlap, objects, labels))
+    each = torch.rand(2, 60, 5, generator=generator(levels)).to(DEVICE)
+    for class_dim in (1, -1):
+        for losses, x in ((each, split(each, each, sizes, class_dim)),
+                          (each[..., 0], split(each[..., 0], each, sizes, class_dim))):  # fmt: skip
+            for given, of_levels in ((None, None), (weight, of_weight)):
+                want = tl.isr_p_weight(losses, overlap, objects, labels, weight=given)
+                got = tl.isr_p_weight(x, iou, gt, label, weight=of_levels, class_dim=class_dim)
+                assert [t.shape for t in got] == [t.shape for t in iou]
+                assert_close(joined(got, 1, False), want, 1e-6, "weight")
+
+
+@pytest.mark.parametrize("class_dim", [1, -1])
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("coordinates", [None, 4, 5])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"activation": "softmax", "k": 2}, {"keep_loss": True, "avg_factor": 7}],
+    ids=str,
+)
+def test_carl_has_the_mean_of_all_levels(options, coordinates, levels, class_dim, backend):
+    x, (labels, _) = of_qualities()
+    shape = labels.shape if coordinates is None else (*labels.shape, coordinates)
+    box_loss = torch.rand(shape, generator=generator(levels)).to(DEVICE)
+    sizes = sizes_of(60, levels)
+
+    def call(x, box_loss, as_head):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, box_loss)]
+        x, box_loss = leaves
+        if not as_head:
+            return tl.carl_loss(x, labels, box_loss, **options), leaves
+        like = x if coordinates is None else box_loss
+        heads = split(x, x, sizes, class_dim), split(labels, x, sizes, class_dim)
+        loss = tl.carl_loss(
+            *heads, split(box_loss, like, sizes, class_dim), class_dim=class_dim, **options
+        )
+        return loss, leaves
+
+    (value, leaves), (got, of_levels) = (call(x, box_loss, head) for head in (False, True))
+    assert_close(got.detach(), value.detach(), 1e-6, "value")
+    pairs = zip(
+        torch.autograd.grad(got, of_levels), torch.autograd.grad(value, leaves), strict=True
+    )
+    for slope, gradient in pairs:
+        assert_close(slope, gradient, 2e-6, "gradient")
+
+
 @pytest.mark.parametrize("class_dim", [1, -1])
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("form", ["labels", "quality", "dense"])

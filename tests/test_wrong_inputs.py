@@ -52,12 +52,19 @@ for loss, (function, (_, targets, *more)) in CLASSIFIERS.items():
     def case(name, error, words, x, y, function=function, more=more, loss=loss, **kwargs):
         wrong(f"{loss}: {name}", error, words, function, x, y, *more, **kwargs)
 
-    if loss != "carl_loss":
-        case("a tensor beside levels", TypeError, r"must be a list of 1 levels, as logits is; got "
-             r"a tensor of shape \(2,\)", [X], Y)  # fmt: skip
-        case("levels beside a tensor", TypeError, "must be", X, [Y, Y, Y])
-    else:
-        case("a list of levels", TypeError, "logits must be a tensor", [X], targets)
+    case("a tensor beside levels", TypeError, r"must be a list of 1 levels, as logits is; got "
+         r"a tensor of shape \(2,\)", [X], Y, more=[[v] for v in more])  # fmt: skip
+    case("levels beside a tensor", TypeError, "must be", X, [Y, Y, Y])
+    for name, error, words, x, beside in (
+        ("lengths", ValueError, "must have one entry for each of 2 levels; got 1", [X, X], [Y]),
+        ("shape", ValueError, r"level 1: \w+ must have shape \(2,\)", [X, X], [Y, Y[:1]]),
+        ("dtypes", ValueError, "level 1: logits must have one dtype", [X, X.half()], [Y, Y]),
+        ("devices", ValueError, "level 1: \\w+ is on meta, but logits is", [X, X],
+         [Y, Y.to("meta")]),
+        ("classes", ValueError, "level 1: logits must have as many", [X, X.repeat(1, 2)], [Y, Y]),
+    ):  # fmt: skip
+        of_levels = beside if quality is None else (beside, [HALF] * len(beside))
+        case(f"levels, {name}", error, words, x, of_levels, more=[[v, v] for v in more])
     case("numpy", TypeError, "logits must be a tensor: torch.from_numpy", np.zeros((2, 4)), targets)
     case("integer logits", TypeError, "logits must be float16", X.long(), targets)
     case("no class", ValueError, "logits must have shape", torch.zeros(2, 0), targets)
@@ -148,6 +155,19 @@ for name, error, words, x, targets, kwargs in (
      [torch.zeros(2, 4, 5, 6)], [Y.new_zeros(2, 6, 5)], {"class_dim": 1}),
 ):  # fmt: skip
     wrong(f"levels: {name}", error, words, tl.sigmoid_focal_loss, x, targets, **kwargs)
+INDEX = torch.tensor([0, -1])
+for name, error, words, args in (
+    ("IoU", ValueError, "level 1: gt_index must have shape",
+     ([HALF] * 2, [INDEX, INDEX[:1]], [Y] * 2)),
+    ("objects", ValueError, "gt_index must have one entry for each of 2",
+     ([HALF] * 2, [INDEX], [Y] * 2)),
+    ("dtypes of IoU", ValueError, "level 1: iou must have one dtype",
+     ([HALF, HALF.half()], [INDEX] * 2, [Y] * 2)),
+    ("tensor", TypeError, "gt_index must be a list of 1 levels, as iou is", ([HALF], INDEX, [Y])),
+):  # fmt: skip
+    wrong(f"levels: {name}", error, words, tl.iou_hlr, *args)
+wrong("levels: cls_loss", ValueError, "level 1: cls_loss must have shape", tl.isr_p_weight,
+      [HALF, HALF[:1]], [HALF] * 2, [INDEX] * 2, [Y] * 2)  # fmt: skip
 wrong("levels: boxes", ValueError, "level 1: target must be boxes", tl.giou_loss, [BOX, BOX],
       [BOX, -BOX])  # fmt: skip
 wrong("levels: target of bins", ValueError, r"level 1: target must lie in \[0, 3\]",

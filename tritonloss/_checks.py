@@ -53,7 +53,7 @@ def is_tensor(name: str, value) -> None:
         return
     hint = ""
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-        hint = ", one for all levels: flatten and concatenate them"
+        hint = ", here one for all levels"
     elif type(value).__module__ == "numpy":
         hint = ": torch.from_numpy makes one"
     raise TypeError(f"{name} must be a tensor{hint}; got {type(value).__name__}")

@@ -81,8 +81,8 @@ def _split(name: str, value, x: Sequence, x_name: str) -> list:
     return list(value)
 
 
-def _alike(levels: Sequence[tuple], x_name: str, names: Sequence[str]) -> None:
-    """One dtype, device and number of classes, and what lies beside in one form."""
+def _alike(levels: Sequence[tuple], x_name: str, names: Sequence[str], classes: bool) -> None:
+    """One dtype, device and, with ``classes``, number of them, and what lies beside in one form."""
     first = levels[0]
     for k, level in enumerate(levels):
         for what in ("dtype", "device"):
@@ -92,7 +92,7 @@ def _alike(levels: Sequence[tuple], x_name: str, names: Sequence[str]) -> None:
                     f"level {k}: {x_name} must have one {what} in all levels; got {here} beside "
                     f"{there}"
                 )
-        if level[0].shape[-1] != first[0].shape[-1]:
+        if classes and level[0].shape[-1] != first[0].shape[-1]:
             raise ValueError(
                 f"level {k}: {x_name} must have as many classes in all levels; got "
                 f"{level[0].shape[-1]} beside {first[0].shape[-1]}"
@@ -110,11 +110,13 @@ def parsed(
     beside: dict[str, object],
     class_dim: int = -1,
     name: str = "logits",
+    classes: bool = True,
 ) -> list[tuple]:
     """``parse(x, *beside)`` of each level, classes last; an error tells the level.
 
     Args:
         beside: what comes with ``x``, by the name of the argument.
+        classes: whether what ``parse`` gives first has classes, as many in each level.
     """
     if not x:
         raise ValueError(f"{name} must have at least one level; got an empty {type(x).__name__}")
@@ -125,14 +127,21 @@ def parsed(
             levels.append(parsed_one(parse, level, rest, class_dim, name))
         except (TypeError, ValueError) as error:
             raise type(error)(f"level {k}: {error}") from None
-    _alike(levels, name, list(beside))
+    _alike(levels, name, list(beside), classes)
     return levels
 
 
-def parsed_levels(parse: Callable, x: Levels, beside: dict, class_dim: int, name: str = "logits"):
+def parsed_levels(
+    parse: Callable,
+    x: Levels,
+    beside: dict,
+    class_dim: int,
+    name: str = "logits",
+    classes: bool = True,
+):
     """``parsed``, where a tensor is a list of one."""
     if is_levels(x):
-        return parsed(parse, x, beside, class_dim, name)
+        return parsed(parse, x, beside, class_dim, name, classes)
     return [parsed_one(parse, x, beside.values(), class_dim, name)]
 
 

@@ -769,6 +769,7 @@ class CARLLoss(nn.Module):
     bias: float | Tensor
     activation: str
     keep_loss: bool
+    class_dim: int
     def __init__(
         self,
         *,
@@ -776,20 +777,21 @@ class CARLLoss(nn.Module):
         bias: float | Tensor = 0.2,
         activation: str = "sigmoid",
         keep_loss: bool = False,
+        class_dim: int = -1,
     ) -> None: ...
     def forward(
         self,
-        logits: Tensor,
-        labels: Tensor,
-        box_loss: Tensor,
+        logits: Levels,
+        labels: Levels,
+        box_loss: Levels,
         *,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...
     def __call__(
         self,
-        logits: Tensor,
-        labels: Tensor,
-        box_loss: Tensor,
+        logits: Levels,
+        labels: Levels,
+        box_loss: Levels,
         *,
         avg_factor: float | Tensor | None = None,
     ) -> Tensor: ...

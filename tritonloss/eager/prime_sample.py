@@ -61,12 +61,17 @@ def iou_hlr(iou: Tensor, gt_index: Tensor, labels: Tensor) -> Tensor:
     return torch.where(positive, rank, -1).reshape(gt_index.shape)
 
 
+def loss_of_rows(cls_loss: Tensor, labels: Tensor) -> Tensor:
+    """One per row, without gradient, in float32 or float64."""
+    cls_loss = cls_loss.detach()
+    if cls_loss.dtype != torch.float64:
+        cls_loss = cls_loss.float()
+    return cls_loss.sum(-1) if cls_loss.dim() > labels.dim() else cls_loss
+
+
 def isr_p_weight(cls_loss, iou, gt_index, labels, k, bias, normalizer, weight) -> Tensor:
     """Weights that grow with the rank and keep the summed loss of the positives."""
-    dtype = torch.float64 if cls_loss.dtype == torch.float64 else torch.float32
-    cls_loss = cls_loss.detach().to(dtype)
-    if cls_loss.dim() > labels.dim():
-        cls_loss = cls_loss.sum(-1)
+    dtype = cls_loss.dtype
     old = torch.ones_like(cls_loss) if weight is None else weight.detach().to(dtype)
     gt_index = torch.where(old > 0, gt_index, -1)
     rank = iou_hlr(iou, gt_index, labels)
@@ -87,31 +92,39 @@ def isr_p_weight(cls_loss, iou, gt_index, labels, k, bias, normalizer, weight) -
     return torch.where(usable, new * (old_total / torch.where(new_total > 0, new_total, 1)), old)
 
 
-def carl_loss(
-    logits, labels, box_loss, k, bias, activation: str, keep_loss: bool, avg_factor
-) -> Tensor:
+def _labelled(logits: Tensor, labels: Tensor, box_loss: Tensor, activation: str) -> tuple:
+    """``(log of the score of the label, box loss, whether it is a positive)`` of each row.
+
+    Rows that do not count are emptied first: what stands there reaches nothing.
+    """
+    x, box_loss = upcast(logits), upcast(box_loss)
+    n_classes = x.shape[-1]
+    if box_loss.dim() > labels.dim():
+        box_loss = box_loss.sum(-1)
+    labels = labels.long()  # a narrow one may not hold n_classes
+    positive = (labels >= 0) & (labels < n_classes)
+    index = labels.clamp(0, n_classes - 1).unsqueeze(-1)
+    if activation == "sigmoid":
+        x = torch.where(positive, x.gather(-1, index).squeeze(-1), 0)
+        log_p = -softplus(-x)
+    else:
+        x = torch.where(positive.unsqueeze(-1), x, 0)
+        log_p = F.log_softmax(x, -1).gather(-1, index).squeeze(-1)
+    return log_p.flatten(), torch.where(positive, box_loss, 0).flatten(), positive.flatten()
+
+
+def carl_loss(levels: list[tuple], k, bias, activation: str, keep_loss: bool, avg_factor) -> Tensor:
     """Box losses times v / mean(v), with v from its logarithm: no 0 / 0 for tiny p."""
-    with without_autocast(logits):
-        x, box_loss = upcast(logits), upcast(box_loss)
-        n_classes = x.shape[-1]
-        if box_loss.dim() > labels.dim():
-            box_loss = box_loss.sum(-1)
-        labels = labels.long()  # a narrow one may not hold n_classes
-        positive = (labels >= 0) & (labels < n_classes)
-        index = labels.clamp(0, n_classes - 1).unsqueeze(-1)
+    with without_autocast(levels[0][0]):
+        rows = zip(*(_labelled(*level, activation) for level in levels), strict=True)
+        log_p, box_loss, positive = (
+            torch.cat(parts) if len(parts) > 1 else parts[0] for parts in rows
+        )
         count = positive.sum()
-        # Rows that do not count are emptied first: what stands there reaches nothing.
-        if activation == "sigmoid":
-            x = torch.where(positive, x.gather(-1, index).squeeze(-1), 0)
-            log_p = -softplus(-x)
-        else:
-            x = torch.where(positive.unsqueeze(-1), x, 0)
-            log_p = F.log_softmax(x, -1).gather(-1, index).squeeze(-1)
-        box_loss = torch.where(positive, box_loss, 0)
 
         log_v = k * _log_mix(log_p, bias)
         # Relative to their sum, so that they do not all underflow.
-        counted = torch.where(positive, log_v, -torch.inf).detach().flatten()
+        counted = torch.where(positive, log_v, -torch.inf).detach()
         log_sum = F.pad(counted, (0, 1), value=-torch.inf).logsumexp(0)  # of none, too
         v = torch.where(positive, log_v - log_sum, -torch.inf).exp()
         v = v * (count / torch.where(count > 0, v.sum(), 1))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tritonloss import _checks as check
+from tritonloss._levels import Levels, class_last, is_levels, parsed_levels
 from tritonloss._targets import is_logits, parse_labels
 from tritonloss.eager import prime_sample as eager
 
@@ -21,8 +23,22 @@ def _check_positives(iou: Tensor, gt_index: Tensor, labels: Tensor) -> None:
     check.is_constant("iou", iou)
 
 
+def _listed(levels: list[tuple]) -> list[Tensor | None]:
+    """What all levels have per row, one after the other: few numbers beside the logits."""
+    columns = zip(*levels, strict=True)
+    return [
+        None if column[0] is None else torch.cat([t.reshape(-1) for t in column])
+        for column in columns
+    ]
+
+
+def _as_levels(values: Tensor, like: list[Tensor]) -> list[Tensor]:
+    parts = values.split([t.numel() for t in like])
+    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
+
+
 @check.by_name
-def iou_hlr(iou: Tensor, gt_index: Tensor, labels: Tensor) -> Tensor:
+def iou_hlr(iou: Levels, gt_index: Levels, labels: Levels) -> Tensor | list[Tensor]:
     r"""Hierarchical local rank of positives by IoU: 0 is the most important of its class.
 
     Within each object the positives are placed by IoU; then all first places of a class are ranked
@@ -33,6 +49,8 @@ def iou_hlr(iou: Tensor, gt_index: Tensor, labels: Tensor) -> Tensor:
         gt_index: integers, shape of ``iou``: the object, unique over the batch; < 0 where the row
             is no positive.
         labels: integers, shape of ``iou``: the class of each positive; not read elsewhere.
+
+    All three may be lists of levels: the ranks are those of all levels together, in a list.
 
     Returns:
         int64, shape of ``iou``: the number of positives of the same class strictly before; equal
@@ -51,22 +69,31 @@ def iou_hlr(iou: Tensor, gt_index: Tensor, labels: Tensor) -> Tensor:
     Reference:
         Cao et al., Prime Sample Attention in Object Detection, CVPR 2020.
     """
-    _check_positives(iou, gt_index, labels)
-    return eager.iou_hlr(iou, gt_index, labels)
+
+    def parse(iou, gt_index, labels):
+        _check_positives(iou, gt_index, labels)
+        return iou, gt_index, labels
+
+    beside = {"gt_index": gt_index, "labels": labels}
+    levels = parsed_levels(parse, iou, beside, -1, "iou", classes=False)
+    if not is_levels(iou):
+        return eager.iou_hlr(*levels[0])
+    return _as_levels(eager.iou_hlr(*_listed(levels)), [level[0] for level in levels])
 
 
 @check.by_name
 def isr_p_weight(
-    cls_loss: Tensor,
-    iou: Tensor,
-    gt_index: Tensor,
-    labels: Tensor,
+    cls_loss: Levels,
+    iou: Levels,
+    gt_index: Levels,
+    labels: Levels,
     *,
     k: float | Tensor = 2.0,
     bias: float | Tensor = 0.0,
     normalizer: str = "max",
-    weight: Tensor | None = None,
-) -> Tensor:
+    weight: Levels | None = None,
+    class_dim: int = -1,
+) -> Tensor | list[Tensor]:
     r"""ISR-P: weights of the classification loss that favour prime positives.
 
     .. math:: u_i = \frac{n - r_i}{n}, \quad w_i = (b + (1-b) u_i)^k, \quad
@@ -83,6 +110,10 @@ def isr_p_weight(
             ``"class"``, the size of the row's own class.
         weight: ``(N,)``, the weights so far, 1 if None. A row whose weight is not above 0 keeps it
             and does not count.
+        class_dim: where a ``cls_loss`` of classes has them.
+
+    ``cls_loss`` may be a list of levels, with all that is per row lists of the same length: the
+    ranks, sums and sizes are those of all levels together, and the weights a list.
 
     Returns:
         float32 (float64 for a float64 loss) of the shape of ``iou``: a new tensor, without a
@@ -102,34 +133,49 @@ def isr_p_weight(
     Reference:
         Cao et al., Prime Sample Attention in Object Detection, CVPR 2020.
     """
-    _check_positives(iou, gt_index, labels)
-    check.is_floating("cls_loss", cls_loss)
-    if tuple(cls_loss.shape) != tuple(iou.shape) and tuple(cls_loss.shape[:-1]) != tuple(iou.shape):
-        raise ValueError(
-            f"cls_loss must have shape {tuple(iou.shape)} (as iou), or that and a last dimension "
-            f"of classes; got {tuple(cls_loss.shape)}"
-        )
-    check.on_device_of("cls_loss", cls_loss, "iou", iou)
     k = check.is_number("k", k, 0)
     bias = check.is_number("bias", bias, 0, 1)
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}; got {normalizer!r}")
-    if weight is not None:
-        check.is_input("weight", weight, iou.shape, "as iou", "iou", iou)
-    return eager.isr_p_weight(cls_loss, iou, gt_index, labels, k, bias, normalizer, weight)
+
+    def parse(cls_loss, iou, gt_index, labels, weight):
+        _check_positives(iou, gt_index, labels)
+        check.is_floating("cls_loss", cls_loss)
+        if cls_loss.dim() > iou.dim():
+            cls_loss = class_last(cls_loss, class_dim, "cls_loss")
+        if iou.shape not in (cls_loss.shape, cls_loss.shape[:-1]):
+            raise ValueError(
+                f"cls_loss must have shape {tuple(iou.shape)} (as iou), or that and a dimension "
+                f"of classes, the last or class_dim; got {tuple(cls_loss.shape)}"
+            )
+        check.on_device_of("cls_loss", cls_loss, "iou", iou)
+        if weight is not None:
+            check.is_input("weight", weight, iou.shape, "as iou", "iou", iou)
+        return eager.loss_of_rows(cls_loss, labels), iou, gt_index, labels, weight
+
+    beside = {"iou": iou, "gt_index": gt_index, "labels": labels, "weight": weight}
+    levels = parsed_levels(parse, cls_loss, beside, -1, "cls_loss", classes=False)
+    args = k, bias, normalizer
+    if not is_levels(cls_loss):
+        *rows, weight = levels[0]
+        return eager.isr_p_weight(*rows, *args, weight)
+    *rows, weight = _listed(levels)
+    found = eager.isr_p_weight(*rows, *args, weight)
+    return _as_levels(found, [level[1] for level in levels])
 
 
 @check.by_name
 def carl_loss(
-    logits: Tensor,
-    labels: Tensor,
-    box_loss: Tensor,
+    logits: Levels,
+    labels: Levels,
+    box_loss: Levels,
     *,
     k: float | Tensor = 1.0,
     bias: float | Tensor = 0.2,
     activation: str = "sigmoid",
     keep_loss: bool = False,
     avg_factor: float | Tensor | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     r"""Classification-aware regression loss: boxes count as much as their class is certain.
 
@@ -149,6 +195,11 @@ def carl_loss(
         activation: ``"sigmoid"`` or ``"softmax"``.
         keep_loss: rescale so that the value is that of the plain box losses.
         avg_factor: divisor, a value <= 0 counts as 1; None: the number of positives.
+        class_dim: where logits has its classes, and a ``box_loss`` of D its D; with 1
+            ``(B, C, H, W)`` is read in place.
+
+    Logits may be a list of levels, with labels and box losses lists of the same length: the
+    positives and the mean are those of all levels together.
 
     Returns:
         float32 (float64 for float64 logits).
@@ -166,20 +217,24 @@ def carl_loss(
     Reference:
         Cao et al., Prime Sample Attention in Object Detection, CVPR 2020.
     """
-    is_logits(logits)
-    labels = parse_labels("labels", labels, logits, -1, logits.shape[-1])
-    check.is_floating("box_loss", box_loss)
-    rows = tuple(labels.shape)
-    if tuple(box_loss.shape) != rows and tuple(box_loss.shape[:-1]) != rows:
-        raise ValueError(
-            f"box_loss must have shape {rows} (logits without the classes), or that and a last "
-            f"dimension; got {tuple(box_loss.shape)}"
-        )
-    check.on_device_of("box_loss", box_loss, "logits", logits)
     k = check.is_number("k", k, 0)
     bias = check.is_number("bias", bias, 0, 1)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if avg_factor is not None:
         avg_factor = (check.is_number("avg_factor", avg_factor),)
-    return eager.carl_loss(logits, labels, box_loss, k, bias, activation, keep_loss, avg_factor)
+
+    def parse(logits, labels, box_loss):
+        is_logits(logits)
+        labels = parse_labels("labels", labels, logits, -1, logits.shape[-1])
+        check.is_floating("box_loss", box_loss)
+        if labels.shape not in (box_loss.shape, box_loss.shape[:-1]):
+            raise ValueError(
+                f"box_loss must have shape {tuple(labels.shape)} (logits without the classes), or "
+                f"that and a last dimension; got {tuple(box_loss.shape)}"
+            )
+        check.on_device_of("box_loss", box_loss, "logits", logits)
+        return logits, labels, box_loss
+
+    levels = parsed_levels(parse, logits, {"labels": labels, "box_loss": box_loss}, class_dim)
+    return eager.carl_loss(levels, k, bias, activation, keep_loss, avg_factor)
