@@ -68,12 +68,47 @@ def matched(x, labels, quality):
     tl.matching_cost(x[:800].unflatten(0, (2, -1)), boxes.unflatten(0, (2, -1)), objects, places)
 
 
+# Five levels of 80 classes, and all of their rows
+SIDES = (56, 28, 14, 7, 4)
+ROWS = sum(side**2 for side in SIDES)
+
+
+def of_head(loss: Callable) -> Callable:
+    """The rows as levels ``(1, C, H, W)``, read where they lie."""
+
+    def call(x, *rows):
+        def levels(t, *channels):
+            parts = t.split([side**2 for side in SIDES])
+            pairs = zip(parts, SIDES, strict=True)
+            return [part.reshape(1, *channels, side, side) for part, side in pairs]
+
+        return loss(levels(x, x.shape[-1]), *map(levels, rows), class_dim=1)
+
+    return call
+
+
+def focal(x, t, **options):
+    return tl.sigmoid_focal_loss(x, t, **options)
+
+
+def quality_focal(x, t, q, **options):
+    return tl.quality_focal_loss(x, (t, q), **options)
+
+
+def ghm_c(x, t, **options):
+    return tl.ghm_c_loss(x, t, **options)
+
+
+def without_quality(loss: Callable) -> Callable:
+    return lambda x, t, _: loss(x, t)
+
+
 # name -> (call of logits, labels and qualities; rows; classes; numbers of positives)
 LOSSES: dict[str, tuple[Callable, int, int, tuple[int, ...]]] = {
-    "focal": (lambda x, t, q: tl.sigmoid_focal_loss(x, t), 801, 80, (40,)),
-    "quality_focal": (lambda x, t, q: tl.quality_focal_loss(x, (t, q)), 801, 80, (40,)),
+    "focal": (without_quality(focal), 801, 80, (40,)),
+    "quality_focal": (quality_focal, 801, 80, (40,)),
     "varifocal": (lambda x, t, q: tl.varifocal_loss(x, (t, q)), 801, 80, (40,)),
-    "ghm_c": (lambda x, t, q: tl.ghm_c_loss(x, t), 801, 80, (40,)),
+    "ghm_c": (without_quality(ghm_c), 801, 80, (40,)),
     "softmax_focal": (
         lambda x, t, q: tl.softmax_focal_loss(x, torch.where(t == 80, -1, t)), 801, 80, (400,),
     ),
@@ -83,6 +118,12 @@ LOSSES: dict[str, tuple[Callable, int, int, tuple[int, ...]]] = {
     "rank_sort": (lambda x, t, q: sum(tl.rank_sort_loss(x, (t, q))), 2001, 20, (200, 1600)),
     "matching": (matched, 801, 80, (40,)),
     "diagnose": (lambda x, t, q: diagnosed(x, t), 801, 80, (40,)),
+    "focal of a head": (without_quality(of_head(focal)), ROWS, 80, (200,)),
+    "focal of its rows": (without_quality(focal), ROWS, 80, (200,)),
+    "quality_focal of a head": (of_head(quality_focal), ROWS, 80, (200,)),
+    "quality_focal of its rows": (quality_focal, ROWS, 80, (200,)),
+    "ghm_c of a head": (without_quality(of_head(ghm_c)), ROWS, 80, (200,)),
+    "ghm_c of its rows": (without_quality(ghm_c), ROWS, 80, (200,)),
 }  # fmt: skip
 
 
