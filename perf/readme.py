@@ -130,11 +130,11 @@ def counted_heads() -> str:
         found[loss][way] = work, moved + float(row["load bytes"]) + float(row["store bytes"])
     return (
         "The kernels over five levels, channels first (56 x 56 to 4 x 4, 80 classes, random "
-        "float32 logits), and over the same rows in one tensor, forward and backward, a logit: warp "
-        "instructions, and bytes of the 32-byte sectors that warps ask the cache for. A level's "
-        "labels, read once a class, stay in it. One tensor out of levels takes 16 bytes more, of "
-        "memory, for permute and cat and their gradient. Counted on interpreted PTX of sm_90 "
-        "(`python -m perf.executed`).\n\n"
+        "float32 logits), and over the same rows in one tensor, forward and backward, a logit: "
+        "warp instructions, and bytes of the 32-byte sectors that warps ask the cache for. A "
+        "level's labels, read once a class, stay in it. One tensor out of levels takes 16 bytes "
+        "more, of memory, for permute and cat and their gradient. Counted on interpreted PTX of "
+        "sm_90 (`python -m perf.executed`).\n\n"
     ) + table(
         ("loss", "instructions, levels", "instructions, rows", "bytes, levels", "bytes, rows"),
         *((loss, *(f"{way[key][k]:.{digits}f}" for k, digits in ((0, 2), (1, 1))

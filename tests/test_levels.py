@@ -11,6 +11,7 @@ from cases import CASES, case, draw_weight, generator, plain_point
 from conftest import DEVICE
 from test_losses import TOLERANCE, assert_close, to_device
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import tritonloss as tl
 from tritonloss._dispatch import use_triton
@@ -282,6 +283,29 @@ def test_harmonised_module_has_one_state(backend):
         got = of_levels(split(x * (step + 1), x, sizes, 1), split(labels, x, sizes, 1))
         assert_close(got, value, 1e-6, "value")
     assert torch.equal(one.amount, of_levels.amount)
+
+
+def test_harmonised_levels_are_counted_once_under_checkpointing(backend):
+    x, (labels, _) = of_qualities()
+    sizes = sizes_of(60, 3)
+    label_levels = split(labels, x, sizes, 1)
+
+    def trained(checkpointed: bool):
+        module = tl.GHMCLoss(momentum=0.5, class_dim=1).to(DEVICE)
+        found = []
+        for step in range(3):
+            levels = [t.requires_grad_() for t in split(x.detach() * (step + 1), x, sizes, 1)]
+
+            def loss(*levels):
+                return module(list(levels), label_levels)
+
+            value = (
+                checkpoint(loss, *levels, use_reentrant=False) if checkpointed else loss(*levels)
+            )
+            found.append((value.detach(), *torch.autograd.grad(value, levels)))
+        return found, module.amount
+
+    torch.testing.assert_close(trained(True), trained(False), rtol=0, atol=0)
 
 
 def test_harmonised_levels_without_anchors(backend):
