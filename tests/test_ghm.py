@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -504,6 +505,39 @@ def test_checkpointed_module_counts_once(reentrant, backend):
 
     for got, want in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("rows", [(60, 20, 7), (30, 30, 30)])
+@pytest.mark.parametrize("regions", ["one", "each"])
+def test_checkpointed_calls_of_a_step_begin_where_they_did(regions, rows, reentrant, backend):
+    """A level a call; of one shape, which call is run again has to be told by its counts."""
+
+    def gradients(checkpointed):
+        loss, found = tl.GHMCLoss(momentum=0.75), []
+        for step in range(3):
+            drawn = [make("labels", (n, 7), seed=10 * step + k) for k, n in enumerate(rows)]
+            xs, labels = [d[0].requires_grad_() for d in drawn], [d[1] for d in drawn]
+            again = partial(checkpoint, use_reentrant=reentrant) if checkpointed else apply
+
+            def total(*xs, labels=labels):
+                return sum(loss(x.sin(), t) for x, t in zip(xs, labels, strict=True))
+
+            if regions == "one":
+                value = again(total, *xs)
+            else:
+                parts = zip(xs, labels, strict=True)
+                value = sum(again(partial(total, labels=[t]), x) for x, t in parts)
+            value.backward()
+            found += [*(x.grad for x in xs), loss.amount.clone()]
+        return found
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(got, want)
+
+
+def apply(function, *args):
+    return function(*args)
 
 
 def test_two_forwards_before_a_backward(backend):

@@ -7,6 +7,7 @@ arguments are those of the function.
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -346,6 +347,11 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _shapes(inputs: tuple, per_call: dict) -> list:
+    x = inputs[0] if inputs else next(iter(per_call.values()))
+    return [t.shape for t in (x if isinstance(x, (list, tuple)) else [x])]
+
+
 class _Harmonised(nn.Module):
     """Keeps running counts of the gradient norms between steps.
 
@@ -358,7 +364,8 @@ class _Harmonised(nn.Module):
         super().__init__(*positional, **hyper)
         self.register_buffer("amount", torch.zeros(self.bins, dtype=torch.float32))
         self.register_buffer("updates", torch.zeros(self.bins, dtype=torch.float32))
-        self._before = None  # the state that the last training step began with
+        self._calls = deque(maxlen=32)  # of a training step: (shapes, state before, counts after)
+        self._repeated = False  # a backward ran one of them again
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # mmdetection's buffers: edges of the regions, which ours does not keep, and with momentum
@@ -388,18 +395,37 @@ class _Harmonised(nn.Module):
     def forward(self, *inputs: Tensor, **per_call) -> Tensor:
         if not isinstance(self.momentum, Tensor) and self.momentum == 0:
             return super().forward(*inputs, **per_call)
-        if _recomputing() and self._before is not None:
+        if _recomputing() and self._calls:
             # The same weights as the first time, and the step counts once.
-            return super().forward(*inputs, **per_call, state=self._before)[0]
+            self._repeated = True
+            state = self._state_of(inputs, per_call)
+            return super().forward(*inputs, **per_call, state=state)[0]
         # A copy: the backward reads it after the buffers have moved on.
         state = self.amount.clone(), self.updates.clone()
         loss, (amount, updates) = super().forward(*inputs, **per_call, state=state)
         if self.training:
-            self._before = state
+            if not torch.compiler.is_compiling():
+                if self._repeated:
+                    self._calls.clear()
+                    self._repeated = False
+                self._calls.append((_shapes(inputs, per_call), state, amount))
             with torch.no_grad():
                 self.amount.copy_(amount)
                 self.updates.copy_(updates)
         return loss
+
+    def _state_of(self, inputs, per_call) -> ghm.State:
+        """What the call that is run again began with: where several fit, the one whose counts come
+        out as they did."""
+        calls = [call for call in self._calls if call[0] == _shapes(inputs, per_call)]
+        if len(calls) < 2:
+            return (calls or self._calls)[-1][1]
+        apart = []
+        with torch.no_grad():
+            for _, state, after in calls:
+                _, (amount, _) = super().forward(*inputs, **per_call, state=state)
+                apart.append((amount - after).abs().sum())
+        return calls[int(torch.stack(apart).argmin())][1]
 
 
 class GHMCLoss(_Harmonised, _Loss):
@@ -407,7 +433,7 @@ class GHMCLoss(_Harmonised, _Loss):
 
     See :func:`tritonloss.ghm_c_loss`. The running counts are buffers: part of the ``state_dict``,
     float32 in a half-precision model, updated once per forward in training mode. A forward that a
-    checkpoint runs again does not count; it begins with the state of the module's last forward.
+    checkpoint runs again does not count; it begins with the state that it had before.
     ``load_state_dict`` takes the buffers of mmdetection's GHM losses, too.
 
     Example:
