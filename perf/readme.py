@@ -391,7 +391,7 @@ GPU = "On a GPU:"
 CPU = "On a CPU, float32, one thread:"
 FILES = {
     "README.md": lambda: [
-        GPU, *on_gpus(newest_only=True), CPU, in_short(), diagnosing(), detectors()
+        GPU, *on_gpus(newest_only=True), CPU, in_short(), heads(), diagnosing(), detectors()
     ],
     "docs/benchmarks.md": lambda: [
         GPU, *on_gpus(), CPU, pointwise(), ranking(), harmonising(), set_prediction(), heads(),
