@@ -21,12 +21,11 @@ import torch
 
 import tritonloss as tl
 
-from ._measure import gate, machine, timed_in_turn, write_rows
+from ._measure import ROOT, gate, machine, timed_in_turn, write_rows
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(ROOT / "examples"))
 
-from detection import data, losses, model  # noqa: E402
+from detection import data, losses, model
 
 SIDE = 160  # pixels of a crop of the trees
 
@@ -40,7 +39,7 @@ def by_rows():
 
     def criterion(logits, outputs, grids, targets):
         logits, outputs, labels, boxes = map(
-            losses.rows, (logits, outputs, targets.labels, targets.boxes)
+            joined, (logits, outputs, targets.labels, targets.boxes)
         )
         positive = (labels >= 0) & (labels < logits.shape[1])
         boxes, outputs, count = boxes[positive], outputs[positive], targets.count.clamp(min=1)
@@ -61,11 +60,18 @@ def by_rows():
     return criterion
 
 
+def joined(levels) -> torch.Tensor:
+    """(n, C) or (n,) of all levels."""
+    if levels[0].dim() == 4:
+        levels = [level.movedim(1, -1) for level in levels]
+    return torch.cat([level.flatten(0, 2) for level in levels])
+
+
 def of_rows(grids, images: int):
     """Centres and strides of all cells, in the order of the rows."""
-    points = losses.rows([grid.points.expand(images, -1, -1, -1) for grid in grids])
+    points = joined([grid.points.expand(images, -1, -1, -1) for grid in grids])
     strides = [torch.full_like(grid.points[:1], grid.stride) for grid in grids]
-    return points, losses.rows([stride.expand(images, -1, -1, -1) for stride in strides])
+    return points, joined([stride.expand(images, -1, -1, -1) for stride in strides])
 
 
 WAYS = {"masks": by_masks, "rows": by_rows}

@@ -76,18 +76,17 @@ ROWS = sum(side**2 for side in SIDES)
 def of_head(loss: Callable) -> Callable:
     """The rows as levels ``(1, C, H, W)``, read where they lie."""
 
-    def call(x, *rows):
-        def levels(t, *channels):
-            parts = t.split([side**2 for side in SIDES])
-            pairs = zip(parts, SIDES, strict=True)
-            return [part.reshape(1, *channels, side, side) for part, side in pairs]
+    def levels(t, *channels):
+        pairs = zip(t.split([side**2 for side in SIDES]), SIDES, strict=True)
+        return [part.reshape(1, *channels, side, side) for part, side in pairs]
 
-        return loss(levels(x, x.shape[-1]), *map(levels, rows), class_dim=1)
+    def call(x, t, q):
+        return loss(levels(x, x.shape[-1]), levels(t), levels(q), class_dim=1)
 
     return call
 
 
-def focal(x, t, **options):
+def focal(x, t, q, **options):
     return tl.sigmoid_focal_loss(x, t, **options)
 
 
@@ -95,20 +94,16 @@ def quality_focal(x, t, q, **options):
     return tl.quality_focal_loss(x, (t, q), **options)
 
 
-def ghm_c(x, t, **options):
+def ghm_c(x, t, q, **options):
     return tl.ghm_c_loss(x, t, **options)
-
-
-def without_quality(loss: Callable) -> Callable:
-    return lambda x, t, _: loss(x, t)
 
 
 # name -> (call of logits, labels and qualities; rows; classes; numbers of positives)
 LOSSES: dict[str, tuple[Callable, int, int, tuple[int, ...]]] = {
-    "focal": (without_quality(focal), 801, 80, (40,)),
+    "focal": (focal, 801, 80, (40,)),
     "quality_focal": (quality_focal, 801, 80, (40,)),
     "varifocal": (lambda x, t, q: tl.varifocal_loss(x, (t, q)), 801, 80, (40,)),
-    "ghm_c": (without_quality(ghm_c), 801, 80, (40,)),
+    "ghm_c": (ghm_c, 801, 80, (40,)),
     "softmax_focal": (
         lambda x, t, q: tl.softmax_focal_loss(x, torch.where(t == 80, -1, t)), 801, 80, (400,),
     ),
@@ -118,12 +113,12 @@ LOSSES: dict[str, tuple[Callable, int, int, tuple[int, ...]]] = {
     "rank_sort": (lambda x, t, q: sum(tl.rank_sort_loss(x, (t, q))), 2001, 20, (200, 1600)),
     "matching": (matched, 801, 80, (40,)),
     "diagnose": (lambda x, t, q: diagnosed(x, t), 801, 80, (40,)),
-    "focal of a head": (without_quality(of_head(focal)), ROWS, 80, (200,)),
-    "focal of its rows": (without_quality(focal), ROWS, 80, (200,)),
+    "focal of a head": (of_head(focal), ROWS, 80, (200,)),
+    "focal of its rows": (focal, ROWS, 80, (200,)),
     "quality_focal of a head": (of_head(quality_focal), ROWS, 80, (200,)),
     "quality_focal of its rows": (quality_focal, ROWS, 80, (200,)),
-    "ghm_c of a head": (without_quality(of_head(ghm_c)), ROWS, 80, (200,)),
-    "ghm_c of its rows": (without_quality(ghm_c), ROWS, 80, (200,)),
+    "ghm_c of a head": (of_head(ghm_c), ROWS, 80, (200,)),
+    "ghm_c of its rows": (ghm_c, ROWS, 80, (200,)),
 }  # fmt: skip
 
 

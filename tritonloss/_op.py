@@ -214,9 +214,6 @@ def differentiable_levels(
         outputs, constants: see ``differentiable``.
     """
 
-    def of_levels(flat):
-        return [flat[k : k + n] for k in range(0, len(flat), n)]
-
     class Kernel(torch.autograd.Function):
         @staticmethod
         def forward(ctx, n_levels, *args):
@@ -246,7 +243,7 @@ def differentiable_levels(
             ]
             grads = grads[: outputs - constants]
             cut = ctx.n_levels * n
-            levels = of_levels(args[:cut])
+            levels = [args[k : k + n] for k in range(0, cut, n)]
             if torch.is_grad_enabled():  # create_graph=True
                 xs = [level[0] for level in levels]
                 grads_x = _through_reference(reference, grads, xs, (levels, *args[cut:]))

@@ -417,7 +417,8 @@ class _Harmonised(nn.Module):
     def _state_of(self, inputs, per_call) -> ghm.State:
         """What the call that is run again began with: where several fit, the one whose counts come
         out as they did."""
-        calls = [call for call in self._calls if call[0] == _shapes(inputs, per_call)]
+        shapes = _shapes(inputs, per_call)
+        calls = [call for call in self._calls if call[0] == shapes]
         if len(calls) < 2:
             return (calls or self._calls)[-1][1]
         apart = []

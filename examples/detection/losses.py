@@ -178,10 +178,10 @@ class Criterion(nn.Module):
     """The losses of one step: levels in, their sum and a dict of the parts out, all 0-d.
 
     The losses take the head as it comes, and masks as weights pick the positive cells: no level
-    is permuted, concatenated or indexed (--pisa aside), and one graph serves every step. A balanced
-    box loss counts in the sum with its weight and stands in the dict without. The processes of
-    ``group`` share a batch, and the trainer averages their gradients: the mean of their losses is
-    that of one process with the whole batch.
+    is permuted, concatenated or indexed, and one graph serves every step. A balanced box loss
+    counts in the sum with its weight and stands in the dict without. The processes of ``group``
+    share a batch, and the trainer averages their gradients: the mean of their losses is that of
+    one process with the whole batch.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class Criterion(nn.Module):
             total = total + losses["dfl"]
         if self.pisa:
             losses["carl"] = CARL_WEIGHT * tritonloss.carl_loss(
-                *map(rows, (logits, targets.labels, error)), avg_factor=count
+                logits, targets.labels, error, avg_factor=count, class_dim=1
             )
             total = total + losses["carl"]
         return total, losses
@@ -287,14 +287,6 @@ class Criterion(nn.Module):
     def _prime_weight(self, logits, targets: Targets, predicted: Predicted):
         """Weight of each cell, high where the box fits best (ISR-P)."""
         each = self.classification(logits, targets, predicted, reduction="none")
-        beside = each, predicted.quality, targets.gt_index, targets.labels
-        weight = tritonloss.isr_p_weight(*map(rows, beside))
-        parts = weight.split([level.numel() for level in targets.labels])
-        return [w.view_as(level) for w, level in zip(parts, targets.labels, strict=True)]
-
-
-def rows(levels):
-    """(n, C) or (n,) of all levels: prime samples are chosen among all cells."""
-    if levels[0].dim() == 4:
-        levels = [level.movedim(1, -1) for level in levels]
-    return torch.cat([level.flatten(0, 2) for level in levels])
+        return tritonloss.isr_p_weight(
+            each, predicted.quality, targets.gt_index, targets.labels, class_dim=1
+        )

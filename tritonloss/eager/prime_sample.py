@@ -69,7 +69,7 @@ def loss_of_rows(cls_loss: Tensor, labels: Tensor) -> Tensor:
     return cls_loss.sum(-1) if cls_loss.dim() > labels.dim() else cls_loss
 
 
-def isr_p_weight(cls_loss, iou, gt_index, labels, k, bias, normalizer, weight) -> Tensor:
+def isr_p_weight(cls_loss, iou, gt_index, labels, weight, k, bias, normalizer) -> Tensor:
     """Weights that grow with the rank and keep the summed loss of the positives."""
     dtype = cls_loss.dtype
     old = torch.ones_like(cls_loss) if weight is None else weight.detach().to(dtype)

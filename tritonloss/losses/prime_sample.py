@@ -32,8 +32,13 @@ def _listed(levels: list[tuple]) -> list[Tensor | None]:
     ]
 
 
-def _as_levels(values: Tensor, like: list[Tensor]) -> list[Tensor]:
-    parts = values.split([t.numel() for t in like])
+def _over_rows(function, levels: list[tuple], listed: bool) -> Tensor | list[Tensor]:
+    """``function`` of the rows of all levels, of the shapes of what each level has first;
+    ``listed``: as a list."""
+    if not listed:
+        return function(*levels[0])
+    like = [level[0] for level in levels]
+    parts = function(*_listed(levels)).split([t.numel() for t in like])
     return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
 
 
@@ -76,9 +81,7 @@ def iou_hlr(iou: Levels, gt_index: Levels, labels: Levels) -> Tensor | list[Tens
 
     beside = {"gt_index": gt_index, "labels": labels}
     levels = parsed_levels(parse, iou, beside, -1, "iou", classes=False)
-    if not is_levels(iou):
-        return eager.iou_hlr(*levels[0])
-    return _as_levels(eager.iou_hlr(*_listed(levels)), [level[0] for level in levels])
+    return _over_rows(eager.iou_hlr, levels, is_levels(iou))
 
 
 @check.by_name
@@ -155,13 +158,11 @@ def isr_p_weight(
 
     beside = {"iou": iou, "gt_index": gt_index, "labels": labels, "weight": weight}
     levels = parsed_levels(parse, cls_loss, beside, -1, "cls_loss", classes=False)
-    args = k, bias, normalizer
-    if not is_levels(cls_loss):
-        *rows, weight = levels[0]
-        return eager.isr_p_weight(*rows, *args, weight)
-    *rows, weight = _listed(levels)
-    found = eager.isr_p_weight(*rows, *args, weight)
-    return _as_levels(found, [level[1] for level in levels])
+
+    def of_rows(*rows):
+        return eager.isr_p_weight(*rows, k, bias, normalizer)
+
+    return _over_rows(of_rows, levels, is_levels(cls_loss))
 
 
 @check.by_name
