@@ -19,6 +19,7 @@ import torchvision
 from torch import nn
 from torchvision.models.detection import fcos, retinanet
 
+import tritonloss as tl
 from tritonloss.integrations import torchvision as integration
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -174,3 +175,31 @@ def test_example():
 def test_page():
     space = run_page("torchvision", integration)
     assert all(p.grad is not None for p in space["model"].head.parameters())
+
+
+def test_the_pages_losses_see_what_the_host_sees():
+    space = run_page("torchvision", integration)
+    model, (images, targets) = model_of("retinanet", "giou"), batch()
+    space["model"] = model  # of which the page's functions speak
+    theirs = model(images[:1], targets[:1])
+
+    def of_the_page(targets, outputs, anchors, matches):
+        labels, quality, boxes, wanted = space["assigned"](targets, outputs, anchors, matches)
+        positive = (labels >= 0) & (labels < outputs["cls_logits"].shape[-1])
+        assert (quality[positive] > 0).any() and not quality[~positive].any()
+        focal = tl.sigmoid_focal_loss(outputs["cls_logits"], labels, avg_factor=len(boxes))
+        giou = tl.giou_loss(boxes, wanted, avg_factor=len(boxes))
+        return {"classification": focal, "bbox_regression": giou}
+
+    model.head.compute_loss = of_the_page
+    torch.testing.assert_close(model(images[:1], targets[:1]), theirs, rtol=1e-9, atol=0)
+
+    for name in ("rank_sort", "quality_focal"):
+        model.head.compute_loss = space[name]
+        for part in (slice(0, 2), slice(1, 2)):  # the second image has no object
+            model.zero_grad()
+            losses = model(images[part], targets[part])
+            sum(losses.values()).backward()
+            assert (losses["bbox_regression"] > 0) == (part.start == 0)
+            for p in model.head.parameters():
+                assert p.grad.isfinite().all()
