@@ -522,8 +522,8 @@ def test_page_holds_all_it_shows(tmp_path, viz, capsys):
     assert figures == json.loads(json.dumps(expected))
     text = "".join(page.text)
     assert "851,465" in text and "Who outranks the positives" in text
-    sentences = Report(figures).advice()
-    assert len(sentences) == 5 and all(words in text for words in sentences)
+    sentences = [*Report(figures).advice(), _advice.YOURS]
+    assert len(sentences) == 6 and all(words in text for words in sentences)
 
 
 @once
@@ -724,7 +724,9 @@ def test_advice_on_models_that_are_known():
     assert "without a label, or" in " ".join(diagnose(x, missing).advice())
     assert not any("IoU" in words for words in diagnose(x, labels).advice())
     assert "Only 3 positives" in diagnose(torch.zeros(3, 1), torch.zeros(3).long()).advice()[0]
-    assert diagnose(x, torch.full_like(labels, 4)).advice() == []
+    nothing = diagnose(x, torch.full_like(labels, 4))
+    assert nothing.advice() == [] and _advice.YOURS not in str(nothing)
+    assert str(diagnose(x, labels)).endswith(_advice.YOURS)
 
 
 @once

@@ -14,6 +14,11 @@ PRECISION = 0.5  # mean at the positives
 WRONG_ORDER = 0.3  # of the pairs of positives; chance is 0.5
 CALIBRATION = 0.1  # mean of abs(score - IoU)
 
+YOURS = (
+    "The figures do not tell which loss trains the model. Where the advice names yours, it has not "
+    "reached its aim yet: train longer before you change it."
+)
+
 
 def percent(value: float) -> str:
     return f"{100 * value:.3g} %"

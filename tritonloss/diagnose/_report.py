@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tritonloss._version import __version__
 
-from ._advice import advice_of, percent
+from ._advice import YOURS, advice_of, percent
 
 
 class Section(NamedTuple):
@@ -102,7 +102,8 @@ class Report:
         rows = self.overview()
         width = max(len(name) for name, *_ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value, _ in rows]
-        return "\n".join([*lines, *self.remarks(), *(f"* {words}" for words in self.advice())])
+        advice = [f"* {words}" for words in self.advice()]
+        return "\n".join([*lines, *self.remarks(), *advice, *([YOURS] if advice else ())])
 
     def overview(self) -> list[tuple[str, str, str]]:
         """``(what, value, picture)`` of the most telling figures."""
@@ -219,6 +220,7 @@ class Report:
             environment.get_template("report.html").render(
                 title=title,
                 report=self,
+                yours=YOURS,
                 tables=tables_of(self.figures),
                 sections=[s for s in SECTIONS if s.picture in encoded],
                 pictures=encoded,
