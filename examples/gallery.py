@@ -656,7 +656,7 @@ def page() -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gallery"), metavar="DIR")
-    parser.add_argument("--only", choices=PICTURES, action="append", help="repeatable")
+    parser.add_argument("--only", choices=PICTURES, action="append", help="this one; repeatable")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.only or PICTURES:
@@ -664,7 +664,7 @@ def main(argv: list[str] | None = None) -> None:
         figure.savefig(args.out / f"{name}.png", dpi=100)
         plt.close(figure)
         print(args.out / f"{name}.png")
-    if not args.only:
+    if not args.only or (args.out / "README.md").exists():
         (args.out / "README.md").write_text(page())
 
 

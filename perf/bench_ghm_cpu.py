@@ -1,6 +1,9 @@
 """GHM and ISR-P on the CPU beside what users run today; each is checked before it is timed.
 
-One thread, all candidates of a shape in turn, minimum over the rounds: read the ratios.
+GHM-C: 1e5 anchors of 80 classes, drawn at random with 5 % of objects, and those of the recorded
+detector, repeated; forward and backward, as a multiple of torch's BCE. ISR-P: 100 and 2000
+positives, ten an object, as a multiple of ours. Processor time of one thread, all candidates of a
+shape in turn, minimum over the rounds: read the ratios.
 
     python -m perf.bench_ghm_cpu
 """

@@ -2,8 +2,10 @@
 
     python -m perf.bench_pointwise_cpu --out perf/results/pointwise_cpu.csv
 
-One thread. All candidates run in turn, round after round, so that a change of the machine's speed
-hits them alike; the ratio is that of the fastest rounds. Each is first checked against float64.
+1e5 anchors of 80 classes, float32, logits of mean -2 and deviation 1; 1 % of the anchors are
+objects, 0.5 % are ignored. One thread. All candidates run in turn, round after round, so that a
+change of the machine's speed hits them alike; the ratio is that of the fastest rounds. Each is
+first checked against float64.
 """
 
 from __future__ import annotations

@@ -3,7 +3,10 @@
     python -m perf.bench_ranking_cpu                 # all cells, one thread
     python -m perf.bench_ranking_cpu --losses rank_sort --logits 1e5
 
-Every cell is first checked against the per-positive loop; a disagreement stops the run. Ratios hold
+Flat logits of deviation 2, with 100, 300 and 1000 positives of quality 0.1 to 1 among 1e5 and 1e6
+negatives. Figures: the median time of forward and backward, as a multiple of ours, too, and the
+error of the gradient beside the loop's; `--growth` and `--memory` have ours up to 1e7 logits. Every
+cell is first checked against the per-positive loop; a disagreement stops the run. Ratios hold
 within one run: the machine's speed changes between runs.
 """
 

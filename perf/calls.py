@@ -2,7 +2,8 @@
 
 Python calls within this package, how often the next one stands in another file than the last, and
 microseconds of the host for the whole forward with its launches left out (fastest of many rounds;
-read ratios). Nothing has to be compiled: launches are recorded on CPU tensors.
+read ratios), for 64 anchors of 80 classes with 8 positives. Nothing has to be compiled: launches
+are recorded on CPU tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Plots of a sweep: ``python -m perf.plot sweep.csv --out folder``."""
+"""Plots of a sweep: ``python -m perf.plot sweep.csv --out folder``.
+
+Of float32, random, contiguous logits, forward and backward, a curve for each way to compute a loss:
+time by anchors beside the time at copy speed, time by positives (ranking losses), peak memory, and
+the largest points as multiples of copy speed.
+"""
 
 from __future__ import annotations
 

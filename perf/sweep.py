@@ -1,9 +1,12 @@
 """Time every loss over anchors, classes, positives and dtypes: ``python -m perf.sweep``.
 
-A provider is checked against the eager loss in float64 before it is timed; a wrong one is written
-down as wrong. Figures go to a long CSV, one line per loss, point, provider and mode, next to the
-device, the versions and the commit. A run that was cut off goes on where it stopped, and a point
-that takes the process down is written down and passed by.
+The anchors grow from 1e3 to 1e7 (1e5 on a CPU) at 80 classes and 200 positives (ranking: 50 to
+8000); then other classes, dtypes, layouts and recorded logits at 176000 (22000). A figure is the
+median time of the forward, the backward or both, the peak memory, and ``x_floor``, the multiple of
+copy speed. A provider is checked against the eager loss in float64 before it is timed; a wrong one
+is written down as wrong. Figures go to a long CSV, one line per loss, point, provider and mode,
+next to the device, the versions and the commit. A run that was cut off goes on where it stopped,
+and a point that takes the process down is written down and passed by.
 """
 
 from __future__ import annotations
