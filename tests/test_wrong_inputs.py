@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,11 @@ CLASSIFIERS = {
     "focal_star_loss": (tl.focal_star_loss, (X, Y)),
     "quality_focal_loss": (tl.quality_focal_loss, (X, (Y, HALF))),
     "varifocal_loss": (tl.varifocal_loss, (X, (Y, HALF))),
+    "asymmetric_loss": (tl.asymmetric_loss, (X, Y)),
+    "bce_loss": (tl.bce_loss, (X, (Y, HALF))),
+    "mal_loss": (tl.mal_loss, (X, (Y, HALF))),
+    "iou_aware_bce_loss": (tl.iou_aware_bce_loss, (X, (Y, HALF))),
+    "gaussian_focal_loss": (tl.gaussian_focal_loss, (X, Y)),
     "softmax_focal_loss": (tl.softmax_focal_loss, (X, Y)),
     "ghm_c_loss": (tl.ghm_c_loss, (X, Y)),
     "rank_sort_loss": (tl.rank_sort_loss, (X, Y)),
@@ -31,9 +38,10 @@ CLASSIFIERS = {
     "alrp_loss": (tl.alrp_loss, (X, Y, HALF)),
     "carl_loss": (tl.carl_loss, (X, Y, HALF)),
 }
-BOX_LOSSES = {f.__name__: f for f in (tl.iou_loss, tl.giou_loss, tl.diou_loss, tl.ciou_loss)}
-REDUCED = ("sigmoid_focal_loss", "focal_star_loss", "quality_focal_loss", "varifocal_loss",
-           "softmax_focal_loss")  # fmt: skip
+BOX_LOSSES = {
+    name: getattr(tl, name)
+    for name in ("iou_loss", "giou_loss", "diou_loss", "ciou_loss", "eiou_loss")
+}
 
 WRONG = {}
 
@@ -105,15 +113,29 @@ for loss, (function, (_, targets, *more)) in CLASSIFIERS.items():
         case(
             "weight is a list", TypeError, "weight must be a tensor", X, targets, weight=[1.0, 1.0]
         )
-    if loss in REDUCED:
+    for number, parameter in inspect.signature(function).parameters.items():
+        if parameter.annotation.startswith("float | Tensor"):
+            for bad, error, got in (
+                ("2", TypeError, "str"),
+                (True, TypeError, "bool"),
+                (float("nan"), ValueError, "nan"),
+            ):
+                words = f"{number} must be .*; got {got}"
+                case(f"{number} {bad!r}", error, words, X, targets, **{number: bad})
+    if loss != "carl_loss" and "reduction" in inspect.signature(function).parameters:
         case("reduction", ValueError, "reduction must be one of", X, targets, reduction="average")
         case("reduction False", ValueError, "reduction must be one of", X, targets, reduction=False)
         case("avg_factor of a sum", ValueError, "avg_factor divides", X, targets, reduction="sum",
              avg_factor=2)  # fmt: skip
-        case("avg_factor nan", ValueError, "avg_factor must be finite; got nan", X, targets,
-             avg_factor=float("nan"))  # fmt: skip
         case("avg_factor of rows", ValueError, "avg_factor must be a number", X, targets,
              avg_factor=HALF)  # fmt: skip
+
+for paired in (tl.mal_loss, tl.iou_aware_bce_loss):
+    wrong(f"{paired.__name__}: labels", TypeError, "got labels alone", paired, X, Y)
+    wrong(f"{paired.__name__}: dense", TypeError, "got a floating tensor", paired, X, X)
+    # a square or a clamp would hide it
+    wrong(f"{paired.__name__}: quality below 0", ValueError, "got -0.5", paired, X, (Y, -HALF),
+          gamma=2.0)  # fmt: skip
 
 for dense in (tl.sigmoid_focal_loss, tl.quality_focal_loss, tl.varifocal_loss, tl.ghm_c_loss):
     wrong(f"{dense.__name__}: just above 1", ValueError, "got 1.0000001", dense, X,
@@ -272,6 +294,26 @@ wrong(
     X,
     sides=3,
 )
+for name, error, words, x, target, kwargs in (
+    ("mu", ValueError, "mu must be finite and > 0; got 0", HALF, HALF, {"mu": 0}),
+    ("integers", TypeError, "pred must be float16", Y, HALF, {}),
+    ("shape", ValueError, "target must have shape", X, HALF, {}),
+    ("gradient", ValueError, "target requires grad", HALF, GRAD, {}),
+):
+    wrong(f"asl1: {name}", error, words, tl.authentic_smooth_l1_loss, x, target, **kwargs)
+for name, error, words, args, kwargs in (
+    (
+        "beta",
+        ValueError,
+        "beta must be finite and >= 0; got -1",
+        (HALF, HALF, HALF, 0, 1),
+        {"beta": -1},
+    ),
+    ("outside", ValueError, "y must lie", (HALF, HALF, HALF + 1, 0, 1), {"beta": 2}),
+    ("order", ValueError, "y_left must be below y_right", (HALF, HALF, HALF, 1, 0), {"beta": 2}),
+    ("shape", ValueError, "x_right must have shape", (HALF, X, HALF, 0, 1), {"beta": 2}),
+):
+    wrong(f"gfl: {name}", error, words, tl.generalized_focal_loss, *args, **kwargs)
 wrong("hlr: float labels", TypeError, r"labels\.long\(\)", tl.iou_hlr, HALF, Y, HALF)
 wrong("hlr: shape", ValueError, "gt_index must have shape", tl.iou_hlr, HALF, Y[:1], Y)
 wrong("isr: bias", ValueError, "bias must be", tl.isr_p_weight, HALF, HALF, Y, Y, bias=2)
@@ -472,5 +514,7 @@ def test_the_error_names_what_is_wrong(error, words, function, args, kwargs):
     assert "\n" not in str(caught.value)
 
 
-def test_the_table_is_wide():
-    assert len(WRONG) >= 130
+def test_every_loss_is_in_the_table():
+    tested = {getattr(function, "__name__", None) for _, _, function, _, _ in WRONG.values()}
+    losses = {name for name in tl.functional.__all__ if name.endswith("_loss")}
+    assert losses <= tested, losses - tested

@@ -37,7 +37,7 @@ def evaluate(
 ):  # fmt: skip
     """Checks and call: the same for every pointwise loss of logits.
 
-    ``prepared(logits, targets)``: what the formula takes for targets.
+    ``prepared(logits, targets)``: the ``Targets`` that the formula takes for those given.
     """
     avg_factor = check.is_reduction(reduction, avg_factor)
     params = (*params, 0.0, 0.0, 0.0)[:4]  # as many as the kernel reads
@@ -45,7 +45,7 @@ def evaluate(
     def parse(logits, targets, weight):
         is_logits(logits)
         weight = parse_weight(logits, weight)
-        targets = parse_targets(logits, prepared(logits, targets), ignore_index, weight)
+        targets = prepared(logits, parse_targets(logits, targets, ignore_index, weight))
         return logits, *targets, weight, parse_class_weight(logits, class_weight)
 
     common = (avg_factor, params, kind, ignore_index, reduction)
@@ -515,10 +515,10 @@ def generalized_focal_loss(
             values[name] = check.is_number(name, value)
     y, y_left, y_right = values.values()
     if check.values_checked(x_left):
-        ordered = (y_left <= y) & (y <= y_right)
-        check.require(ordered, "y must lie between y_left and y_right", y)
         left, right = (torch.as_tensor(v, device=x_left.device) for v in (y_left, y_right))
         check.require(left < right, "y_left must be below y_right", left.expand_as(left < right))
+        ordered = (y_left <= y) & (y <= y_right)
+        check.require(ordered, "y must lie between y_left and y_right", y)
     return eager.generalized_focal(x_left, x_right, y, y_left, y_right, beta, reduction, avg_factor)
 
 

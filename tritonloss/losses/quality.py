@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss._levels import Levels, LevelTargets
+from tritonloss._targets import Targets
 
 from .pointwise import evaluate, sigmoid_focal_loss
 
 
-def _pair(logits: Tensor, targets) -> tuple[Tensor, Tensor]:
-    """Labels and quality, of shapes that fit: what is computed from them may broadcast."""
-    if not isinstance(targets, (tuple, list)) or len(targets) != 2:
-        raise TypeError(f"targets must be a pair (labels, quality); got {type(targets).__name__}")
-    labels, quality = targets
-    rows = logits.shape[:-1]
-    check.is_integer("labels", labels)
-    check.has_shape("labels", labels, rows, "logits without the classes")
-    check.on_device_of("labels", labels, "logits", logits)
-    check.is_input("quality", quality, rows, "logits without the classes", "logits", logits)
-    return labels, quality
+def _of_quality(quality_for):
+    """The learnt quality in place of the one given: ``quality_for(logits, labels, quality)``."""
+
+    def prepared(logits: Tensor, targets: Targets) -> Targets:
+        if targets.quality is None:
+            given = "labels alone" if targets.dense is None else "a floating tensor"
+            raise TypeError(f"targets must be a pair (labels, quality); got {given}")
+        quality = quality_for(logits, targets.labels, targets.quality)
+        return targets._replace(quality=quality)
+
+    return prepared
 
 
 @check.by_name
@@ -99,14 +102,9 @@ def mal_loss(
     """
     gamma = check.is_number("gamma", gamma, 0)
     alpha = 1.0 if alpha is None else check.is_number("alpha", alpha, 0)
-
-    def powers(logits, targets):
-        labels, quality = _pair(logits, targets)
-        return labels, quality**gamma
-
     return evaluate(
         "varifocal", logits, targets, (alpha, gamma, 0.0, 1.0), weight, class_weight, ignore_index,
-        reduction, avg_factor, class_dim, powers,
+        reduction, avg_factor, class_dim, _of_quality(lambda x, labels, quality: quality**gamma),
     )  # fmt: skip
 
 
@@ -162,12 +160,7 @@ def iou_aware_bce_loss(
     """
     alpha = check.is_number("alpha", alpha, 0, 1)
     gamma = check.is_number("gamma", gamma, 0)
-
-    def means(logits, targets):
-        labels, quality = _pair(logits, targets)
-        return labels, iou_aware_target(logits, labels, quality, alpha)
-
     return evaluate(
         "varifocal", logits, targets, (1.0, gamma, 0.0, 0.0), weight, class_weight, ignore_index,
-        reduction, avg_factor, class_dim, means,
+        reduction, avg_factor, class_dim, _of_quality(partial(iou_aware_target, alpha=alpha)),
     )  # fmt: skip
