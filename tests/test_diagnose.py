@@ -691,6 +691,24 @@ def test_command_line_takes_dense_targets_and_weights(tmp_path, viz):
     assert len(figures["gradient_norms"]["negatives"]) == 4
 
 
+@once
+def test_command_line_takes_channels_first(tmp_path, capsys, viz):
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 3, 4, 5, generator=g)
+    labels, quality = torch.randint(-1, 4, (2, 4, 5), generator=g), torch.rand(2, 4, 5, generator=g)
+    arrays = {"logits": x, "labels": labels, "quality": quality}
+    np.savez(tmp_path / "a.npz", **{name: t.numpy() for name, t in arrays.items()})
+    command = [str(tmp_path / "a.npz"), "--out", str(tmp_path / "out")]
+    assert __main__.main(command) == 2
+    assert "(logits without the classes; --class-dim 1 says that" in capsys.readouterr().err
+    assert __main__.main([*command, "--class-dim", "1"]) == 0
+    figures = json.loads((tmp_path / "out" / "report.json").read_text())
+    expected = diagnose(x.movedim(1, -1), (labels, quality)).figures
+    assert figures == json.loads(json.dumps(expected))
+    assert __main__.main([*command, "--class-dim", "7"]) == 2
+    assert "--class-dim must be a dim of logits" in capsys.readouterr().err
+
+
 def trained(n: int = 4000, seed: int = 0):
     """Logits (n, 4) of a model that does all that the advice asks for."""
     g = torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from ._report import Report
 
 ARRAYS = """
 arrays of LOGITS.npz:
-  logits (or cls_logits)  (..., C), floating
+  logits (or cls_logits)  (..., C), floating; with --class-dim 1 (B, C, H, W), labels (B, H, W)
   labels                  (...), integers: 0..C-1 a class, C background, --ignore-index ignored
   quality                 (...), IoU of the predicted boxes in [0, 1]; optional, read at positives
   targets                 (..., C), floating, instead of labels: > 0 positive, 0 negative, < 0 ignored
@@ -81,7 +82,9 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     return found, sorted(names - {logits, *found})
 
 
-def report_of(arrays: dict[str, np.ndarray], ignore_index: int, bins: int) -> Report:
+def report_of(
+    arrays: dict[str, np.ndarray], ignore_index: int, bins: int, class_dim: int
+) -> Report:
     """Check the arrays and count them."""
     for name, array in arrays.items():
         kinds, words = ("iu", "integers") if name == "labels" else ("f", "floating")
@@ -100,10 +103,10 @@ def report_of(arrays: dict[str, np.ndarray], ignore_index: int, bins: int) -> Re
         targets = tensors["labels"], quality
     try:
         diagnosis = Diagnosis(ignore_index=ignore_index)
-        diagnosis.update(logits, targets, weight=tensors.get("weight"))
+        diagnosis.update(logits, targets, weight=tensors.get("weight"), class_dim=class_dim)
         report = diagnosis.read(bins=bins)
     except (TypeError, ValueError) as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(re.sub("class_dim[= ]", "--class-dim ", str(error))) from None
     found = report.figures["summary"]
     if found["not_finite"]:
         raise UsageError(f"logits: {found['not_finite']:,} values that count are not finite")
@@ -130,6 +133,8 @@ def main(argv: list[str] | None = None) -> int:
                         help="folder of the page; default: diagnosis")  # fmt: skip
     parser.add_argument("--title", help="of the page; default: the name of the file")
     parser.add_argument("--ignore-index", type=int, default=-1, help="default: -1")
+    parser.add_argument("--class-dim", type=int, default=-1,
+                        help="where the logits have their classes; default: -1")  # fmt: skip
     parser.add_argument("--bins", type=int, default=30, help="regions of the gradient norm; 30")
     args = parser.parse_args(argv)
     path = args.logits or recorded()
@@ -138,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         title = "Diagnosis of a recorded detector: NanoDet-g on three photographs"
     try:
         arrays, others = load(path)
-        report = report_of(arrays, args.ignore_index, args.bins)
+        report = report_of(arrays, args.ignore_index, args.bins, args.class_dim)
         page = report.write(args.out, args.title or title)
     except (UsageError, ImportError) as error:
         print(f"tritonloss.diagnose: error: {error}", file=sys.stderr)
