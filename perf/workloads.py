@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tritonloss as tl
 from tritonloss.diagnose import recorded
+from tritonloss.losses.boxes import KINDS
 
 from . import baselines
 
@@ -277,7 +278,7 @@ LOSSES: dict[str, Workload] = {
         ),
         4,
     ),
-    **{kind: Workload(_box(kind), 4) for kind in ("iou", "giou", "diou", "eiou", "ciou")},
+    **{kind: Workload(_box(kind), 4) for kind in KINDS},
 }
 
 

@@ -11,13 +11,9 @@ import torch
 from conftest import DEVICE
 
 import tritonloss as tl
+from tritonloss.losses.boxes import KINDS
 
-LOSSES = {
-    "iou": tl.iou_loss,
-    "giou": tl.giou_loss,
-    "diou": tl.diou_loss,
-    "eiou": tl.eiou_loss,
-    "ciou": tl.ciou_loss,
+LOSSES = {kind: getattr(tl, f"{kind}_loss") for kind in KINDS} | {
     "ciou everywhere": partial(tl.ciou_loss, alpha_threshold=-1),
 }
 MODES = {
@@ -49,7 +45,7 @@ def written_out(p, t, kind, alpha_threshold=0.5, eps=1e-7):
     return loss
 
 
-@pytest.mark.parametrize("kind", ["iou", "giou", "diou", "eiou", "ciou"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_written_out(kind, backend):
     g = torch.Generator().manual_seed(3)
     target = torch.rand(60, 4, generator=g) * 10
@@ -125,7 +121,7 @@ def test_weights_of_coordinates_are_averaged(backend):
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["iou", "giou", "diou", "eiou", "ciou"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_iou_is_written_out_and_differentiable(kind, dtype, backend):
     target = torch.rand(60, 4) * 10

@@ -17,6 +17,7 @@ from conftest import DEVICE
 
 import tritonloss as tl
 from tritonloss._dispatch import HAS_TRITON, INTERPRET
+from tritonloss.losses.boxes import KINDS
 
 ROWS = 3
 INTEGERS = (
@@ -35,7 +36,7 @@ LABELLED = {
     "alrp": lambda x, y: sum(tl.alrp_loss(x, y, torch.full(y.shape, 0.5))),
     "carl": lambda x, y: tl.carl_loss(x, y, torch.ones(y.shape)),
 }
-BOX_LOSSES = (tl.iou_loss, tl.giou_loss, tl.diou_loss, tl.ciou_loss, tl.eiou_loss)
+BOX_LOSSES = [getattr(tl, f"{kind}_loss") for kind in KINDS]
 MODULES = [
     value for value in vars(tl).values()
     if isinstance(value, type) and issubclass(value, tl.modules._Loss)

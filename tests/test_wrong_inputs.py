@@ -10,6 +10,7 @@ import torch
 from conftest import DEVICE
 
 import tritonloss as tl
+from tritonloss.losses.boxes import KINDS
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on the CPU")
 
@@ -38,10 +39,7 @@ CLASSIFIERS = {
     "alrp_loss": (tl.alrp_loss, (X, Y, HALF)),
     "carl_loss": (tl.carl_loss, (X, Y, HALF)),
 }
-BOX_LOSSES = {
-    name: getattr(tl, name)
-    for name in ("iou_loss", "giou_loss", "diou_loss", "ciou_loss", "eiou_loss")
-}
+BOX_LOSSES = {f"{kind}_loss": getattr(tl, f"{kind}_loss") for kind in KINDS}
 
 WRONG = {}
 
