@@ -39,6 +39,7 @@ except ModuleNotFoundError as missing:
 import tritonloss
 from tritonloss.diagnose import Report
 
+SIDE = 256  # pixels
 STEPS = {"trees": 600, "digits": 500, "coco": 1000}
 # A resumed run may change these; everything else must be as it was.
 FREE = {
@@ -56,6 +57,7 @@ class Config:
     images: str | None = None
     val_coco: str | None = None
     skip_broken: bool = False
+    side: int | None = None
     loss: str = "gfl"
     box_loss: str | None = None
     pisa: bool = False
@@ -90,9 +92,10 @@ class Result:
 def load_data(config: Config) -> data.Dataset:
     if config.coco is not None:
         return data.coco(
-            config.coco, config.images, config.val_coco, config.seed, skip_broken=config.skip_broken
-        )
-    for name in ("images", "val_coco", "skip_broken"):
+            config.coco, config.images, config.val_coco, config.seed, config.side or SIDE,
+            config.skip_broken,
+        )  # fmt: skip
+    for name in ("images", "val_coco", "skip_broken", "side"):
         if getattr(config, name):
             raise UsageError(f"--{name.replace('_', '-')}: only together with --coco")
     if config.data == "digits":
@@ -302,8 +305,14 @@ def parse_arguments(arguments: list[str] | None) -> Config:
     add("--data", choices=("trees", "digits"), help="two aerial photos (default) or digits")
     add("--coco", metavar="JSON", help="train on your own boxes: annotations in COCO format")
     add("--images", metavar="DIR", help="the folder with the images of --coco")
-    add("--val-coco", metavar="JSON", help="test annotations; default: every fifth image")
+    add("--val-coco", metavar="JSON", help="test annotations; default: a fifth of the images")
     add("--skip-broken", action="store_true", help="leave out broken entries of --coco, and say so")
+    add(
+        "--side",
+        type=common.positive(int),
+        metavar="PIXELS",
+        help=f"scale the images of --coco to this longer side, a multiple of 16; default: {SIDE}",
+    )
     add("--loss", choices=LOSSES, help="see below; default: gfl")
     add("--box-loss", choices=BOX_LOSSES, help="default: the one that belongs to --loss")
     add("--pisa", action="store_true", help="prime sample attention: best boxes count most")
@@ -341,6 +350,8 @@ def parse_arguments(arguments: list[str] | None) -> Config:
         config = Config(**given)
     if config.channels % 16:
         raise UsageError(f"--channels: must be a multiple of 16, got {config.channels}")
+    if config.side is not None and config.side % 16:
+        raise UsageError(f"--side: must be a multiple of 16, got {config.side}")
     if config.seed < 0:
         raise UsageError(f"--seed: must not be negative, got {config.seed}")
     config.out = config.out or f"runs/{_data_name(config)}-{config.loss}"

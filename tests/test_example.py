@@ -86,10 +86,10 @@ def test_coco_run_writes_what_it_promises(coco, tmp_path):
     path, _ = coco
     out = tmp_path / "out"
     arguments = ["--coco", path, "--images", path.parent, "--out", out, "--steps", 3, "--batch", 2]
-    arguments += ["--channels", 16, "--diagnose"]
+    arguments += ["--channels", 16, "--diagnose", "--side", 128]
     assert train_detector.main([str(a) for a in arguments]) == 0
     # cells of boxes that a crop cuts off are ignored
-    assert 0.95 < diagnosed_logits(out) / (3 * 2 * logits_of_a_crop(path)) <= 1
+    assert 0.95 < diagnosed_logits(out) / (3 * 2 * logits_of_a_crop(path, 128)) <= 1
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["losses"]) == 3
     assert {"AP40", "AP50"} <= set(metrics["AP"])
@@ -97,9 +97,9 @@ def test_coco_run_writes_what_it_promises(coco, tmp_path):
         assert min(Image.open(out / picture).size) > 200
 
 
-def logits_of_a_crop(path) -> int:
+def logits_of_a_crop(path, side=train_detector.SIDE) -> int:
     """Of the two categories of the images above."""
-    dataset = data.coco(str(path), str(path.parent), None, 0)
+    dataset = data.coco(str(path), str(path.parent), None, 0, side)
     return 2 * sum(grid.points[0].numel() for grid in model.cells(dataset.crop, dataset.crop))
 
 
@@ -309,6 +309,8 @@ def test_bad_arguments_are_named(coco, capsys, tmp_path):
     fails(capsys, ["--resume", tmp_path / "none.pt"], "--resume", "none.pt")
     fails(capsys, ["--resume", text], "--resume", "text.json")
     fails(capsys, ["--channels", 20], "--channels")
+    fails(capsys, ["--side", 100], "--side: must be a multiple of 16, got 100")
+    fails(capsys, ["--side", 128], "--side: only together with --coco")
     fails(capsys, ["--seed", -1], "--seed")
     fails(capsys, ["--pisa", "--loss", "ap"], "--pisa", "ap")
 

@@ -271,7 +271,7 @@ def coco(
         raise UsageError(f"--images: no such folder: {images}")
     files = [_Coco(Path(annotations), Path(images), "--coco", skip_broken)]
     names, train = files[0].names, files[0].scenes(side)
-    source = f"{annotations}, images in {images}"
+    source = f"{annotations}, images in {images} scaled to {side} pixels"
     if val_annotations is not None:
         files.append(_Coco(Path(val_annotations), Path(images), "--val-coco", skip_broken, names))
         test = files[1].scenes(side)
