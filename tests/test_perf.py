@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import stat
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -255,3 +257,13 @@ def test_published_figures_are_those_of_the_results(name):
     text = (readme.ROOT / name).read_text()
     for part in readme.FILES[name]():
         assert part in text, "python -m perf.readme"
+
+
+SCRIPTS = [
+    p for p in sorted(Path(sweep.__file__).parent.glob("*.py")) if "\ndef main(" in p.read_text()
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_every_script_says_how_to_run_it(script):
+    assert f"python -m perf.{script.stem}" in ast.get_docstring(ast.parse(script.read_text()))
