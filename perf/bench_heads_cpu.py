@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tritonloss as tl
 
-from ._measure import gate, machine, peak_bytes, timed_in_turn, write_rows
+from ._measure import gate, machine, peak_tensor_bytes, timed_in_turn, write_rows
 
 IMAGES, CLASSES, BINS = 2, 80, 17
 SIZES = [512 // stride for stride in (8, 16, 32, 64, 128)]
@@ -110,10 +110,7 @@ def measured(name: str, levels: list[Tensor], ours, of_joined, rounds: int) -> d
 
     times = timed_in_turn({k: lambda f=f: timed(f) for k, f in sides.items()}, rounds)
     best = {k: min(t) for k, t in times.items()}
-    peak = {
-        k: min(peak_bytes(lambda f=f: step(f, levels), "cpu") for _ in range(3))
-        for k, f in sides.items()
-    }
+    peak = {k: peak_tensor_bytes(lambda f=f: step(f, levels)) for k, f in sides.items()}
     return (
         {"loss": name, "logits": sum(t.numel() for t in levels)}
         | {f"{k}_ms": f"{1e3 * s:.2f}" for k, s in best.items()}

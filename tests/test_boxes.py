@@ -11,6 +11,7 @@ import torch
 from conftest import DEVICE
 
 import tritonloss as tl
+from tritonloss.eager import _blocks
 from tritonloss.losses.boxes import KINDS
 
 LOSSES = {kind: getattr(tl, f"{kind}_loss") for kind in KINDS} | {
@@ -319,3 +320,31 @@ def test_errors_name_the_argument(change, error, match):
 def test_kinds_of_iou_are_named():
     with pytest.raises(ValueError, match=r"kind must be one of iou, giou, .*; got 'GIoU'"):
         tl.iou(torch.zeros(2, 4), torch.zeros(2, 4), kind="GIoU")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weighted", [False, True])
+@each_loss
+def test_blocks_have_the_gradient_of_the_formula(loss, weighted, dtype, monkeypatch):
+    """The CPU path, whose gradient is written out, against the formula that autograd takes."""
+    pred, target = (torch.rand(2, 3, 40, 50, 4).sort(-1).values * 8).to(dtype)
+    pred = pred[..., torch.randperm(4)]  # inverted ones, too
+    pred[0], target[1, :9] = target[0] + torch.randn(40, 50, 4) * 0.05, 3.0
+    pred[2, :5] = 2.0
+    pred[2, 5:9] = target[2, 5:9]
+    weight = torch.rand(3, 40, 50) - 0.3 if weighted else None
+    heads = pred.movedim(-1, 1).contiguous()
+    for reduction in ("none", "sum", "mean"):
+        results = []
+        for usable in (False, True):
+            monkeypatch.setattr(_blocks, "usable", lambda *x, usable=usable: usable)
+            monkeypatch.setattr(_blocks, "BLOCK", 1000)
+            x = heads.clone().requires_grad_()
+            with tl.backend("eager"):
+                value = loss(x.movedim(1, -1), target, weight=weight, reduction=reduction)
+            upstream = torch.linspace(0.5, 2, value.numel(), dtype=dtype).view(value.shape)
+            results.append((value, *torch.autograd.grad(value, x, upstream)))
+        tolerance = 2e-4 if dtype == torch.float32 else 1e-9
+        for formula, blocks in zip(*results, strict=True):
+            torch.testing.assert_close(blocks, formula, rtol=tolerance, atol=tolerance / 10)
+        assert results[1][1].is_contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from conftest import DEVICE
 
 import tritonloss as tl
+from tritonloss.eager import _blocks
 
 
 def written_out(row, y):
@@ -290,3 +292,30 @@ def test_expectation_errors():
         tl.distribution_expectation(torch.randn(2, 17), sides=4)
     with pytest.raises(ValueError, match="sides must be an int >= 1"):
         tl.distribution_expectation(torch.randn(2, 17), sides=0)
+
+
+@pytest.mark.parametrize("rows", [40, 3000])
+def test_the_short_ways_agree_with_the_formula(rows, monkeypatch):
+    """Of plain CPU tensors, many and few; a masked bin, a negative weight, infinity."""
+    x, y, weight = torch.randn(rows, 17), torch.rand(rows) * 16, torch.rand(rows)
+    y[:3] = torch.tensor([0.0, 16.0, 5.0])
+    losses = [
+        tl.distribution_expectation,
+        *(
+            partial(tl.distribution_focal_loss, target=y, weight=w, reduction=reduction)
+            for w in (None, weight, weight - 0.2)
+            for reduction in ("none", "sum", "mean")
+        ),
+    ]
+    for value in (1.0, -math.inf, math.inf):
+        x[0, 9] = value
+        for loss in losses:
+            results = []
+            for usable in (False, True):
+                monkeypatch.setattr(_blocks, "usable", lambda *xs, usable=usable: usable)
+                leaf = x.clone().requires_grad_()
+                found = loss(leaf)
+                upstream = torch.linspace(1, 2, found.numel()).view(found.shape)
+                results.append((found, *torch.autograd.grad(found, leaf, upstream)))
+            for formula, short in zip(*results, strict=True):
+                torch.testing.assert_close(short, formula, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -228,23 +228,46 @@ def test_permutation_of_anchors(backend, function, hyper):
 
 @every_loss
 def test_blocks_of_rows_agree_with_the_whole(function, hyper, monkeypatch):
-    """The CPU path by blocks against the same formula in one piece."""
+    """The CPU path, by blocks and in one, against the formula that autograd differentiates."""
     g = generator(14)
     x = torch.randn(3, 500, 20, generator=g).transpose(0, 1).requires_grad_()
     labels = torch.randint(-1, 21, (500, 3), generator=g)
     dense = torch.rand(500, 3, 20, generator=g)
     few = torch.where(torch.rand(500, 3, 20, generator=g) < 0.05, dense, 0)
     weight = (torch.rand(500, 3, generator=g) - 0.2).clamp(min=0)
-    for targets in (labels, dense, few):
+    quality = torch.rand(500, 3, generator=g)
+    for targets in (labels, (labels, quality), dense, few):
         results = []
-        for block in (1 << 30, 1000):
+        for block in (0, 1 << 30, 1000):
+            monkeypatch.setattr(_blocks, "usable", lambda *xs, block=block: block > 0)
             monkeypatch.setattr(_blocks, "BLOCK", block)
             with tl.backend("eager"):
                 loss = function(x, targets, weight=weight, **hyper)
             results.append((loss, *torch.autograd.grad(loss * 3, x)))
-        assert results[1][1].stride() == x.stride()
-        for whole, blocks in zip(*results, strict=True):
-            torch.testing.assert_close(whole, blocks, rtol=3e-6, atol=1e-9)
+        formula = results[0]
+        for found in results[1:]:
+            assert found[1].stride() == x.stride()
+            for whole, blocks in zip(formula, found, strict=True):
+                torch.testing.assert_close(whole, blocks, rtol=3e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("mu", [1e-20, 0.02, torch.tensor(3.0)])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_blocks_of_a_regression_agree_with_the_formula(mu, reduction, monkeypatch):
+    pred, target = torch.randn(2, 300, 4)
+    pred[:50] = target[:50] + torch.randn(50, 4) * 1e-4
+    pred[50:60] = target[50:60]
+    for largest in (1.0, 1e25, math.inf):  # squares overflow, and the formula takes over
+        pred[60, 0] = largest
+        results = []
+        for usable in (False, True):
+            monkeypatch.setattr(_blocks, "usable", lambda *xs, usable=usable: usable)
+            x = pred.clone().requires_grad_()
+            loss = tl.authentic_smooth_l1_loss(x, target, mu=mu, reduction=reduction)
+            upstream = torch.linspace(1, 2, loss.numel()).view(loss.shape)
+            results.append((loss, *torch.autograd.grad(loss, x, upstream)))
+        for formula, blocks in zip(*results, strict=True):
+            torch.testing.assert_close(blocks, formula, rtol=3e-6, atol=1e-9, equal_nan=True)
 
 
 @pytest.mark.parametrize("ignore_index", [-(2**31) - 1, 2**32 + 3, 2**32 - 1, 3, 8])

@@ -448,7 +448,7 @@ SCORED = {
 
 def told(monkeypatch, function, *args) -> list[str]:
     """Warnings of one call of a process that has warned of nothing yet, and where they point."""
-    monkeypatch.setattr("tritonloss._checks._told_of_probabilities", False)
+    monkeypatch.setattr("tritonloss._checks._looks_left", 100)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         function(*args)
@@ -476,6 +476,10 @@ def test_a_graph_looks_at_no_logit(loss, monkeypatch):
     x, y = torch.rand(6, 5, device=DEVICE), torch.randint(5, (6,), device=DEVICE)
     compiled = torch.compile(LABELLED[loss], backend="aot_eager", fullgraph=True)
     assert not told(monkeypatch, compiled, x, y)
+    # nor is it guarded by how often others looked
+    LABELLED[loss](torch.randn(6, 5, device=DEVICE), y)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(x, y)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="values are checked on the CPU")

@@ -196,26 +196,30 @@ def _holds_values(x: Tensor) -> bool:
     )
 
 
-_told_of_probabilities = False
+_looks_left = 100
 
 
 def are_logits(name: str, x: Tensor) -> None:
     """Warn, once in a process, where logits look like what a sigmoid or a softmax returned.
 
-    On the CPU alone. Nearly all logits are told by the first few, of which one is negative.
+    On the CPU alone, and in its first calls: a head that does so does it from the beginning. Nearly
+    all logits are told by the first few, of which one is negative.
     """
-    global _told_of_probabilities
-    if _told_of_probabilities or x.device.type != "cpu" or not values_checked(x):
+    global _looks_left
+    if torch.compiler.is_compiling() or not _looks_left:  # a graph would be guarded by the number
+        return
+    if x.device.type != "cpu" or not values_checked(x):
         return
     if x.numel() < 8:  # so few are between 0 and 1 by chance
         return
+    _looks_left -= 1
     first = x[(0,) * (x.dim() - 1)][:16].tolist()
     if min(first) < 0 or max(first) > 1:
         return
     low, high = torch.aminmax(x.detach())
     if not 0 <= low < high <= 1:  # all the same: a head that was just initialised
         return
-    _told_of_probabilities = True
+    _looks_left = 0
     warnings.warn(
         f"all {name} lie between 0 and 1: are they probabilities? The loss applies the sigmoid or "
         "the softmax itself: pass what the head returns before it",
@@ -238,6 +242,16 @@ def values_checked(x: Tensor) -> bool:
     if x.device.type == "cpu":
         return not _transforms_active()
     return x.is_cuda and os.environ.get("TRITONLOSS_CHECK", "0") == "1"
+
+
+def all_lie_in(x: Tensor, low, high) -> bool:
+    """True if all values of a CPU tensor do, by one look; where not, ``require`` tells which."""
+    if x.is_cuda:
+        return False
+    if x.numel() == 0:
+        return True
+    least, most = torch.aminmax(x.detach())
+    return low <= least.item() and most.item() <= high
 
 
 def require(valid: Tensor, sentence: str, values: Tensor) -> None:

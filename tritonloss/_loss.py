@@ -46,8 +46,11 @@ class Loss:
         backward: launcher ``(*gradients, *saved, x, *args) -> gradient of x``; None where there is
             no gradient.
         takes: ``(x, *args) -> bool``: whether the kernels can read what they get.
-        by_blocks: the formula on the CPU, block by block: ``(x, *args, want_grad) -> (*outputs,
-            gradient of the sum, 1 / divisor)``, and ``(x, *args) -> bool``: whether it applies.
+        by_blocks: the formula on the CPU, block by block: ``(x, *args, want_grad) -> (loss,
+            gradient of the sum, 1 / divisor or None)``.
+        has_blocks: ``(x, *args) -> bool``: whether that applies.
+        of_finite: a shorter formula on the CPU, ``(x, *args) -> outputs``, or None where it finds
+            something that is not finite; runs where ``by_blocks`` does not.
         outputs, constants: see ``_op.differentiable``.
         empty: whether the launchers take tensors without elements.
         levels: how several levels are taken.
@@ -60,12 +63,15 @@ class Loss:
         backward: Callable | None,
         takes: Callable,
         *,
-        by_blocks: tuple[Callable, Callable] | None = None,
+        by_blocks: Callable | None = None,
+        has_blocks: Callable = lambda *args: True,
+        of_finite: Callable | None = None,
         outputs: int = 1,
         constants: int = 0,
         empty: bool = False,
         levels: OverLevels | None = None,
     ):
+        self.of_finite = of_finite
         self.eager, self.takes, self.kernels, self.empty = eager, takes, forward, empty
         if backward is not None:
             self.kernels = _op.differentiable(
@@ -76,13 +82,11 @@ class Loss:
             self.level_kernels = _op.differentiable_levels(
                 levels.forward, backward, self._levels_of_eager, levels.per_level
             )
-        self.blockwise = self.has_blocks = None
-        if by_blocks is not None:
-            function, self.has_blocks = by_blocks
-            self.blockwise = _op.differentiable(
-                function, _backward_in_place, lambda x, *args: eager(x, *args[:-1]),
-                outputs=outputs, constants=constants, given=1,
-            )  # fmt: skip
+        self.by_blocks, self.has_blocks = by_blocks, has_blocks
+        self.blockwise = by_blocks and _op.differentiable(
+            by_blocks, _backward_in_place, lambda x, *args: eager(x, *args[:-1]),
+            outputs=outputs, constants=constants, given=2,
+        )  # fmt: skip
 
     def by_kernels(self, x: Tensor, *args) -> bool:
         """Whether the kernels run; ``args`` may end where ``takes`` needs no more."""
@@ -91,9 +95,14 @@ class Loss:
     def __call__(self, x: Tensor, *args):
         if self.by_kernels(x, *args):
             return self.kernels(x, *_op.packed(x, args))
-        if self.has_blocks is not None and _blocks.usable(x) and self.has_blocks(x, *args):
-            result = self.blockwise(x, *args, x.requires_grad and torch.is_grad_enabled())
-        else:
+        if self.blockwise and self.has_blocks(x, *args) and _blocks.usable(x):
+            if not (x.requires_grad and torch.is_grad_enabled()):
+                return self.by_blocks(x, *args, False)[0]
+            result = self.blockwise(x, *args, True)
+            # it notices a change of its own arguments, but not of what these hold
+            return watched(result, [a for a in args if isinstance(a, tuple)])
+        result = self.of_finite(x, *args) if self.of_finite and _blocks.usable(x) else None
+        if result is None:
             result = self.eager(x, *args)
         return result if _op.traced(x) else watched(result, (x, *args))
 
@@ -159,6 +168,8 @@ def watched(result, args: tuple):
     if not outputs:
         return result
     inputs = list(_tensors(args))
+    if not inputs:
+        return result
     try:
         versions = [a._version for a in inputs]
     except RuntimeError:  # tensors of inference mode have none
@@ -232,7 +243,7 @@ class WholeBatch:
         xs = [level[0] for level in levels]
         if self.by_kernels(levels, *rest):
             return self.kernels(levels, _op.packed(xs[0], rest))
-        if self.blockwise and _blocks.usable(*xs):
+        if self.blockwise and _blocks.usable(*xs) and _blocks.many(*xs):
             want_grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
             result = self.blockwise(levels, (*rest, want_grad))
         else:
@@ -245,7 +256,7 @@ def _backward_by_blocks(grad, gradient, scale, x, *args):
 
 
 def _backward_in_place(grad, gradient, scale, x, *args):
-    factor = grad * scale
-    if factor.dim() > 0:  # one of each layer
-        factor = factor.reshape(-1, *[1] * (x.dim() - 1))
+    factor = grad if scale is None else grad * scale
+    if factor.dim() > 0:  # one of each layer, row or logit
+        factor = factor.reshape(*factor.shape, *[1] * (x.dim() - factor.dim()))
     return gradient.mul_(factor).to(x.dtype)

@@ -168,7 +168,7 @@ def differentiable(
             ctx.save_for_backward(x, *saved, *[a for a in args if isinstance(a, Tensor)])
             ctx.n_saved = len(saved)
             ctx.is_tensor = [isinstance(a, Tensor) for a in args]
-            ctx.static = [None if isinstance(a, Tensor) else a for a in args]
+            ctx.static = [None if t else a for a, t in zip(args, ctx.is_tensor, strict=True)]
             return found if outputs > 1 else found[0]
 
         @staticmethod
@@ -177,8 +177,8 @@ def differentiable(
             grads = grads[: outputs - constants]
             saved, tensors = rest[: ctx.n_saved], iter(rest[ctx.n_saved :])
             args = [
-                next(tensors) if is_tensor else value
-                for is_tensor, value in zip(ctx.is_tensor, ctx.static, strict=True)
+                next(tensors) if t else value
+                for t, value in zip(ctx.is_tensor, ctx.static, strict=True)
             ]
             if torch.is_grad_enabled():  # create_graph=True
                 (grad_x,) = _through_reference(reference, grads, (x,), (x, *args))

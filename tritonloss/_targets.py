@@ -58,7 +58,7 @@ def parse_targets(
     labels = parse_labels("labels", targets[0], logits, ignore_index, n_classes)
     quality = targets[1]
     check.is_input("quality", quality, rows, "logits without the classes", "logits", logits)
-    if check.values_checked(logits):
+    if check.values_checked(logits) and not check.all_lie_in(quality, 0, 1):
         # compared in 64 bits: fewer may not hold ignore_index
         wide = labels.long()
         read = (wide >= 0) & (wide < n_classes) & (wide != ignore_index)
@@ -83,7 +83,8 @@ def parse_labels(name: str, labels: Tensor, logits: Tensor, ignore_index: int, l
     check.has_shape(name, labels, rows, meaning)
     check.on_device_of(name, labels, "logits", logits)
     labels = widened(labels)
-    if check.values_checked(logits):
+    lowest = -1 if ignore_index == -1 else 0
+    if check.values_checked(logits) and not check.all_lie_in(labels, lowest, last):
         wide = labels.long()
         known = ((wide >= 0) & (wide <= last)) | (wide == ignore_index)
         check.require(
@@ -122,11 +123,7 @@ def as_weight(weight):
 
 
 def _check_dense(targets: Tensor, weight: Tensor | None, lowest: float) -> None:
-    if targets.numel() == 0:
-        return
-    low, high = torch.aminmax(targets.detach())
-    inside = (low >= lowest) & (high <= 1)
-    if not targets.is_cuda and inside:
+    if check.all_lie_in(targets, lowest, 1):
         return
     counted = (targets >= lowest) & (targets <= 1)
     if weight is not None:

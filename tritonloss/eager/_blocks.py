@@ -15,18 +15,25 @@ from torch import Tensor
 
 from tritonloss._dispatch import _transforms_active
 
-BLOCK = 64 * 1024  # elements: a dozen float32 temporaries of this size fit a core's cache
+from ._entry import mean_divisor
+
+BLOCK = 128 * 1024  # elements: a few float32 temporaries of this size fit a core's cache
 
 
 def usable(*xs: Tensor) -> bool:
-    """True in plain eager execution on the CPU, for inputs of more than one block."""
+    """True in plain eager execution on the CPU, where there is something to compute."""
     return (
-        xs[0].device.type == "cpu"
-        and sum(x.numel() for x in xs) > BLOCK
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and xs[0].device.type == "cpu"
         and all(type(x) in (Tensor, torch.nn.Parameter) for x in xs)
+        and any(x.numel() for x in xs)
         and not _transforms_active()
     )
+
+
+def many(*xs: Tensor) -> bool:
+    """True where two passes over blocks cost less than plain autograd."""
+    return sum(x.numel() for x in xs) > BLOCK // 8
 
 
 def row_blocks(shape, per_row: int) -> Iterator[tuple]:
@@ -58,11 +65,11 @@ def summed(
 
     Args:
         x: (..., C).
-        prepare: ``(block of x, index) -> block``, before the gradient is recorded; where it puts a
-            constant, the gradient is the loss' slope at that constant.
+        prepare: ``(block of x, index) -> new block``, before the gradient is recorded; where it
+            puts a constant, the gradient is the loss' slope at that constant.
         values: ``(block, index) -> values`` whose sum is the block's loss.
-        slopes: ``(block, index, out) -> values``, whose derivatives go to ``out``; None
-            differentiates.
+        slopes: ``(block of x, index, out) -> values``, whose derivatives go to ``out``; taken where
+            the values are finite, if need be those of the prepared block. None differentiates.
         by_layer: a sum for each entry of the first dim.
 
     Returns:
@@ -72,21 +79,108 @@ def summed(
     gradient = torch.empty_like(x, dtype=dtype) if want_grad else x.new_empty(0, dtype=dtype)
     x = x.detach()
 
+    layers_in_one = by_layer and x.numel() <= BLOCK
+
+    def sum_of(values) -> Tensor:
+        return values.reshape(len(x), -1).sum(1) if layers_in_one else values.sum()
+
+    def of_slopes(block, index) -> Tensor | None:
+        total = sum_of(slopes(block, index, gradient[index]))
+        return total if math.isfinite(total.sum().item()) else None
+
     def of_block(index) -> Tensor:
-        block = prepare(x[index].to(dtype), index)
+        block = x[index].to(dtype)
+        known = slopes is not None and want_grad
+        if known and (total := of_slopes(block, index)) is not None:
+            return total
+        block = prepare(block, index)
+        if known and (total := of_slopes(block, index)) is not None:
+            return total
         if not want_grad:
-            return values(block, index).sum()
-        if slopes is not None:
-            return slopes(block, index, gradient[index]).sum()
+            return sum_of(values(block, index))
         with torch.enable_grad():
-            total = values(block.requires_grad_(), index).sum()
-        (gradient[index],) = torch.autograd.grad(total, block)
+            total = sum_of(values(block.requires_grad_(), index))
+            (gradient[index],) = torch.autograd.grad(total.sum(), block)
         return total.detach()
 
     def total(first: tuple) -> Tensor:
         rest = row_blocks(x.shape[len(first) : -1], x.shape[-1])
         return torch.stack([of_block((*first, *index)) for index in rest]).sum()
 
+    if layers_in_one:
+        return of_block(()), gradient
     if by_layer:
         return torch.stack([total((k,)) for k in range(len(x))]), gradient
     return total(()), gradient
+
+
+def divided(total: Tensor, gradient: Tensor, count, reduction: str, avg_factor):
+    """``(loss, gradient of the sum, 1 / divisor)``; None where nothing divides."""
+    if reduction == "none" or reduction == "sum":
+        return total, gradient, None
+    divisor = mean_divisor(count, avg_factor)
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(total.device, total.dtype)
+    return total / divisor, gradient, 1 / divisor
+
+
+def per_row(
+    values: Callable,
+    formula: Callable,
+    x: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    avg_factor,
+    reduction: str,
+    want_grad: bool,
+):
+    """``(loss, gradient of the sum, 1 / divisor)`` of a loss with one value per row.
+
+    Args:
+        values: ``(block of x (..., C), block of the target) -> (new values (...), their
+            derivatives (..., C) or None)``, or None where it does not know them.
+        formula: ``(block of x, of the target, of the weight) -> weighted values``; differentiated
+            there, and where something is not finite.
+        x: (..., C).
+        target: (..., C) or (...).
+        weight: (...) or None; what is not above 0 is removed.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x = x.detach()
+    whole = x.numel() <= BLOCK
+    gradient = torch.empty_like(x, dtype=dtype) if want_grad and not whole else None
+    found = []
+    for index in [()] if whole else row_blocks(x.shape[:-1], x.shape[-1]):
+        block, y, w = (t if whole or t is None else t[index] for t in (x, target, weight))
+        block = block.to(dtype)
+        pair = total = None
+        if w is None or w.min().item() >= 0:
+            pair = values(block, y if y is None else y.to(dtype))
+        if pair is not None:
+            value, slopes = pair
+            if w is not None:
+                value.mul_(w)
+                slopes = slopes if slopes is None else slopes.mul_(w.unsqueeze(-1))
+            total = value.sum()
+        if total is None or not math.isfinite(total.item()):
+            with torch.set_grad_enabled(want_grad):
+                leaf = block.detach().requires_grad_(want_grad)
+                value = formula(leaf, y, w)
+                total = value.sum()
+            slopes = torch.autograd.grad(total, leaf)[0] if want_grad else None
+            value, total = value.detach(), total.detach()
+        if gradient is not None:
+            gradient[index] = slopes
+        found.append(value.flatten() if reduction == "none" else total)
+    if whole and want_grad:
+        same = slopes.stride() == x.stride()
+        gradient = slopes if same else torch.empty_like(x, dtype=dtype).copy_(slopes)
+    result = found[0]
+    if not whole:
+        result = torch.cat(found) if reduction == "none" else torch.stack(found).sum()
+    if reduction == "none":
+        result = result.view(x.shape[:-1])
+    count = x.numel() // x.shape[-1]
+    if weight is not None and reduction == "mean" and avg_factor is None:
+        count = (weight > 0).sum()
+    return divided(result, gradient, count, reduction, avg_factor)

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._blocks import per_row
 from ._entry import entered, reduced, without_autocast
 
 
@@ -128,3 +129,124 @@ def box_loss(
         if weight is not None:
             value = torch.where(keep, value * weight.to(pred.dtype), 0)
         return reduced(value, count, reduction, avg_factor)
+
+
+def box_loss_by_blocks(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    avg_factor,
+    params: tuple,
+    kind: str,
+    reduction: str,
+    want_grad: bool,
+):
+    """``(loss, gradient of the sum, 1 / divisor)``, block by block: the gradient written out."""
+
+    def values(*boxes):
+        p, t = (b.movedim(-1, 0).reshape(4, -1) for b in boxes)
+        found = _values_and_slopes(p, t, *params, kind, want_grad)
+        if found is None:
+            return None
+        value, slopes = found
+        rows = boxes[0].shape[:-1]
+        return value.view(rows), slopes if slopes is None else slopes.view(4, *rows).movedim(0, -1)
+
+    def formula(p, t, w):
+        return box_loss(p, t, w, None, params, kind, "none")
+
+    return per_row(values, formula, pred, target, weight, avg_factor, reduction, want_grad)
+
+
+def _values_and_slopes(p, t, eps, alpha_threshold, kind: str, want_grad: bool):
+    """Loss of each pair of boxes (4, n), and its derivatives by the corners of p, (4, n) or None.
+
+    The same as ``box_values`` of columns, where all is finite and no area below eps; else None. Few
+    operations: of small inputs, each costs a microsecond or two, whatever it computes. So both axes
+    go together, in (2, n), and boxes alike.
+    """
+    (p1, p2), (t1, t2) = p.chunk(2), t.chunk(2)
+    low1, low2 = torch.minimum(p, t).chunk(2)
+    high1, high2 = torch.maximum(p, t).chunk(2)
+    side, shared = p2 - p1, low2 - high1
+    # sides of t, p and hull, then those of a box inside each; negative where there is none
+    raw = torch.stack((t2 - t1, side, high2 - low1, shared, shared, side))
+    sides = raw.clamp(min=0)
+    outer = sides[2]
+    w, h = sides.unbind(1)
+    (_, wp, wc, wi, *_), (_, hp, hc, hi, *_) = w.unbind(), h.unbind()
+    # the areas outside that box, of equal ones exactly 0
+    beside = torch.addcmul(w[:3] * (h[:3] - h[3:]), w[:3] - w[3:], h[3:])
+    of_t, of_p, of_hull = beside.unbind()
+    union = torch.addcmul(of_t, wp, hp)
+    if not (union.min().item() >= eps and math.isfinite(raw.sum().item())):
+        return None
+    inverse = union.reciprocal()
+    iou = (wi * hi).div_(union)
+    missing = (of_p + of_t).div_(union)  # 1 - IoU
+    # derivatives by the areas of p, of the hull and of what p and t share
+    by_p, by_hull = iou * inverse, None
+    by_shared = (inverse + by_p).neg_()
+    by_side = by_outer = by_centre = None  # of the penalties
+    if kind == "iou":
+        loss = missing
+    elif kind == "iou_square":
+        loss = missing * (1 + iou)
+        by_p, by_shared = by_p * (2 * iou), by_shared * (2 * iou)
+    elif kind == "iou_log":
+        overlap = iou.clamp(min=eps)
+        near = missing < 0.5
+        loss = -torch.where(near, torch.log1p(-torch.where(near, missing, 0)), overlap.log())
+        slope = (iou >= eps) / overlap
+        by_p, by_shared = by_p * slope, by_shared * slope
+    elif kind == "giou":
+        hull = wc * hc
+        loss = (of_hull - of_t).div_(hull).add_(missing)
+        inverse = hull.reciprocal()
+        by_hull = (union / hull).mul_(inverse)
+        by_p, by_shared = by_p - inverse, by_shared + inverse
+    elif kind in ("diou", "eiou", "ciou"):
+        apart = (p - t).view(2, 2, -1).sum(0).mul_(0.5)
+        squares = outer.square()
+        inverse = squares.sum(0).reciprocal_()
+        distance = apart.square().sum(0).mul_(inverse)
+        loss = missing + distance
+        by_centre = apart.mul_(inverse)
+        by_outer = outer * distance.mul_(inverse).mul_(-2)
+    else:
+        return None  # the formula is always right
+    if kind == "eiou":
+        more = _side_difference(p1, p2, t1, t2)
+        share = more / squares.clamp(min=eps)
+        loss += (share * more).sum(0)
+        by_side = share.mul_(squares >= eps).mul_(2)  # 1 / eps is no slope
+        by_outer -= by_side.square().mul_(outer).mul_(0.5)
+    elif kind == "ciou":
+        # directions, scaled to a larger side of 1, so that products neither overflow nor vanish
+        w, h = w[:2], h[:2]
+        scale = torch.maximum(w, h).clamp_(min=1e-30)
+        (wt, wp), (ht, hp) = w / scale, h / scale
+        sine = torch.addcmul(ht * (wt - wp), wt, hp - ht)
+        angle = torch.atan2(sine, torch.addcmul(ht * hp, wt, wp))
+        v = angle.square().mul_(4 / math.pi**2)
+        alpha = (v / (missing + v).clamp_(min=eps)).mul_(iou > alpha_threshold)
+        loss.addcmul_(alpha, v)
+        norm = torch.addcmul(hp * hp, wp, wp).clamp_(min=0.5).mul_(scale[1])
+        slope = alpha.mul_(angle).div_(norm).mul_(8 / math.pi**2)
+        by_side = torch.stack((-hp, wp)).mul_(slope)
+    if not want_grad:
+        return loss, None
+    by_hull = torch.zeros_like(by_p) if by_hull is None else by_hull
+    by_sides = torch.stack((by_p, by_hull, by_shared)).unsqueeze(1) * sides[1:4].flip(1)
+    if by_side is not None:
+        by_sides[0] += by_side
+    if by_outer is not None:
+        by_sides[1] += by_outer
+    by_sides.masked_fill_(raw[1:4] < 0, 0)  # a side of exactly 0 still has a slope
+    # a corner of p belongs to what is shared, or to the hull; half to each where it is that of t
+    ends, above = by_sides[1:], (p - t).sign_().add_(1).mul_(0.5).view(2, 2, -1)
+    slopes = torch.lerp(ends, ends.flip(0), above).add_(by_sides[0])
+    slopes[0].neg_()
+    if by_centre is not None:
+        slopes += by_centre
+    return loss, slopes.view(4, -1)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
-from ._entry import entered, reduced, without_autocast
+from ._blocks import per_row
+from ._entry import (
+    entered,
+    laid_out,
+    mean_divisor,
+    reduced,
+    rows_that_count,
+    without_autocast,
+)
 
 
 def distribution_focal(
@@ -31,6 +42,33 @@ def distribution_focal(
         if weight is not None:
             value = torch.where(keep, value * weight.to(x.dtype), 0)
         return reduced(value, count, reduction, avg_factor)
+
+
+def distribution_focal_of_finite(
+    x: Tensor, target: Tensor, weight: Tensor | None, avg_factor, reduction: str
+) -> Tensor | None:
+    """The same in few operations, each of which small inputs feel; None where not all is finite."""
+    if weight is not None and not weight.min().item() >= 0:
+        return None
+    x = laid_out(x)
+    n_bins = x.shape[-1]
+    away = (target.to(x.dtype).clamp(0, n_bins - 1).unsqueeze(-1) - _bins(n_bins, x.dtype)).abs_()
+    share = away.sub_(1).clamp_(max=0)  # minus what a bin gets of the target
+    if weight is not None:
+        share *= weight.unsqueeze(-1)
+    if reduction == "mean":
+        mean = avg_factor is None
+        share /= mean_divisor(rows_that_count(x, target, weight) if mean else None, avg_factor)
+    value = share * torch.log_softmax(x, -1)
+    value = value.sum(-1) if reduction == "none" else value.sum()
+    total = value.detach()
+    total = total.sum() if reduction == "none" else total
+    return value if math.isfinite(total.item()) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _bins(n: int, dtype: torch.dtype) -> Tensor:
+    return torch.arange(n, dtype=dtype, device="cpu")
 
 
 def distillation(
@@ -68,3 +106,26 @@ def expectation(x: Tensor) -> Tensor:
         x = entered(x, masked=True)
         bins = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
         return (torch.softmax(x, -1) * bins).sum(-1)
+
+
+def expectation_of_few(x: Tensor) -> Tensor:
+    """The same in two operations: an infinite logit makes softmax NaN, too."""
+    if torch.is_autocast_enabled(x.device.type):
+        return expectation(x)
+    x = laid_out(x)
+    return torch.softmax(x, -1) @ _bins(x.shape[-1], x.dtype)
+
+
+def expectation_by_blocks(x: Tensor, want_grad: bool):
+    """The same, and its gradient."""
+
+    def values(block, _):
+        p = torch.softmax(block, -1)
+        bins = torch.arange(p.shape[-1], dtype=p.dtype, device=p.device)
+        value = (p * bins).sum(-1)
+        return value, p.mul_(bins - value.unsqueeze(-1)) if want_grad else None
+
+    def formula(x, *_):
+        return expectation(x)
+
+    return per_row(values, formula, x, None, None, None, "none", want_grad)

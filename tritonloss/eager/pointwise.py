@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonloss.eager._blocks import summed
+from tritonloss.eager._blocks import divided, summed
 
 from ._entry import (
     NO_LOSS,
     finite_or_nan,
     laid_out,
     masked_classes,
-    mean_divisor,
     reduced,
     total_of,
     upcast,
@@ -40,6 +39,9 @@ class Pointwise(NamedTuple):
     dense: Callable  # (x, y, *params): any y in [0, 1]
     # (x, out, *params): negative, its derivative written to out; x may be overwritten
     slopes: Callable | None = None
+    # (x, y, out, *params): the same of dense and of positive, None where dense is positive, too
+    dense_slopes: Callable | None = None
+    positive_slopes: Callable | None = None
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -87,14 +89,70 @@ def _focal_slopes(x, out, a0, gamma, detached=False):
 
     x is overwritten: fewer blocks fit the cache better.
     """
-    cost = softplus(x)
+    cost = x.relu()
     p = x.sigmoid_()
+    torch.sub(1, p, out=out)
+    cost -= torch.minimum(p, out).neg_().log1p_()  # softplus, and cheaper
     factor = power(p, gamma).mul_(a0)
     if detached:
         torch.mul(factor, p, out=out)
     else:
-        torch.sub(1, p, out=out).mul_(cost).mul_(gamma).add_(p).mul_(factor)
+        out.mul_(cost).mul_(gamma).add_(p).mul_(factor)
     return cost.mul_(factor)
+
+
+class _Parts(NamedTuple):
+    """What losses with any target are made of, as accurate as the functions above."""
+
+    p: Tensor
+    rest: Tensor  # 1 - p
+    negative: Tensor  # bce with 0
+    cost: Tensor  # bce with y
+    slope: Tensor  # p - y
+
+
+def _parts(x, y) -> _Parts:
+    p, rest = torch.sigmoid(x), torch.sigmoid(-x)
+    high, near = x.relu(), torch.minimum(p, rest).neg_().log1p_()
+    cost = torch.lerp(high, high - x, y).sub_(near)
+    return _Parts(p, rest, high.sub_(near), cost, torch.lerp(p, -rest, y))
+
+
+def _focal_dense_slopes(x, y, out, a1, a0, gamma, _=None):
+    p, rest, _, cost, slope = _parts(x, y)
+    q = torch.lerp(p, rest, y).clamp_(min=1e-37)
+    factor = power(q, gamma) * balance(y, a1, a0)
+    torch.mul(1 - 2 * y, p, out=out).mul_(rest).mul_(cost).mul_(gamma).div_(q)
+    out.add_(slope).mul_(factor)
+    return cost.mul_(factor)
+
+
+def _quality_dense_slopes(x, y, out, beta, *_):
+    p, rest, _, cost, slope = _parts(x, y)
+    factor = power(slope.abs(), beta)
+    divisor = torch.where(slope == 0, 1, slope)  # the factor is 0 there, or constant
+    torch.mul(p, rest, out=out).mul_(cost).mul_(beta).div_(divisor).add_(slope).mul_(factor)
+    return cost.mul_(factor)
+
+
+def _varifocal_positive_slopes(x, y, out, alpha, gamma, iou_weighted, detach):
+    _, _, _, cost, slope = _parts(x, y)
+    factor = balance(y, 1, 1 - iou_weighted)
+    torch.mul(slope, factor, out=out)
+    return cost.mul_(factor)
+
+
+def _varifocal_dense_slopes(x, y, out, alpha, gamma, iou_weighted, detach):
+    p, rest, negative, cost, slope = _parts(x, y)
+    positive = y.sign()  # a comparison costs more
+    factor = power(p, gamma).mul_(alpha).mul_(1 - positive)
+    if detach:
+        torch.mul(factor, p, out=out)
+    else:
+        torch.mul(rest, negative, out=out).mul_(gamma).add_(p).mul_(factor)
+    weight = y if iou_weighted else positive
+    out.addcmul_(slope, weight)
+    return negative.mul_(factor).addcmul_(cost, weight)
 
 
 def _smoothed_dense(x, y, a1, a0, gamma, smoothing):
@@ -120,6 +178,7 @@ FOCAL = Pointwise(
     _focal_dense,
     _focal_dense,
     lambda x, out, a1, a0, gamma, _=None: _focal_slopes(x, out, a0, gamma),
+    _focal_dense_slopes,
 )
 
 
@@ -143,6 +202,7 @@ QUALITY = Pointwise(
     _quality_dense,
     _quality_dense,
     lambda x, out, beta, *_: _focal_slopes(x, out, 1.0, beta),
+    _quality_dense_slopes,
 )
 
 
@@ -168,6 +228,8 @@ VARIFOCAL = Pointwise(
     lambda x, out, alpha, gamma, iou_weighted, detach: _focal_slopes(
         x, out, alpha, gamma, bool(detach)
     ),
+    _varifocal_dense_slopes,
+    _varifocal_positive_slopes,
 )
 
 
@@ -216,13 +278,21 @@ def asl1_radius(d: Tensor, mu) -> Tensor:
     return torch.hypot(d, torch.as_tensor(mu, dtype=d.dtype, device=d.device))
 
 
+def _asl1_slopes(x, y, out, mu, *_):
+    """NaN where the square of x - y overflows."""
+    square = torch.sub(x, y, out=out).square()
+    radius = (square + mu**2).sqrt_() if mu > 1e-15 else asl1_radius(out, mu)
+    out.div_(radius)
+    return square.div_(radius.add_(mu))
+
+
 def asl1(x, y, mu, *_):
     """sqrt(d^2 + mu^2) - mu as d^2 / (sqrt(d^2 + mu^2) + mu): nothing cancels for small d."""
     d = x - y
     return d * (d / (asl1_radius(d, mu) + mu))
 
 
-AUTHENTIC_SMOOTH_L1 = Pointwise(asl1, asl1, asl1)
+AUTHENTIC_SMOOTH_L1 = Pointwise(asl1, asl1, asl1, dense_slopes=_asl1_slopes)
 
 KINDS = {
     "asl1": AUTHENTIC_SMOOTH_L1,
@@ -278,9 +348,11 @@ def counted(x, labels, quality, dense, weight, class_weight, avg_factor, params,
 
 
 def has_blocks(x, labels, quality, dense, weight, class_weight, avg_factor, *args) -> bool:
-    """True for sums over rows, with weights per row."""
+    """True for sums over rows, with weights per row; and for values of a regression."""
+    if args[-1] == "none":
+        return args[1] == "asl1" and weight is None
     by_row = class_weight is None and (weight is None or weight.dim() < x.dim())
-    return by_row and args[-1] != "none" and x.dim() > 1
+    return by_row and x.dim() > 1
 
 
 def pointwise_by_blocks(
@@ -288,115 +360,150 @@ def pointwise_by_blocks(
     reduction, want_grad,
 ):  # fmt: skip
     """``(loss, gradient of the sum, 1 / divisor)`` of a pointwise loss with weights per row."""
-    loss = KINDS[kind]
+    x, count = x.detach(), x.numel()
+    if reduction == "none":
+        return *_values(x, dense, params, kind, want_grad), None
     weight, _ = split_weight(x, weight)
     if dense is not None:
-        count = x.numel() if weight is None else (weight > 0).sum() * x.shape[-1]
+        keep = None if weight is None else weight > 0
         total, gradient = _dense_by_blocks(x, dense, weight, params, kind, want_grad)
     else:
-        rows = label_rows(x.detach(), labels, quality, ignore_index, weight)
-        count = rows.keep.sum() * x.shape[-1]
-        # The labelled logits take the value of no loss, the rest of their rows keeps its own.
-        x_at_index = x.detach().gather(-1, rows.index).to(rows.y.dtype)
-        fill = torch.where(rows.positive.unsqueeze(-1), NO_LOSS, x_at_index)
-        fill = torch.where(rows.keep.unsqueeze(-1), fill, NO_LOSS)
-
-        every = bool(rows.keep.all())
-
-        def negatives_alone(block, index):
-            if not every:
-                block = torch.where(rows.keep[index].unsqueeze(-1), block, NO_LOSS)
-            block = block.clamp(min=NO_LOSS)  # a masked class
-            block = block.add_(block, alpha=0)  # an infinite logit gives NaN
-            return block.scatter_(-1, rows.index[index], fill[index])
-
-        def negative_values(block, index):
-            value = loss.negative(block, *params).sum(-1)
-            return value if rows.weight is None else value * rows.weight[index]
-
-        def negative_slopes(block, index, out):
-            value = loss.slopes(block, out, *params)
-            if rows.weight is None:
-                return value
-            weight = rows.weight[index].unsqueeze(-1)
-            out.mul_(weight)
-            return value.mul_(weight)
-
-        by_layer = reduction == "layers"
-        slopes = None if loss.slopes is None else negative_slopes
-        total, gradient = summed(
-            x, negatives_alone, negative_values, want_grad, slopes=slopes, by_layer=by_layer
-        )
-        places = rows.positive.nonzero(as_tuple=True)
-        y = rows.y[places]
-        there_weight = None if rows.weight is None else rows.weight[places]
-
-        def positive_values(labelled):
-            value = loss.positive(labelled, y, *params)
-            value = value if there_weight is None else value * there_weight
-            return rows.y.new_zeros(rows.y.shape).index_put(places, value) if by_layer else value
-
-        labelled = x_at_index.squeeze(-1)[places]
-        value, slope = value_and_slope(labelled, positive_values, want_grad, reduction)
-        if want_grad:  # 0 until now
-            gradient[(*places, rows.labels[places])] = slope
-        total = total + value
+        rows = label_rows(x, labels, quality, ignore_index, weight)
+        keep = rows.keep
+        total, gradient = _labelled_by_blocks(x, rows, params, kind, reduction, want_grad)
+    if keep is not None and avg_factor is None:
+        count = keep.sum() * x.shape[-1]
     return divided(total, gradient, count, reduction, avg_factor)
 
 
-def divided(total, gradient, count, reduction: str, avg_factor):
-    """``(loss, gradient of the sum, 1 / divisor)``."""
-    divisor = torch.as_tensor(
-        1 if reduction == "sum" else mean_divisor(count, avg_factor),
-        dtype=total.dtype,
-        device=total.device,
-    )
-    return total / divisor, gradient, 1 / divisor
+def _values(x, y, params, kind, want_grad):
+    """Values, and the gradient of their sum."""
+
+    def values(x):
+        return _dense(x, y, None, None, params, kind)[0]
+
+    def slopes(x, out):
+        return KINDS[kind].dense_slopes(x, y.to(x.dtype), out, *params)
+
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return values_and_slopes(x, values, want_grad, slopes)
+
+
+def _labelled_by_blocks(x, rows, params, kind, reduction, want_grad):
+    """All as negatives but the labelled logits, which take the value of no loss; then those."""
+    x_at_index = x.gather(-1, rows.index).to(rows.y.dtype)
+    fill = torch.where(rows.positive.unsqueeze(-1), NO_LOSS, x_at_index)
+    every = bool(rows.keep.all())
+    if not every:
+        fill = torch.where(rows.keep.unsqueeze(-1), fill, NO_LOSS)
+
+    def of_negatives(block, index):
+        if not every:
+            block = torch.where(rows.keep[index].unsqueeze(-1), block, NO_LOSS)
+        return block.scatter(-1, rows.index[index], fill[index])
+
+    places = rows.positive.nonzero(as_tuple=True)
+    y = rows.y[places]
+    w = None if rows.weight is None else rows.weight[places]
+    total, gradient = _negatives(x, of_negatives, rows.weight, params, kind, reduction, want_grad)
+    loss = KINDS[kind]
+    there = x_at_index.squeeze(-1)[places]
+    slopes = loss.positive_slopes or loss.dense_slopes
+
+    def positive_values(x_there):
+        return loss.positive(x_there, y, *params) * (1 if w is None else w)
+
+    of_positives = slopes and (lambda x, out: slopes(x, y, out, *params))
+    value, slope = values_and_slopes(there, positive_values, want_grad, of_positives, w)
+    if want_grad:  # 0 until now
+        gradient[(*places, rows.labels[places])] = slope
+    if reduction == "layers":
+        return total.index_add(0, places[0], value), gradient
+    return total + value.sum(), gradient
+
+
+def _negatives(x, prepare, weight, params, kind, reduction, want_grad):
+    """Sum and gradient of logits of which all are negative, or the value of no loss."""
+    loss = KINDS[kind]
+
+    def checked(block, index):
+        block = prepare(block, index).clamp(min=NO_LOSS)  # a masked class
+        return block.add_(block, alpha=0)  # an infinite logit gives NaN
+
+    def values(block, index):
+        value = loss.negative(block, *params).sum(-1)
+        return value if weight is None else value * weight[index]
+
+    def slopes(block, index, out):
+        value = loss.slopes(prepare(block, index), out, *params)
+        return _weighed(value, out, None if weight is None else weight[index])
+
+    by_layer = reduction == "layers"
+    return summed(x, checked, values, want_grad, slopes=loss.slopes and slopes, by_layer=by_layer)
+
+
+def _weighed(value, slopes, weight):
+    if weight is not None:
+        slopes.mul_(weight.unsqueeze(-1))
+        value.mul_(weight.unsqueeze(-1))
+    return value
 
 
 def _dense_by_blocks(x, y, weight, params, kind, want_grad):
     """Sum and gradient; where few targets are above 0, the rest costs what a negative does."""
     loss = KINDS[kind]
-    if kind == "asl1" or int(y.count_nonzero()) > FEW * y.numel():
+    slopes = loss.dense_slopes
+
+    def of_dense(block, index, out):
+        value = slopes(block, y[index].to(block.dtype), out, *params)
+        return _weighed(value, out, None if weight is None else weight[index])
+
+    if slopes or kind == "asl1" or int(y.count_nonzero()) > FEW * y.numel():
 
         def values(block, index):
             block_weight = None if weight is None else weight[index]
             return _dense(block, y[index], block_weight, None, params, kind)[0]
 
-        return summed(x, lambda block, _: block, values, want_grad)
+        def masked(block, index):
+            return block.clone() if kind == "asl1" else masked_classes(block, y[index] == 0)
+
+        return summed(x, masked, values, want_grad, slopes=slopes and of_dense)
 
     def negatives_alone(block, index):
         negative = y[index] == 0
         if weight is not None:
             negative &= weight[index].unsqueeze(-1) > 0
-        block = torch.where(negative & (block != -torch.inf), block, NO_LOSS)
-        return block.add_(block, alpha=0)  # an infinite logit gives NaN
+        return torch.where(negative, block, NO_LOSS)
 
-    def negative_values(block, index):
-        value = loss.negative(block, *params).sum(-1)
-        return value if weight is None else value * weight[index]
-
-    total, gradient = summed(x, negatives_alone, negative_values, want_grad)
+    total, gradient = _negatives(x, negatives_alone, weight, params, kind, "sum", want_grad)
     places = y.nonzero(as_tuple=True)
-    there_weight = None if weight is None else weight[places[:-1]]
+    w = None if weight is None else weight[places[:-1]]
+    there = x[places].to(gradient.dtype)
 
     def positive_values(x_there):
-        return _dense(x_there, y[places], None, there_weight, params, kind)[0]
+        return _dense(x_there, y[places], None, w, params, kind)[0]
 
-    there = x.detach()[places].to(gradient.dtype)
-    value, slope = value_and_slope(there, positive_values, want_grad)
+    value, slope = values_and_slopes(there, positive_values, want_grad)
     if want_grad:
         gradient[places] = slope
-    return total + value, gradient
+    return total + value.sum(), gradient
 
 
-def value_and_slope(x: Tensor, values: Callable, want_grad: bool, reduction: str = "sum"):
-    """Sum of the values at the few logits x, and its gradient; an infinite logit gives NaN."""
+def values_and_slopes(x: Tensor, values: Callable, want_grad: bool, slopes=None, weight=None):
+    """Values at a few logits x, and their derivatives; by ``slopes``, where all is finite."""
+    if slopes is not None and want_grad:
+        slope = torch.empty_like(x)
+        value = slopes(x, slope)
+        if weight is not None:
+            value.mul_(weight)
+            slope.mul_(weight)
+        if math.isfinite(value.sum().item()):
+            return value, slope
     with torch.set_grad_enabled(want_grad):
-        x = x.add(x, alpha=0).requires_grad_(want_grad)
-        total = total_of(values(x), reduction)
-    slope = torch.autograd.grad(total, x, torch.ones_like(total))[0] if want_grad else None
-    return total.detach(), slope
+        x = x.add(x, alpha=0).requires_grad_(want_grad)  # an infinite logit gives NaN
+        value = values(x)
+        slope = torch.autograd.grad(value.sum(), x)[0] if want_grad else None
+    return value.detach(), slope
 
 
 def split_weight(x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

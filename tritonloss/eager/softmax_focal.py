@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._blocks import row_blocks
-from ._entry import entered, finite_or_nan, reduced, without_autocast, without_infinity
-from .pointwise import FOCAL, divided, value_and_slope
+from ._blocks import divided, row_blocks
+from ._entry import (
+    entered,
+    finite_or_nan,
+    reduced,
+    total_of,
+    without_autocast,
+    without_infinity,
+)
+from .pointwise import FOCAL, values_and_slopes
 
 # Stands in for the labelled logit among the others: far below every allowed logit.
 NO_LOGIT = -1e38
@@ -61,7 +68,7 @@ def counted(x, labels, weight, alpha, avg_factor, params, ignore_index, reductio
 
 
 def has_blocks(x, labels, weight, alpha, avg_factor, params, ignore_index, reduction) -> bool:
-    return reduction != "none"
+    return reduction != "none" and x.shape[-1] > 1  # of one class, others have no logit
 
 
 def softmax_focal_by_blocks(
@@ -97,7 +104,7 @@ def softmax_focal_by_blocks(
         value = FOCAL.negative(-d.squeeze(-1), 1.0, 1.0, *params) * factor
         return torch.where(keep, value, 0)
 
-    total, slope = value_and_slope(log_label - others.log(), values, want_grad, reduction)
+    value, slope = values_and_slopes(log_label - others.log(), values, want_grad)
     if want_grad:
         gradient.mul_(slope / -others).scatter_(-1, index, slope)
-    return divided(total, gradient, keep.sum(), reduction, avg_factor)
+    return divided(total_of(value, reduction), gradient, keep.sum(), reduction, avg_factor)

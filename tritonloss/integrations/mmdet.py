@@ -65,13 +65,17 @@ def _reduced(module, loss, override, avg_factor, weight, count: int, columns: bo
     if reduction == "none":
         value = loss(reduction="none", weight=weight)
         value = value.sum(-1) if columns else value
-    else:
-        if avg_factor is not None and reduction == "sum":
+    elif reduction == "sum":
+        if avg_factor is not None:
             raise ValueError('avg_factor can not be used with reduction="sum"')
         value = loss(reduction="sum", weight=weight)
-        if reduction == "mean":
-            value = value / (max(count, 1) if avg_factor is None else avg_factor + EPS)
-    return module.loss_weight * value
+    else:
+        divisor = max(count, 1) if avg_factor is None else avg_factor + EPS
+        if isinstance(divisor, Tensor) or divisor <= 0:  # of any shape, of any sign
+            value = loss(reduction="sum", weight=weight) / divisor
+        else:
+            value = loss(reduction="mean", weight=weight, avg_factor=divisor)
+    return value if module.loss_weight == 1 else module.loss_weight * value
 
 
 def _rows_or_logits(weight: Tensor | None, pred: Tensor) -> Tensor | None:

@@ -75,16 +75,16 @@ def _wanted(name: str, targets, indices) -> Tensor:
     return torch.cat([t[name][objects] for t, (_, objects) in zip(targets, indices, strict=True)])
 
 
-def _labels(logits: Tensor, targets, indices) -> Tensor:
+def _labels(logits: Tensor, targets, indices, at=None) -> Tensor:
     """(B, Q) the class of each query, C where there is none."""
     labels = torch.full(logits.shape[:2], logits.shape[2], device=logits.device)
-    labels[_at(indices)] = _wanted("class_labels", targets, indices)
+    labels[at or _at(indices)] = _wanted("class_labels", targets, indices)
     return labels
 
 
-def _pairs(outputs, targets, indices) -> tuple[Tensor, Tensor]:
+def _pairs(outputs, targets, indices, at=None) -> tuple[Tensor, Tensor]:
     """Boxes of the pairs, cxcywh, at least float32."""
-    boxes = outputs["pred_boxes"][_at(indices)]
+    boxes = outputs["pred_boxes"][at or _at(indices)]
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     return boxes, _wanted("boxes", targets, indices).to(boxes.dtype)
 
@@ -100,11 +100,12 @@ def _loss_boxes(self, outputs, targets, indices, num_boxes):
 
 def _of_quality(outputs, targets, indices) -> tuple[Tensor, Tensor]:
     """(B, Q) class of each query, and the IoU of its box with that of its object."""
-    boxes, wanted = _pairs(outputs, targets, indices)
+    at = _at(indices)
+    boxes, wanted = _pairs(outputs, targets, indices, at)
     overlap = iou(_corners(boxes.detach(), "cxcywh"), _corners(wanted, "cxcywh"))
     quality = overlap.new_zeros(outputs["logits"].shape[:2])
-    quality[_at(indices)] = overlap
-    return _labels(outputs["logits"], targets, indices), quality
+    quality[at] = overlap
+    return _labels(outputs["logits"], targets, indices, at), quality
 
 
 def _loss_labels_vfl(self, outputs, targets, indices, num_boxes, log=True):
@@ -135,9 +136,11 @@ def _fine_grained(
     self, pred, label, weight_right, weight_left, weight=None, reduction="sum", avg_factor=None
 ):
     # the bins are not uniform, but what lies between two of them is divided as a distance would be
-    target = label.floor() + weight_right.reshape(-1)
-    if avg_factor is not None or reduction == "mean":
-        divisor = len(pred) if avg_factor is None else avg_factor
+    target = label.floor().add_(weight_right.reshape(-1))
+    divisor = len(pred) if avg_factor is None and reduction == "mean" else avg_factor
+    if isinstance(divisor, (int, float)) and divisor > 0:
+        return distribution_focal_loss(pred, target, weight=weight, avg_factor=divisor)
+    if divisor is not None:
         return distribution_focal_loss(pred, target, weight=weight, reduction="sum") / divisor
     return distribution_focal_loss(pred, target, weight=weight, reduction=reduction)
 
@@ -149,7 +152,7 @@ def _loss_local(original):
         if "pred_corners" not in outputs:
             return {}
         bins, at = self.max_num_bins + 1, _at(indices)
-        boxes, wanted = _pairs(outputs, targets, indices)
+        boxes, wanted = _pairs(outputs, targets, indices, at)
         wanted = _corners(wanted, "cxcywh")
         overlap = iou(_corners(boxes.detach(), "cxcywh"), wanted)
         student, teacher = outputs["pred_corners"], outputs["teacher_corners"].detach()

@@ -11,6 +11,7 @@ from tritonloss._dispatch import launchers
 from tritonloss._levels import Levels, class_back, is_levels, parsed, parsed_one
 from tritonloss._loss import Loss, OverLevels
 from tritonloss._targets import parse_row_weight
+from tritonloss.eager import _blocks
 from tritonloss.eager import distribution as eager
 from tritonloss.eager._entry import rows_that_count
 
@@ -20,6 +21,7 @@ _loss = Loss(
     kernels.forward,
     kernels.backward,
     kernels.takes,
+    of_finite=eager.distribution_focal_of_finite,
     levels=OverLevels(3, 3, rows_that_count, kernels.forward_levels),
 )
 _distillation = Loss(
@@ -30,12 +32,20 @@ _distillation = Loss(
     levels=OverLevels(3, 3, rows_that_count, kernels.distillation_levels),
 )
 _expectation = Loss(
-    eager.expectation, kernels.expectation, kernels.expectation_backward, kernels.takes
+    eager.expectation,
+    kernels.expectation,
+    kernels.expectation_backward,
+    kernels.takes,
+    of_finite=eager.expectation_of_few,
+    by_blocks=eager.expectation_by_blocks,
+    has_blocks=_blocks.many,
 )
 
 
 def _check_target(logits, target, weight) -> None:
     last = logits.shape[-1] - 1
+    if check.all_lie_in(target, 0, last):
+        return
     inside = (target >= 0) & (target <= last)
     if weight is not None:
         inside = inside | ~(weight > 0)

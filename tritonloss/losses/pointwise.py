@@ -26,7 +26,8 @@ _loss = Loss(
     kernels.forward,
     kernels.backward,
     kernels.takes,
-    by_blocks=(eager.pointwise_by_blocks, eager.has_blocks),
+    by_blocks=eager.pointwise_by_blocks,
+    has_blocks=eager.has_blocks,
     levels=OverLevels(5, 6, eager.counted, kernels.forward_levels),
 )
 

@@ -17,7 +17,8 @@ _loss = Loss(
     kernels.forward,
     kernels.backward,
     kernels.takes,
-    by_blocks=(eager.softmax_focal_by_blocks, eager.has_blocks),
+    by_blocks=eager.softmax_focal_by_blocks,
+    has_blocks=eager.has_blocks,
     levels=OverLevels(3, 4, eager.counted, kernels.forward_levels),
 )
 
