@@ -121,13 +121,12 @@ def region_weights(count, state, params, bias_correction: bool, normalize: str, 
     """
     _, keep, take, log_keep = params
     filled = count > 0
-    seen, updates = torch.zeros((2, *count.shape), dtype=dtype, device=count.device).unbind()
-    dtypes = (torch.float32,) * 2
+    seen, updates, dtypes = take * count.to(dtype), filled.to(dtype), (torch.float32,) * 2
     if state[0] is not None:
         dtypes = (state[0].dtype, state[1].dtype)
-        seen, updates = state[0].to(dtype), state[1].to(dtype)
-    seen = torch.where(filled, keep * seen + take * count.to(dtype), seen)
-    updates = updates + filled
+        before = state[0].to(dtype)
+        seen = torch.where(filled, keep * before + seen, before)
+        updates = state[1].to(dtype) + filled
     amount = seen
     if bias_correction:
         # 1 - m^t, without cancellation for m near 1

@@ -392,7 +392,7 @@ def _values(x, y, params, kind, want_grad):
 def _labelled_by_blocks(x, rows, params, kind, reduction, want_grad):
     """All as negatives but the labelled logits, which take the value of no loss; then those."""
     x_at_index = x.gather(-1, rows.index).to(rows.y.dtype)
-    fill = torch.where(rows.positive.unsqueeze(-1), NO_LOSS, x_at_index)
+    fill = torch.where(rows.positive.unsqueeze(-1), NO_LOSS, x_at_index.clamp(min=NO_LOSS))
     every = bool(rows.keep.all())
     if not every:
         fill = torch.where(rows.keep.unsqueeze(-1), fill, NO_LOSS)
@@ -400,7 +400,9 @@ def _labelled_by_blocks(x, rows, params, kind, reduction, want_grad):
     def of_negatives(block, index):
         if not every:
             block = torch.where(rows.keep[index].unsqueeze(-1), block, NO_LOSS)
-        return block.scatter(-1, rows.index[index], fill[index])
+        # no out-of-place scatter: it would copy a channels-first block into rows
+        block = block.clamp(min=NO_LOSS)  # a masked class
+        return block.scatter_(-1, rows.index[index], fill[index])
 
     places = rows.positive.nonzero(as_tuple=True)
     y = rows.y[places]
@@ -427,7 +429,7 @@ def _negatives(x, prepare, weight, params, kind, reduction, want_grad):
     loss = KINDS[kind]
 
     def checked(block, index):
-        block = prepare(block, index).clamp(min=NO_LOSS)  # a masked class
+        block = prepare(block, index)
         return block.add_(block, alpha=0)  # an infinite logit gives NaN
 
     def values(block, index):
@@ -473,7 +475,7 @@ def _dense_by_blocks(x, y, weight, params, kind, want_grad):
         negative = y[index] == 0
         if weight is not None:
             negative &= weight[index].unsqueeze(-1) > 0
-        return torch.where(negative, block, NO_LOSS)
+        return torch.where(negative & (block != -torch.inf), block, NO_LOSS)
 
     total, gradient = _negatives(x, negatives_alone, weight, params, kind, "sum", want_grad)
     places = y.nonzero(as_tuple=True)
