@@ -40,6 +40,11 @@ FINISH = Config(block=1024, num_warps=4)
 # thread's registers to the end of a block.
 PAIRS = Config(block=32, num_warps=8)
 PAIRS_ACROSS = 64
+# Positives i, one a lane, and sorted blocks that they are searched in at once, one a warp.
+MERGE = Config(block=32, num_warps=8)
+MERGE_ACROSS = 8
+# Blocks whose sums Rank & Sort looks up at once: two a thread.
+PAIRED_ACROSS = 8
 # One program scans a list: four float64 entries a thread, of which it holds a dozen at once.
 SCANS = Config(block=1024, num_warps=8)
 # Logits of a ranking pass: eight a thread, for each costs a dozen registers of search state.

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ._logits import offsets, targets_and_mask
+from ._ranking_pairs import violators
 from ._ranking_scratch import (
     COUNT,
     LEVEL,
@@ -375,16 +376,44 @@ def collect_kernel(
     knot_ptr,  # [7, 2 capacity] out: COUNT, OFFSET
     total_ptr,  # [2, 2 capacity] int64 out instead, for other processes to add to; or None
     lookup_ptr,
+    positive_ptr,  # PAIRS: as `violators` takes them
+    place_ptr,
+    value_ptr,
+    sum_ptr,
     counter_ptr,
+    delta_ptr,
     # shapes
     capacity,
+    collectors,
+    # scalars
+    delta,
     # constants
+    PAIRS: tl.constexpr,
+    ACROSS: tl.constexpr,
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """1-D grid over blocks of segments; adds the copies, COPIES at a time."""
+    """1-D grid: ``collectors`` programs over blocks of segments add the copies, COPIES at a time;
+    the others look for ``violators``."""
     capacity = wide(capacity)
     n_pos = count_positives(counter_ptr, capacity)
+    if PAIRS:  # noqa: SIM102 (decided when compiled)
+        if tl.program_id(0) >= collectors:
+            half, per_unit = load_delta(delta_ptr, delta)
+            violators(
+                positive_ptr,
+                place_ptr,
+                value_ptr,
+                sum_ptr,
+                capacity,
+                n_pos,
+                half,
+                per_unit,
+                tl.program_id(0) - collectors,
+                tl.num_programs(0) - collectors,
+                ACROSS,
+            )
+            return
     _, _, plan_ptr = lookup_tables(lookup_ptr, capacity)
     copies, fraction, shift = load_plan(plan_ptr)
     each = words_of(n_pos, shift)
@@ -419,7 +448,7 @@ def collect_kernel(
             row = knot_ptr + k
             tl.store(row + COUNT * 2 * capacity, count.to(tl.float32), mask=mask)
             tl.store(row + OFFSET * 2 * capacity, offset, mask=mask)
-        first += tl.num_programs(0) * BLOCK
+        first += collectors * BLOCK
 
 
 @triton.jit(do_not_specialize=["item_start"])

@@ -2,25 +2,21 @@
 
 With ``H`` the step of half-width delta, ``s`` scores, ``y`` qualities, ``e`` localisation errors:
 
-* ``order``  sorts the positives by (list, score, value), by counting how many precede each.
-* ``pairs``  places the 2P knots s_i - delta, s_i + delta by searches among the sorted scores; for
-  Rank & Sort also the sums over the positives j above i, split into those of lower quality (the
-  violators) and the others.
 * ``settle`` a program a list, which scans: the negatives above each knot and from them
   FP_i = sum_j H(s_j - s_i); ranks, precisions, the weight w_i of i's negatives; and at each knot
   value and slope of the negatives' gradient, sum_i w_i H(s - s_i). Beside them the other programs
   ``spread`` Rank & Sort's sorting gradient: what a positive receives as violator of others.
 * ``means``  over the lists, where there are several.
 
-Only ``order``, ``pairs`` and ``spread`` walk over pairs, and the latter two skip what lies outside
-every window on its side. Sums are of positive terms, or over what is above in the list, so that
-small ranks keep their digits; in a fixed order. Grids are fixed; a program loops to the P that it
-reads.
+Sums are of positive terms, or over what is above in the list, so that small ranks keep their
+digits; in a fixed order. Grids are fixed; a program loops to the P that it reads. What comes
+before, and ``spread``: `_ranking_pairs`.
 """
 
 import triton
 import triton.language as tl
 
+from ._ranking_pairs import spread
 from ._ranking_scratch import (
     AHEAD,
     AHEAD_DISTANCE,
@@ -28,9 +24,7 @@ from ._ranking_scratch import (
     DISTANCE,
     FIRST,
     HIGH,
-    KEY,
     LEVEL,
-    LIST,
     LOW,
     LOWER,
     MISS,
@@ -62,284 +56,8 @@ ALRP_EPS = tl.constexpr(1e-5)
 
 
 @triton.jit
-def step(difference, delta, per_unit):
-    """H of a difference of logits."""
-    smooth = tl.minimum(tl.maximum(difference * per_unit + 0.5, 0.0), 1.0)
-    return tl.where(delta > 0, smooth, tl.where(difference >= 0, 1.0, 0.0))
-
-
-@triton.jit
-def next_above(x):
-    """The next larger float32 of a number that is not 0."""
-    bits = x.to(tl.int32, bitcast=True)
-    return (bits + tl.where(bits >= 0, 1, -1)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def smaller(a, b):
     return tl.minimum(a, b)
-
-
-@triton.jit
-def order_kernel(
-    # pointers
-    raw_ptr,  # [2, capacity]
-    raw_list_ptr,
-    raw_item_ptr,
-    positive_ptr,  # table of positives out: SCORE, VALUE
-    place_ptr,  # table of places out: LIST
-    item_ptr,  # [capacity] int64 out
-    counter_ptr,
-    # shapes
-    capacity,
-    # constants
-    HAS_GROUP: tl.constexpr,
-    TILE: tl.constexpr,
-    ACROSS: tl.constexpr,
-):
-    """1-D grid; a program takes blocks of TILE positives and counts what precedes each."""
-    capacity = wide(capacity)
-    n_pos = count_positives(counter_ptr, capacity)
-    first = tl.program_id(0) * TILE
-    while first < n_pos:
-        i = first + tl.arange(0, TILE)
-        mask = i < n_pos
-        s_i = tl.load(raw_ptr + i, mask=mask, other=0.0)
-        v_i = tl.load(raw_ptr + capacity + i, mask=mask, other=0.0)
-        g_i = tl.load(raw_list_ptr + i, mask=mask, other=0)
-        k_i = tl.load(raw_item_ptr + i, mask=mask, other=0)
-        # summed over j at the end: no shuffles in the loop
-        before = tl.zeros([ACROSS, TILE], tl.int32)
-        other = tl.cast(0, tl.int32)
-        while other < n_pos:
-            j = other + tl.arange(0, ACROSS)
-            there = j < n_pos
-            s_j = tl.load(raw_ptr + j, mask=there, other=float("inf"))[:, None]
-            v_j = tl.load(raw_ptr + capacity + j, mask=there, other=0.0)[:, None]
-            k_j = tl.load(raw_item_ptr + j, mask=there, other=0)[:, None]
-            less = (v_j < v_i[None, :]) | (v_j == v_i[None, :]) & (k_j < k_i[None, :])
-            less = (s_j < s_i[None, :]) | (s_j == s_i[None, :]) & less
-            if HAS_GROUP:
-                g_j = tl.load(raw_list_ptr + j, mask=there, other=2**31 - 1)[:, None]
-                less = (g_j < g_i[None, :]) | (g_j == g_i[None, :]) & less
-            before += less.to(tl.int32)
-            other += ACROSS
-        place = tl.sum(before, 0)
-        tl.store(positive_ptr + SCORE * capacity + place, s_i, mask=mask)
-        tl.store(positive_ptr + VALUE * capacity + place, v_i, mask=mask)
-        tl.store(place_ptr + LIST * capacity + place, g_i, mask=mask)
-        tl.store(item_ptr + place, k_i, mask=mask)
-        first += tl.num_programs(0) * TILE
-
-
-@triton.jit
-def count_below(sorted_ptr, x, bound, size, n_pos, CLOSED: tl.constexpr):
-    """How many of the ``size`` ascending entries from ``sorted_ptr`` on exceed x by less than
-    ``bound`` (CLOSED: or by as much)."""
-    jump = tl.cast(1, tl.int32)
-    while jump < n_pos:
-        jump *= 2
-    below = tl.zeros(x.shape, tl.int32)
-    while jump > 0:
-        candidate = tl.minimum(below + jump, size)
-        entry = tl.load(sorted_ptr + candidate - 1, mask=candidate > 0, other=0)
-        if CLOSED:
-            below = tl.where((candidate > 0) & (entry - x <= bound), candidate, below)
-        else:
-            below = tl.where((candidate > 0) & (entry - x < bound), candidate, below)
-        jump = jump // 2
-    return below
-
-
-@triton.jit
-def pairs_kernel(
-    # pointers
-    positive_ptr,  # table of positives out, rank_sort: RANK_PLUS, FIRST, SECOND
-    place_ptr,  # table of places out
-    knot_ptr,  # table of knots out: KEY, HIGH, LOW
-    list_ptr,  # [2, num_groups] int32 out: start and size
-    counter_ptr,
-    delta_ptr,
-    # shapes
-    capacity,
-    num_groups,
-    # scalars
-    delta,
-    # constants
-    HAS_GROUP: tl.constexpr,
-    LOSS: tl.constexpr,
-    TILE: tl.constexpr,
-    ACROSS: tl.constexpr,
-):
-    """1-D grid over blocks of positives i.
-
-    rank_sort, sums over j of i's list: RANK_PLUS, FIRST the sorting error, SECOND its share per
-    violator.
-    """
-    capacity = wide(capacity)
-    delta, per_unit = load_delta(delta_ptr, delta)
-    n_pos = count_positives(counter_ptr, capacity)
-    first = tl.program_id(0) * TILE
-    while first < n_pos:
-        i = first + tl.arange(0, TILE)
-        mask = i < n_pos
-        s_i = tl.load(positive_ptr + SCORE * capacity + i, mask=mask, other=0.0)
-        g_i = tl.load(place_ptr + LIST * capacity + i, mask=mask, other=0)
-        start = tl.zeros([TILE], tl.int32)
-        size = tl.where(mask, n_pos, 0)
-        if HAS_GROUP:
-            lists = place_ptr + LIST * capacity + start
-            start = count_below(lists, g_i, 0, size, n_pos, False)
-            size = count_below(lists, g_i, 0, size, n_pos, True) - start
-        scores = positive_ptr + SCORE * capacity + start
-        # Windows that end below i's, and that begin before i's ends; knot i comes after i knots of
-        # its own kind.
-        ended = count_below(scores, s_i, -2.0 * delta, size, n_pos, False)
-        begun = count_below(scores, s_i, 2.0 * delta, size, n_pos, True)
-        lower = start + i + ended
-        upper = start + i + begun
-        places = place_ptr + i
-        tl.store(places + LOWER * capacity, lower, mask=mask)
-        tl.store(places + UPPER * capacity, upper, mask=mask)
-        tl.store(places + START * capacity, start, mask=mask)
-        tl.store(places + SIZE * capacity, size, mask=mask)
-        leads = mask & (start == i)
-        tl.store(list_ptr + g_i, start, mask=leads)
-        tl.store(list_ptr + num_groups + g_i, size, mask=leads)
-        store_knot(knot_ptr, capacity, lower, s_i, -delta, mask)
-        store_knot(knot_ptr, capacity, upper, s_i, delta, mask)
-        if LOSS != "rank_sort":
-            window = start + count_below(scores, s_i, -delta, size, n_pos, False)
-            tl.store(places + WINDOW_START * capacity, window, mask=mask)
-            window = start + count_below(scores, s_i, delta, size, n_pos, False)
-            tl.store(places + WINDOW_END * capacity, window, mask=mask)
-            tied = start + count_below(scores, s_i, 0.0, size, n_pos, True)
-            tl.store(places + TIED * capacity, tied, mask=mask)
-        else:
-            v_i = tl.load(positive_ptr + VALUE * capacity + i, mask=mask, other=0.0)
-            end = tl.max(start + size, 0)
-            other = tl.min(tl.where(mask, start + ended, n_pos), 0)
-            rank, wrong, deficit, surplus = violators(
-                positive_ptr,
-                capacity,
-                s_i,
-                v_i,
-                start,
-                size,
-                other,
-                end,
-                delta,
-                per_unit,
-                HAS_GROUP,
-                TILE,
-                ACROSS,
-            )
-            # current - target sorting error, from qualities relative to v_i: nothing cancels
-            right = tl.where(mask, rank - wrong, 1.0)
-            error = (deficit + wrong * (surplus / right)) / tl.where(mask, rank, 1.0)
-            error = tl.where(wrong > 0, error, 0.0)
-            share = error / tl.where(wrong > 0, wrong, 1.0)
-            row = positive_ptr + i
-            tl.store(row + RANK_PLUS * capacity, rank.to(tl.float32), mask=mask)
-            tl.store(row + FIRST * capacity, error.to(tl.float32), mask=mask)
-            tl.store(row + SECOND * capacity, share.to(tl.float32), mask=mask)
-        first += tl.num_programs(0) * TILE
-
-
-@triton.jit
-def violators(
-    positive_ptr, capacity, s_i, v_i, start, size, other, end, delta, per_unit,
-    HAS_GROUP: tl.constexpr, TILE: tl.constexpr, ACROSS: tl.constexpr,
-):  # fmt: skip
-    """Over the positives j from ``other`` to ``end``: sums of H_ij, of those with y_j < y_i, and of
-    H_ij |y_j - y_i| on either side of y_i; float64."""
-    rank = tl.zeros([TILE], tl.float64)
-    wrong = tl.zeros([TILE], tl.float64)
-    deficit = tl.zeros([TILE], tl.float64)
-    surplus = tl.zeros([TILE], tl.float64)
-    while other < end:
-        # float32 over 16 tiles, each sum an element's own: neither shuffles nor float64 for a pair
-        pause = tl.minimum(other + 16 * ACROSS, end)
-        rank_part = tl.zeros([ACROSS, TILE], tl.float32)
-        wrong_part = tl.zeros([ACROSS, TILE], tl.float32)
-        deficit_part = tl.zeros([ACROSS, TILE], tl.float32)
-        surplus_part = tl.zeros([ACROSS, TILE], tl.float32)
-        while other < pause:
-            j = other + tl.arange(0, ACROSS)
-            there = j < end
-            row = positive_ptr + j
-            s_j = tl.load(row + SCORE * capacity, mask=there, other=-float("inf"))[:, None]
-            v_j = tl.load(row + VALUE * capacity, mask=there, other=0.0)[:, None]
-            above = step(s_j - s_i[None, :], delta, per_unit)
-            if HAS_GROUP:
-                in_list = j[:, None] - start[None, :]
-                above = tl.where((in_list >= 0) & (in_list < size[None, :]), above, 0.0)
-            better = above * (v_j - v_i[None, :])
-            rank_part += above
-            wrong_part += tl.where(v_j < v_i[None, :], above, 0.0)
-            deficit_part += tl.maximum(-better, 0.0)
-            surplus_part += tl.maximum(better, 0.0)
-            other += ACROSS
-        rank += tl.sum(rank_part, 0).to(tl.float64)
-        wrong += tl.sum(wrong_part, 0).to(tl.float64)
-        deficit += tl.sum(deficit_part, 0).to(tl.float64)
-        surplus += tl.sum(surplus_part, 0).to(tl.float64)
-    return rank, wrong, deficit, surplus
-
-
-@triton.jit
-def store_knot(knot_ptr, capacity, place, score, shift, mask):
-    """score + shift as the unevaluated sum HIGH + LOW, and the KEY: x >= KEY iff x >= knot."""
-    high = score + shift
-    back = high - score
-    low = (score - (high - back)) + (shift - back)
-    key = tl.where(low > 0, next_above(high), high)
-    tl.store(knot_ptr + KEY * 2 * capacity + place, key, mask=mask)
-    tl.store(knot_ptr + HIGH * 2 * capacity + place, high, mask=mask)
-    tl.store(knot_ptr + LOW * 2 * capacity + place, low, mask=mask)
-
-
-@triton.jit
-def spread(
-    positive_ptr, place_ptr, capacity, n_pos, delta, per_unit, program, programs,
-    HAS_GROUP: tl.constexpr, TILE: tl.constexpr, ACROSS: tl.constexpr,
-):  # fmt: skip
-    """The sorting gradient, OTHER: i receives a share from each j of its list whose order it
-    violates."""
-    first = program * TILE
-    while first < n_pos:
-        i = first + tl.arange(0, TILE)
-        mask = i < n_pos
-        s_i = tl.load(positive_ptr + SCORE * capacity + i, mask=mask, other=0.0)
-        v_i = tl.load(positive_ptr + VALUE * capacity + i, mask=mask, other=0.0)
-        start = tl.load(place_ptr + START * capacity + i, mask=mask, other=n_pos)
-        size = tl.load(place_ptr + SIZE * capacity + i, mask=mask, other=1)
-        upper = tl.load(place_ptr + UPPER * capacity + i, mask=mask, other=0)
-        received = tl.zeros([TILE], tl.float64)
-        other = tl.min(start, 0)
-        end = tl.max(tl.where(mask, upper - i, 0), 0)  # from here on all windows begin above i
-        while other < end:
-            pause = tl.minimum(other + 16 * ACROSS, end)
-            part = tl.zeros([ACROSS, TILE], tl.float32)
-            while other < pause:
-                j = other + tl.arange(0, ACROSS)
-                there = j < end
-                row = positive_ptr + j
-                s_j = tl.load(row + SCORE * capacity, mask=there, other=float("inf"))[:, None]
-                v_j = tl.load(row + VALUE * capacity, mask=there, other=0.0)[:, None]
-                share = tl.load(row + SECOND * capacity, mask=there, other=0.0)[:, None]
-                violates = v_i[None, :] < v_j
-                if HAS_GROUP:
-                    in_list = j[:, None] - start[None, :]
-                    violates = violates & (in_list >= 0) & (in_list < size[None, :])
-                share = tl.where(violates, share, 0.0)
-                part += step(s_i[None, :] - s_j, delta, per_unit) * share
-                other += ACROSS
-            received += tl.sum(part, 0).to(tl.float64)
-        error = tl.load(positive_ptr + FIRST * capacity + i, mask=mask, other=0.0)
-        received = (received - error) / size.to(tl.float32)
-        tl.store(positive_ptr + OTHER * capacity + i, received.to(tl.float32), mask=mask)
-        first += programs * TILE
 
 
 @triton.jit
@@ -365,6 +83,7 @@ def settle_kernel(
     # rank_sort: OTHER
     place_ptr,
     knot_ptr,  # table of knots out: LEVEL, SLOPE
+    value_ptr,  # rank_sort: qualities, sorted in blocks
     sum_ptr,  # table of float64 sums, scratch
     list_ptr,
     counter_ptr,
@@ -383,7 +102,6 @@ def settle_kernel(
     LOSS: tl.constexpr,
     INTERPOLATED: tl.constexpr,
     TILE: tl.constexpr,
-    PAIR_TILE: tl.constexpr,
     ACROSS: tl.constexpr,
 ):
     """1-D grid: ``scanners`` programs over lists, the others over blocks of positives to spread.
@@ -400,14 +118,14 @@ def settle_kernel(
             spread(
                 positive_ptr,
                 place_ptr,
+                value_ptr,
+                sum_ptr,
                 capacity,
                 n_pos,
                 delta,
                 per_unit,
                 group - scanners,
                 tl.num_programs(0) - scanners,
-                HAS_GROUP,
-                PAIR_TILE,
                 ACROSS,
             )
             group = num_groups

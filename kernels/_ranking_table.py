@@ -12,7 +12,8 @@ the distance in fixed point below, with as many fraction bits as a copy's logits
 import triton
 import triton.language as tl
 
-from ._ranking_scratch import HIGH, LOW, count_positives, wide
+from ._ranking_pairs import windows
+from ._ranking_scratch import HIGH, LOW, count_positives, load_delta, wide
 
 # Cells of the table: eight a knot, of which most hold none; the largest table fits an L1 cache.
 LEAST_CELLS = tl.constexpr(256)
@@ -138,27 +139,53 @@ def prepare_kernel(
     knot_ptr,  # [7, 2 capacity]: KEY, HIGH, LOW
     lookup_ptr,  # int64 out, see ``lookup_words``
     histogram_ptr,  # [n_words] int64 out: zeros where the histogram is
+    positive_ptr,
+    place_ptr,  # table of places out: see ``windows``
+    value_ptr,
+    sum_ptr,
     counter_ptr,
+    delta_ptr,
     # shapes
     n,
     n_words,
     capacity,
     programs,  # of the pass over the logits
+    cell_programs,
     # scalars
     fraction,
+    delta,
     # constants
     PACK: tl.constexpr,
     TABLE: tl.constexpr,
     TILE: tl.constexpr,  # of the pass over the logits
+    PAIRS: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):
-    """1-D grid of at least CELL_BLOCKS programs: all that the pass over the logits needs."""
+    """1-D grid: ``cell_programs``, at least CELL_BLOCKS, make all that the pass over the logits
+    needs; the others ``windows``."""
     capacity = wide(capacity)
     pid = tl.program_id(0)
+    if pid >= cell_programs:
+        half, _ = load_delta(delta_ptr, delta)
+        windows(
+            positive_ptr,
+            place_ptr,
+            value_ptr,
+            sum_ptr,
+            capacity,
+            count_positives(counter_ptr, capacity),
+            half,
+            pid - cell_programs,
+            tl.num_programs(0) - cell_programs,
+            PAIRS,
+            ACROSS,
+        )
+        return
     BLOCK: tl.constexpr = MOST_CELLS // CELL_BLOCKS
     lanes = tl.arange(0, BLOCK)
     n_pos = count_positives(counter_ptr, capacity)
     table_ptr, most_ptr, plan_ptr = lookup_tables(lookup_ptr, capacity)
-    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    step = tl.cast(cell_programs, tl.int64) * BLOCK
     copies, fraction, shift = histogram_plan(n, n_pos, n_words, programs, fraction, PACK, TILE)
     if pid == 0:
         tl.store(plan_ptr, copies)

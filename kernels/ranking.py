@@ -1,10 +1,12 @@
 """Launches of the ranking losses: exact, without positive-negative pairs, without a host sync.
 
-Forward: ``compact`` finds the positives, ``order`` sorts them, ``pairs`` places the knots and
-compares them, ``prepare``, ``negatives`` and ``collect`` count the negatives between knots,
-``settle`` makes ranks, gradients and values of it, ``means`` averages them over lists.
+Forward: ``compact`` finds the positives, ``order`` and ``merge`` sort them and place the knots,
+``prepare``, ``negatives`` and ``collect`` count the negatives between knots, ``settle`` makes
+ranks, gradients and values of it, ``means`` averages them over lists. In the launches of
+``prepare``, ``collect`` and ``settle`` programs of their own do what only positives need.
 Backward: ``negatives`` reads the logits once and writes their gradient, ``scatter`` adds the
-positives'. The passes: `_ranking_logits`, `_ranking_positives`; their tables: `_ranking_scratch`.
+positives'. The passes: `_ranking_logits`, `_ranking_pairs`, `_ranking_positives`; their tables:
+`_ranking_scratch`.
 """
 
 from __future__ import annotations
@@ -18,17 +20,23 @@ from torch import Tensor
 
 from tritonloss._op import launcher, wrap_triton
 
-from ._config import COLLECT, COLLECT_COPIES, PAIRS, PAIRS_ACROSS, RANKING, SCANS
+from ._config import (
+    COLLECT,
+    COLLECT_COPIES,
+    MERGE,
+    MERGE_ACROSS,
+    PAIRED_ACROSS,
+    PAIRS,
+    PAIRS_ACROSS,
+    RANKING,
+    SCANS,
+)
 from ._finish import at
 from ._logits import walk_over, walkable
 from ._numbers import scalar_args
 from ._ranking_logits import collect_kernel, compact_kernel, negatives_kernel, scatter_kernel
-from ._ranking_positives import (
-    means_kernel,
-    order_kernel,
-    pairs_kernel,
-    settle_kernel,
-)
+from ._ranking_pairs import PAIRED, merge_kernel, order_kernel
+from ._ranking_positives import means_kernel, settle_kernel
 from ._ranking_scratch import (
     COUNT,
     FIRST,
@@ -293,28 +301,37 @@ def launch(
 
     pointer, (number,) = scalar_args(delta, 1)
     grid = (min(triton.cdiv(capacity, PAIRS.block), MAX_PROGRAMS),)
-    tile = {"HAS_GROUP": has_group, "TILE": PAIRS.block, "ACROSS": PAIRS_ACROSS,
-            "num_warps": PAIRS.num_warps}  # fmt: skip
+    blocks = torch.empty_like(raw), torch.empty_like(raw_list), torch.empty_like(raw_item)
     wrap_triton(order_kernel, x)[grid](
-        raw, raw_list, raw_item, positives, places, order, counter, capacity, **tile
-    )
-    wrap_triton(pairs_kernel, x)[grid](
-        positives, places, knots, lists, counter, pointer, capacity, num_groups, number,
-        LOSS=spec.LOSS, **tile,
+        raw, raw_list, raw_item, *blocks, counter, capacity,
+        HAS_GROUP=has_group, TILE=PAIRS.block, ACROSS=PAIRS_ACROSS, num_warps=PAIRS.num_warps,
     )  # fmt: skip
+    wrap_triton(merge_kernel, x)[grid](
+        *blocks, positives, places, knots, order, lists, counter, pointer, capacity, num_groups,
+        number, HAS_GROUP=has_group, TILE=MERGE.block, ACROSS=MERGE_ACROSS,
+        num_warps=MERGE.num_warps,
+    )  # fmt: skip
+    # what goes on beside the passes over logits and histogram
+    beside = min(triton.cdiv(capacity, PAIRED.value), MAX_PROGRAMS)
+    values = torch.empty(capacity, dtype=torch.float32, device=device)
+    sums = torch.empty(SUM_ROWS, capacity, dtype=torch.float64, device=device)
+    tables = positives, places, values, sums, counter, pointer
     cells = max(CELL_BLOCKS.value, min(triton.cdiv(n_words, 4096), 256))
-    wrap_triton(prepare_kernel, x)[(cells,)](
-        knots, lookup, histogram, counter, n, n_words, capacity, programs, bits,
-        PACK=pack, TABLE=not has_group, TILE=RANKING.block, num_warps=RANKING.num_warps,
+    wrap_triton(prepare_kernel, x)[(cells + beside,)](
+        knots, lookup, histogram, *tables, n, n_words, capacity, programs, cells, bits, number,
+        PACK=pack, TABLE=not has_group, TILE=RANKING.block, PAIRS=spec.spreads,
+        ACROSS=PAIRED_ACROSS, num_warps=RANKING.num_warps,
     )  # fmt: skip
     for level in levels:
         _negatives(scratch, level, delta, ignore_index, num_groups, histogram, pack)
     total = None
     if exchange is not None:
         total = torch.zeros(2, 2 * capacity, dtype=torch.int64, device=device)
-    wrap_triton(collect_kernel, x)[(min(triton.cdiv(2 * capacity, COLLECT.block), MAX_PROGRAMS),)](
-        histogram, knots, total, lookup, counter, capacity,
-        COPIES=COLLECT_COPIES, BLOCK=COLLECT.block,
+    collectors = min(triton.cdiv(2 * capacity, COLLECT.block), MAX_PROGRAMS)
+    beside = beside if spec.spreads else 0
+    wrap_triton(collect_kernel, x)[(collectors + beside,)](
+        histogram, knots, total, lookup, *tables, capacity, collectors, number,
+        PAIRS=spec.spreads, ACROSS=PAIRED_ACROSS, COPIES=COLLECT_COPIES, BLOCK=COLLECT.block,
         num_warps=COLLECT.num_warps,
     )  # fmt: skip
     if exchange is not None:
@@ -323,13 +340,12 @@ def launch(
         count, offset = whole[:-1].view(2, -1)
         knots[COUNT.value] = count
         knots[OFFSET.value] = offset * 0.5**bits
-    sums = torch.empty(SUM_ROWS, capacity, dtype=torch.float64, device=device)
     scanners = min(num_groups, MAX_PROGRAMS)
-    wrap_triton(settle_kernel, x)[(scanners + (grid[0] if spec.spreads else 0),)](
-        positives, places, knots, sums, lists, counter, pointer, first, second, scale, capacity,
-        num_groups, scanners, number, HAS_GROUP=has_group, LOSS=spec.LOSS,
-        INTERPOLATED=spec.interpolated, TILE=SCANS.block, PAIR_TILE=PAIRS.block,
-        ACROSS=PAIRS_ACROSS, num_warps=SCANS.num_warps,
+    wrap_triton(settle_kernel, x)[(scanners + beside,)](
+        positives, places, knots, values, sums, lists, counter, pointer, first, second, scale,
+        capacity, num_groups, scanners, number, HAS_GROUP=has_group, LOSS=spec.LOSS,
+        INTERPOLATED=spec.interpolated, TILE=SCANS.block, ACROSS=PAIRED_ACROSS,
+        num_warps=SCANS.num_warps,
     )  # fmt: skip
     if has_group:
         wrap_triton(means_kernel, x)[(1,)](

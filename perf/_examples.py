@@ -373,7 +373,7 @@ STREAMS: dict[str, Callable] = {
 WRITTEN = "out_ptr"
 
 # Kernels that add up in float64 on purpose, and never once per logit.
-FLOAT64 = ("pairs_kernel", "settle_kernel", "means_kernel")
+FLOAT64 = ("prepare_kernel", "collect_kernel", "settle_kernel", "means_kernel")
 
 
 def wide_accesses(launch: Launch, warp_size: int) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from .budget import TRITON, print_table, title
 TABLE = Path(__file__).parent / "results" / "executed.csv"
 ARCH = "sm_90"
 SLACK = 1.1
-PAIRS = ("order_kernel", "pairs_kernel", "spread_kernel")  # work for each pair of positives
+PAIRS = ("order_kernel", "merge_kernel")  # per pair of positives
 CLASSES = ("float", "float64", "special", "integer", "move", "warp", "shared", "global", "control")
 INPUTS = ("recorded", "random", "constant")
 

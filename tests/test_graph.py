@@ -206,7 +206,7 @@ RANKED = ("rank_sort", "ap")  # their scratch, a few numbers, is written by kern
 def head_kernels(name: str, n: int) -> tuple[list[str], list[str]]:
     """Of forward and backward over n levels: the passes over logits run once a level."""
     if name in RANKED:
-        forward = [*["compact_kernel"] * n, "order_kernel", "pairs_kernel", "prepare_kernel",
+        forward = [*["compact_kernel"] * n, "order_kernel", "merge_kernel", "prepare_kernel",
                    *["negatives_kernel"] * n, "collect_kernel", "settle_kernel"]  # fmt: skip
         return forward, ["negatives_kernel", "scatter_kernel"] * n
     if name == "ghm_c":
@@ -284,7 +284,7 @@ def diagnosed(x, labels, diagnosis=tl.Diagnosis()):  # noqa: B008 (one that outl
 
 
 RANKING = [
-    "compact_kernel", "order_kernel", "pairs_kernel", "prepare_kernel", "negatives_kernel",
+    "compact_kernel", "order_kernel", "merge_kernel", "prepare_kernel", "negatives_kernel",
     "collect_kernel",
 ]  # fmt: skip
 # Loss of (x, labels, quality) -> kernels of its forward

@@ -79,6 +79,26 @@ def test_many_logits(loss, delta):
     assert_agrees(got, expected(loss, problem, delta), problem, 1e-6, 1e-5)
 
 
+BLOCKS = (
+    ("random", "recorded", "tied", "nearly constant", "+500"),
+    (64, 257, 700),
+    (0, 1e-3, 0.5, 5),
+)
+
+
+@pytest.mark.parametrize("kind, n_pos, delta", all_pairs(BLOCKS, lambda row: True))
+def test_positives_of_several_blocks(kind, n_pos, delta):
+    """Windows that begin and end inside blocks and on their borders, of one list and of three."""
+    problem = make(kind, n_pos, 300)
+    lists = {"group": torch.arange(len(problem.labels))[:, None] % 3, "num_groups": 3}
+    for loss, options in (("rank_sort", {}), ("rank_sort", lists), ("alrp", {})):
+        rows = problem.logits, (problem.labels, problem.quality), problem.quality
+        got = ours(loss, *rows, delta=delta, **options)
+        x, (labels, quality), error = rows
+        wide = x.double(), (labels, quality.double()), error.double()
+        assert_agrees(got, ours(loss, *wide, delta=delta, **options), problem, 1e-6, 1e-6)
+
+
 @pytest.mark.parametrize("delta", [0, 1e-3, 0.5, 5])
 @pytest.mark.parametrize("kind", INPUTS)
 def test_violators_found_bit_by_bit(kind, delta, monkeypatch):
@@ -425,10 +445,10 @@ def test_more_dense_positives_than_room_is_loud(monkeypatch):
 
 
 def kernels_with_rows():
-    from tritonloss.kernels import _ranking_logits, _ranking_positives
+    from tritonloss.kernels import _ranking_logits, _ranking_pairs, _ranking_positives
 
     names = {}
-    for module in (_ranking_logits, _ranking_positives):
+    for module in (_ranking_logits, _ranking_pairs, _ranking_positives):
         names |= {name: getattr(module, name) for name in dir(module) if name.endswith("_kernel")}
     return names
 
