@@ -70,6 +70,24 @@ def next_above(x):
 
 
 @triton.jit
+def load_key(key_ptr, list_ptr, item_ptr, capacity, i, mask):
+    """``(score, value, list, item)`` of positives i, by which they are sorted."""
+    score = tl.load(key_ptr + i, mask=mask, other=0.0)
+    value = tl.load(key_ptr + capacity + i, mask=mask, other=0.0)
+    group = tl.load(list_ptr + i, mask=mask, other=0)
+    return score, value, group, tl.load(item_ptr + i, mask=mask, other=0)
+
+
+@triton.jit
+def precedes(g_j, g_i, less, HAS_GROUP: tl.constexpr):
+    """True where j's list comes before i's, or is the same and ``less`` holds."""
+    if HAS_GROUP:
+        return (g_j < g_i) | (g_j == g_i) & less
+    else:
+        return less
+
+
+@triton.jit
 def order_kernel(
     # pointers
     raw_ptr,  # [2, capacity]: score, value
@@ -93,10 +111,7 @@ def order_kernel(
     while first < n_pos:
         i = first + tl.arange(0, TILE)
         mask = i < n_pos
-        s_i = tl.load(raw_ptr + i, mask=mask, other=0.0)
-        v_i = tl.load(raw_ptr + capacity + i, mask=mask, other=0.0)
-        g_i = tl.load(raw_list_ptr + i, mask=mask, other=0)
-        k_i = tl.load(raw_item_ptr + i, mask=mask, other=0)
+        s_i, v_i, g_i, k_i = load_key(raw_ptr, raw_list_ptr, raw_item_ptr, capacity, i, mask)
         # summed over j at the end: no shuffles in the loop
         before = tl.zeros([ACROSS, TILE], tl.int32)
         other = first // SORTED * SORTED
@@ -110,10 +125,10 @@ def order_kernel(
             k_j = tl.load(raw_item_ptr + j, mask=there, other=0)[:, None]
             less = (v_j < v_i[None, :]) | (v_j == v_i[None, :]) & (k_j < k_i[None, :])
             less = (s_j < s_i[None, :]) | (s_j == s_i[None, :]) & less
+            g_j = g_i[None, :]
             if HAS_GROUP:
                 g_j = tl.load(raw_list_ptr + j, mask=there, other=2**31 - 1)[:, None]
-                less = (g_j < g_i[None, :]) | (g_j == g_i[None, :]) & less
-            before += less.to(tl.int32)
+            before += precedes(g_j, g_i[None, :], less, HAS_GROUP).to(tl.int32)
             other += ACROSS
         place = block + tl.sum(before, 0)
         tl.store(block_ptr + place, s_i, mask=mask)
@@ -140,15 +155,6 @@ def count_below(sorted_ptr, x, bound, size, most, CLOSED: tl.constexpr):
             below = tl.where((candidate > 0) & (entry - x < bound), candidate, below)
         jump = jump // 2
     return below
-
-
-@triton.jit
-def precedes(g_j, g_i, less, HAS_GROUP: tl.constexpr):
-    """True where j's list comes before i's, or is the same and ``less`` holds."""
-    if HAS_GROUP:
-        return (g_j < g_i) | (g_j == g_i) & less
-    else:
-        return less
 
 
 @triton.jit
@@ -183,10 +189,7 @@ def merge_kernel(
     while first < n_pos:
         i = first + tl.arange(0, TILE)
         mask = i < n_pos
-        s_i = tl.load(block_ptr + i, mask=mask, other=0.0)
-        v_i = tl.load(block_ptr + capacity + i, mask=mask, other=0.0)
-        g_i = tl.load(block_list_ptr + i, mask=mask, other=0)
-        k_i = tl.load(block_item_ptr + i, mask=mask, other=0)
+        s_i, v_i, g_i, k_i = load_key(block_ptr, block_list_ptr, block_item_ptr, capacity, i, mask)
         x, y, g, item = s_i[None, :], v_i[None, :], g_i[None, :], k_i[None, :]
         # Positives before i, windows that end below i's, and that begin before i's ends
         before = tl.zeros([ACROSS, TILE], tl.int32)
