@@ -95,7 +95,8 @@ class Loss:
     def __call__(self, x: Tensor, *args):
         if self.by_kernels(x, *args):
             return self.kernels(x, *_op.packed(x, args))
-        if self.blockwise and self.has_blocks(x, *args) and _blocks.usable(x):
+        # not "if self.blockwise": torch 2.11 cannot trace the truth of a function of autograd
+        if self.by_blocks is not None and _blocks.usable(x) and self.has_blocks(x, *args):
             if not (x.requires_grad and torch.is_grad_enabled()):
                 return self.by_blocks(x, *args, False)[0]
             result = self.blockwise(x, *args, True)
@@ -243,7 +244,7 @@ class WholeBatch:
         xs = [level[0] for level in levels]
         if self.by_kernels(levels, *rest):
             return self.kernels(levels, _op.packed(xs[0], rest))
-        if self.blockwise and _blocks.usable(*xs) and _blocks.many(*xs):
+        if self.blockwise is not None and _blocks.usable(*xs) and _blocks.many(*xs):
             want_grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
             result = self.blockwise(levels, (*rest, want_grad))
         else:
