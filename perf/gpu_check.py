@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from xml.etree import ElementTree
 from ._measure import ROOT, commit, cuda_tool, device_name, machine, write_rows
 
 SKIPPED = 77
+STEP_SECONDS = "TRITONLOSS_STEP_SECONDS"  # what a step in a process of its own may take
 OUTCOMES = ("passed", "failed", "skipped")  # of tests
 OPTIONAL = ("hypothesis", "matplotlib", "numpy", "pandas", "pycocotools", "pytest",
             "ruff", "sklearn", "tqdm", "xdist")  # fmt: skip
@@ -89,6 +91,8 @@ def tests(device: str, out: Path) -> None:
     if device == "cpu":
         files = [f for f in files if f.stem == "test_boxes"]
     workers = max(min(len(os.sched_getaffinity(0)) - 2, 14), 1)
+    seconds = float(os.environ.get(STEP_SECONDS, STEPS["tests"][1]))
+    deadline = time.monotonic() + seconds - 30
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "--tb=short"]
     command += ["-p", "no:cacheprovider"]
     (out / "tests").mkdir(exist_ok=True)
@@ -98,7 +102,12 @@ def tests(device: str, out: Path) -> None:
         report = log.with_suffix(".xml")
         words = [*command, *options, f"--junitxml={report}", *map(str, chosen)]
         with log.open("w") as stream:
-            subprocess.run(words, cwd=ROOT, stdout=stream, stderr=stream)
+            running = subprocess.Popen(words, cwd=ROOT, stdout=stream, stderr=stream)
+            try:
+                running.wait(max(deadline - time.monotonic(), 1))
+            except subprocess.TimeoutExpired:  # pytest writes down what it has
+                running.send_signal(signal.SIGINT)
+                running.wait(20)
         lines = log.read_text(errors="replace").strip().splitlines()[-1:]
         print(f"{name}: {lines[0] if lines else ''}", flush=True)
         return report
@@ -118,11 +127,14 @@ def tests(device: str, out: Path) -> None:
     )  # fmt: skip
     absent = {f.stem for f in files} - set(counts)
     failed = sum(found["failed"] for found in counts.values())
-    if failed or absent:
+    words = f"{sum(found['passed'] for found in counts.values())} passed in {len(files)} files"
+    if time.monotonic() > deadline:
+        words += f", stopped after {seconds:.0f} s"
+    if failed or absent or time.monotonic() > deadline:
         raise SystemExit(
-            f"{failed} failed; without a result: {', '.join(sorted(absent)) or 'none'}"
+            f"{words}; {failed} failed; without a result: {', '.join(sorted(absent)) or 'none'}"
         )
-    print(f"{sum(found['passed'] for found in counts.values())} passed in {len(files)} files")
+    print(words)
 
 
 def outcomes(reports: list[Path]) -> dict[str, Counter]:
@@ -132,7 +144,8 @@ def outcomes(reports: list[Path]) -> dict[str, Counter]:
         for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
             tags = {child.tag for child in case}
             outcome = "failed" if tags & {"failure", "error"} else "skipped" if tags else "passed"
-            found[case.get("classname").split(".")[-1]][outcome] += 1
+            if name := case.get("classname"):  # not what an interrupted worker leaves
+                found[name.split(".")[-1]][outcome] += 1
     return found
 
 
@@ -373,7 +386,7 @@ STEPS: dict[str, tuple[Callable, int]] = {
 def run_alone(name: str, device: str, out: Path, limit: float) -> tuple[str, float, str]:
     """A step in its own process: ``(outcome, seconds, last words)``."""
     log = out / f"{name}.log"
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), STEP_SECONDS: str(limit)}
     if device == "cpu" and name != "sweep":
         env["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "perf.gpu_check", "--run", name, "--device", device]

@@ -32,8 +32,8 @@ COLUMNS = ("loss", *Point._fields, "kernel", "launches", "us", "share", "x_floor
 REPETITIONS = 15
 
 
-def kernel_times(call: workloads.Call) -> dict[str, tuple[int, float]]:
-    """Launches and microseconds of each kernel in one forward and backward, medians."""
+def kernel_times(call: workloads.Call) -> dict[str, list[float]]:
+    """Microseconds of each launch of each kernel in one forward and backward, medians."""
     from torch.profiler import ProfilerActivity, profile
 
     for _ in range(3):
@@ -44,12 +44,14 @@ def kernel_times(call: workloads.Call) -> dict[str, tuple[int, float]]:
             workloads.value_and_gradient(call)
         torch.cuda.synchronize()
     found = defaultdict(list)
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found[event.name].append(event.device_time)
+    events = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        found[event.name].append(event.device_time)
+    # the launches of a kernel have times of their own: those of the forward and of the backward
     return {
-        name: (round(len(times) / REPETITIONS), statistics.median(times) * len(times) / REPETITIONS)
+        name: [statistics.median(times[k::each]) for k in range(each)]
         for name, times in found.items()
+        if (each := len(times) // REPETITIONS)
     }
 
 
@@ -79,7 +81,6 @@ def main(argv=None) -> int:
     copy = copy_bandwidth("cuda")
     versions = (torch.cuda.get_device_name(), torch.__version__, triton.__version__,
                 commit())  # fmt: skip
-    rows = []
     grid = itertools.product(
         args.loss or LOSSES,
         args.positives or [500],
@@ -92,18 +93,21 @@ def main(argv=None) -> int:
         with tl.backend("triton"):
             times = kernel_times(workloads.call_of(loss, point, "cuda"))
             host = host_time(workloads.call_of(loss, point._replace(rows=1000), "cuda"))
-        total = sum(us for _, us in times.values())
+        total = sum(map(sum, times.values()))
         floor = 3e-3 * point.logits * getattr(torch, dtype).itemsize / copy
-        lines = sorted(times.items(), key=lambda item: -item[1][1])
-        lines += [("all", (sum(n for n, _ in times.values()), total)), ("host", (0, host))]
-        print(loss, *point)
-        for name, (launches, us) in lines:
+        lines = sorted(times.items(), key=lambda item: -sum(item[1]))
+        lines += [("all", [us for each in times.values() for us in each])]
+        print(loss, *point, flush=True)
+        rows = []
+        for name, each in [*lines, ("host", [host])]:
+            us = sum(each)
             rows.append(dict(zip(
                 COLUMNS,
-                (loss, *point, name, launches, f"{us:.2f}", f"{us / total:.3f}",
-                 f"{us / floor:.3f}", *versions), strict=True)))  # fmt: skip
-            print(f"    {us:10.1f} us  {launches:3}  {us / floor:7.3f} x floor  {name[:70]}")
-    write_rows(args.out, rows, COLUMNS, append=True)
+                (loss, *point, name, len(each) if name != "host" else 0, f"{us:.2f}",
+                 f"{us / total:.3f}", f"{us / floor:.3f}", *versions), strict=True)))  # fmt: skip
+            apart = " + ".join(f"{us:.1f}" for us in each) if 1 < len(each) < 5 else ""
+            print(f"    {us:10.1f} us  {us / floor:7.3f} x floor  {name[:60]}  {apart}")
+        write_rows(args.out, rows, COLUMNS, append=True)
     return 0
 
 

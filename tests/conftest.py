@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if PTX and (reason := NOT_ON_PTX.get(item.module.__name__)):
             item.add_marker(pytest.mark.skip(reason=reason))
-        if "gpu" in item.keywords and not GPU:
+        if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU"))
 
 
