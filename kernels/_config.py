@@ -18,15 +18,16 @@ POINTWISE = Config(block=2048, num_warps=8)
 # threads, and what it loads first, take as many instructions as half a tile.
 POINTWISE_TILES = 4
 POINTWISE_PROGRAMS = 2048
-# Elements of a tile of rows x classes: of 80 classes, 16 rows.
-SOFTMAX = Config(block=2048, num_warps=4)
-# Classes of a tile: of contiguous rows; and where the rows lie side by side, one a thread.
-SOFTMAX_CLASSES, SOFTMAX_CLASSES_BY_ROW = 128, 16
-# Elements of a tile of rows x bins: 64 rows of 32 bins (of which 17 are read in the common case).
+# Elements of a tile of rows x classes, and its classes at most. Of 80 classes 32 contiguous rows,
+# two a thread; where rows lie side by side, one a thread.
+SOFTMAX = Config(block=4096, num_warps=4), 128
+SOFTMAX_BY_ROW = Config(block=2048, num_warps=4), 16
+# Elements of a tile of rows x bins: 64 rows of 17 bins.
 DISTRIBUTION = Config(block=2048, num_warps=4)
 # Threads of a contiguous row: its sums are shuffles over three levels, and what is done once a row
-# is done by eight threads, not by 32.
+# is done by eight threads, not by 32. Columns that a thread holds at most.
 LANES_OF_ROW = 8
+MAX_STEPS = 16
 # Two boxes a thread: four 16-byte loads in flight, and the gradient still fits in registers.
 BOXES = Config(block=256, num_warps=4)
 # Pairs of queries and objects: four a thread, each with two boxes in registers. Objects of a tile

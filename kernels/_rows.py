@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import LANES_OF_ROW, Config
+from ._config import LANES_OF_ROW, MAX_STEPS, Config
 from ._finish import finish, no_scale, sums
 from ._walk import (
     MAX_DIMS,
@@ -34,34 +34,70 @@ def locate(start, offs, sizes, row_strides, N_DIMS: tl.constexpr):
     return coords, offset_of(coords, row_strides, N_DIMS)
 
 
-# A tile of rows and their columns (classes, bins) is [STEPS, rows, LANES]: lanes are neighbours in
-# memory and the threads of a row, each takes all steps. What is done once a row is then done by
-# LANES threads, and a sum over columns takes log2(LANES) shuffles.
+# A row's columns (classes, bins) are a tuple of STEPS tiles [rows, LANES]: lanes are neighbours in
+# memory and the threads of a row, each holds its column of every step. What is done once a row is
+# done by LANES threads, and a sum over columns is one over steps, within a thread, and then one
+# over lanes, log2(LANES) shuffles. As a dim of the tile the steps would be shared out among warps
+# by Triton 3.6, and a row of 17 bins would take 32.
 
 
 @triton.jit
-def columns_of(STEPS: tl.constexpr, LANES: tl.constexpr):
-    """Columns of a tile, as they lie in it."""
-    step = tl.arange(0, STEPS)[:, None, None] * LANES
-    return step + tl.arange(0, LANES)[None, None, :]
+def columns_of(step, LANES: tl.constexpr):
+    """Columns of a step, beside rows."""
+    return step * LANES + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
 def by_row(v):
     """[rows] beside a tile."""
-    return v[None, :, None]
+    return v[:, None]
 
 
 @triton.jit
-def over_columns(tile):
-    """Sum of each row of a tile."""
-    return tl.sum(tl.sum(tile, 0), 1)
+def load_columns(
+    x_ptr, row_at, first, x_sc, rows, n_columns, WHOLE: tl.constexpr, STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """STEPS tiles of logits from column ``first`` on, float32: -inf beyond the last column, 0 in
+    other rows than ``rows``. Steps before WHOLE lie within the columns."""
+    tiles = ()
+    x_ptr += by_row(row_at)
+    for step in tl.static_range(STEPS):
+        columns = first + columns_of(step, LANES)
+        x_ptrs = x_ptr + columns * tl.cast(x_sc, tl.int64)
+        if step < WHOLE:
+            x = tl.load(x_ptrs, mask=by_row(rows), other=0).to(tl.float32)
+        else:
+            inside = columns < n_columns
+            x = tl.load(x_ptrs, mask=by_row(rows) & inside, other=0).to(tl.float32)
+            x = tl.where(inside, x, float("-inf"))
+        # +inf gives NaN, and -inf a masked column: probability 0
+        tiles = tiles + (x + 0.0 * tl.maximum(x, 0.0),)
+    return tiles
 
 
 @triton.jit
-def top_of_columns(tile):
-    """Maximum of each row of a tile."""
-    return tl.max(tl.max(tile, 0), 1)
+def store_columns(
+    out_ptr, row_at, first, out_sc, rows, n_columns, tiles, WHOLE: tl.constexpr,
+    STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """STEPS tiles to where ``load_columns`` would find them."""
+    out_ptr += by_row(row_at)
+    for step in tl.static_range(STEPS):
+        columns = first + columns_of(step, LANES)
+        mask = by_row(rows)
+        if step >= WHOLE:
+            mask = mask & (columns < n_columns)
+        tl.store(out_ptr + columns * tl.cast(out_sc, tl.int64), tiles[step], mask=mask)
+
+
+@triton.jit
+def top_of_columns(tiles, STEPS: tl.constexpr):
+    """Maximum of each row, of whose columns not all are -inf."""
+    top = tl.maximum(tiles[0], -1e38)
+    for step in tl.static_range(1, STEPS):
+        top = tl.maximum(top, tiles[step])
+    return tl.max(top, 1)
 
 
 @triton.jit
@@ -130,13 +166,17 @@ def columns_innermost(x, layout: Layout) -> bool:
 
 
 def tile_of_rows(x, layout: Layout, config: Config, columns: int) -> dict:
-    """Constants of a launch over tiles of so many columns, a power of 2. Threads follow the memory:
-    along a row where its columns are neighbours, else along the rows."""
-    lanes = min(columns, LANES_OF_ROW) if columns_innermost(x, layout) else 1
+    """Constants of a launch over tiles of so many columns. Threads follow the memory: along a row
+    where its columns are neighbours, else along the rows."""
+    lanes = LANES_OF_ROW if columns_innermost(x, layout) else 1
+    while lanes * MAX_STEPS < columns:
+        lanes *= 2
+    steps = triton.cdiv(columns, lanes)
+    rows = config.block // (steps * lanes)
     return {
         "N_DIMS": layout.n_dims,
-        "BLOCK_R": max(config.block // columns, 1),
-        "STEPS": columns // lanes,
+        "BLOCK_R": 1 << (rows.bit_length() - 1),  # a power of 2
+        "STEPS": steps,
         "LANES": lanes,
         "num_warps": config.num_warps,
     }

@@ -1,4 +1,4 @@
-"""Distribution focal loss, distillation, expectation: each program holds whole rows in one tile."""
+"""Distribution focal loss, distillation, expectation: each program holds whole rows."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from ._rows import (
     by_row,
     columns_of,
     forward_rows,
+    load_columns,
     load_rows,
     locate,
     n_rows,
-    over_columns,
     row_layout,
     rows_walkable,
+    store_columns,
     store_rows,
     tile_of_rows,
     top_of_columns,
@@ -31,28 +32,58 @@ from ._rows import (
 )
 from ._walk import offset_of
 
-MAX_BINS = 1024  # a row is one tile
+MAX_BINS = 1024  # a program holds whole rows
 
 
 @triton.jit
-def load_bins(x_ptr, coords, bins, strides, x_sc, keep, n_bins, N_DIMS: tl.constexpr):
-    """A tile of logits, their largest, and ``exp(x - top)``; x is 0 in rows not kept."""
-    x_ptrs = x_ptr + by_row(offset_of(coords, strides, N_DIMS)) + bins * tl.cast(x_sc, tl.int64)
-    x = tl.load(x_ptrs, mask=by_row(keep) & (bins < n_bins), other=0).to(tl.float32)
-    x += 0.0 * tl.maximum(x, 0.0)  # +inf gives NaN, and -inf a masked bin: probability 0
-    top = by_row(top_of_columns(tl.where(bins < n_bins, x, -1e38)))
-    return x, top, tl.where(bins < n_bins, tl.exp(x - top), 0.0)
+def load_bins(
+    x_ptr, coords, strides, x_sc, keep, n_bins: tl.constexpr, N_DIMS: tl.constexpr,
+    STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Logits of the kept rows, see ``load_columns``."""
+    row_at = offset_of(coords, strides, N_DIMS)
+    first = tl.cast(0, tl.int32)
+    return load_columns(x_ptr, row_at, first, x_sc, keep, n_bins, n_bins // LANES, STEPS, LANES)
 
 
 @triton.jit
-def load_target(target_ptr, coords, strides, bins, keep, n_bins, N_DIMS: tl.constexpr):
-    """Weight of each bin: a hat of width 1 around the target, clamped to 0..n; NaN stays NaN."""
+def store_bins(
+    out_ptr, coords, strides, out_sc, inside, n_bins: tl.constexpr, tiles, N_DIMS: tl.constexpr,
+    STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    row_at = offset_of(coords, strides, N_DIMS)
+    first = tl.cast(0, tl.int32)
+    store_columns(
+        out_ptr, row_at, first, out_sc, inside, n_bins, tiles, n_bins // LANES, STEPS, LANES
+    )
+
+
+@triton.jit
+def exp_below(tiles, top, STEPS: tl.constexpr):
+    """``exp(x - top)`` of each column, and their sum in each row."""
+    result = ()
+    total = tl.zeros(tiles[0].shape, tl.float32)
+    for step in tl.static_range(STEPS):
+        e = tl.exp(tiles[step] - by_row(top))
+        total += e
+        result = result + (e,)
+    return result, tl.sum(total, 1)
+
+
+@triton.jit
+def load_target(target_ptr, coords, strides, keep, n_bins, N_DIMS: tl.constexpr):
+    """The targets of rows, clamped to 0..n; NaN stays NaN."""
     target_ptrs = target_ptr + offset_of(coords, strides, N_DIMS)
     y = tl.load(target_ptrs, mask=keep, other=0).to(tl.float32)
     last = tl.cast(n_bins - 1, tl.float32)  # .to() fails where torch.compile makes it a constant
-    y = tl.where(y < 0.0, 0.0, tl.where(y > last, last, y))
-    hat = 1.0 - tl.abs(bins.to(tl.float32) - by_row(y))
-    return tl.where((hat <= 0.0) | (bins >= n_bins), 0.0, hat)
+    return tl.where(y < 0.0, 0.0, tl.where(y > last, last, y))
+
+
+@triton.jit
+def target_of(x, y, step, LANES: tl.constexpr):
+    """Weight of each bin of a step: a hat of width 1 around y; of a masked bin NaN."""
+    hat = 1.0 - tl.abs(columns_of(step, LANES).to(tl.float32) - by_row(y))
+    return tl.where(hat <= 0.0, 0.0, hat + 0.0 * x)
 
 
 @triton.jit(do_not_specialize=["cell"])
@@ -112,38 +143,58 @@ def distribution_focal_kernel(
     target_strides = (target_s0, target_s1, target_s2, target_s3)
     coords, row = locate(start, offs, sizes, (row_s0, row_s1, row_s2, row_s3), N_DIMS)
     inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
-    bins = columns_of(STEPS, LANES)
-    x, top, e = load_bins(x_ptr, coords, bins, x_strides, x_sc, keep, n_bins, N_DIMS)
-    hat = load_target(target_ptr, coords, target_strides, bins, keep, n_bins, N_DIMS)
-    hat += tl.where(hat == 0.0, 0.0, 0.0 * x)  # a masked target gives NaN
+    x = load_bins(x_ptr, coords, x_strides, x_sc, keep, n_bins, N_DIMS, STEPS, LANES)
+    y = load_target(target_ptr, coords, target_strides, keep, n_bins, N_DIMS)
+    top = top_of_columns(x, STEPS)
     if BACKWARD:
         grad_strides = (grad_s0, grad_s1, grad_s2, grad_s3)
-        grad = upstream(grad_ptr, scale_ptr, coords, grad_strides, keep, N_DIMS, REDUCED)
-        result = (e * by_row(1.0 / over_columns(e)) - hat) * by_row(grad * scale)
-        result = tl.where(by_row(keep), result, 0.0)
-        out_row = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
-        out_ptrs = out_ptr + by_row(out_row) + bins * tl.cast(out_sc, tl.int64)
-        tl.store(out_ptrs, result, mask=by_row(inside) & (bins < n_bins))
+        grad = upstream(grad_ptr, scale_ptr, coords, grad_strides, keep, N_DIMS, REDUCED) * scale
+        e, total = exp_below(x, top, STEPS)
+        share = by_row(1.0 / total)
+        result = ()
+        for step in tl.static_range(STEPS):
+            g = (e[step] * share - target_of(x[step], y, step, LANES)) * by_row(grad)
+            result = result + (tl.where(by_row(keep), g, 0.0),)
+        out_strides = (out_s0, out_s1, out_s2, out_s3)
+        store_bins(
+            out_ptr, coords, out_strides, out_sc, inside, n_bins, result, N_DIMS, STEPS, LANES
+        )
     else:
-        # total - 1 without cancellation: the bins at the maximum are exactly 1 each
-        at_top = (x == top) & (bins < n_bins)
-        rest = over_columns(tl.where(at_top, 0.0, e))
-        rest += (over_columns(at_top.to(tl.int32)) - 1).to(tl.float32)
+        value = tl.zeros([BLOCK_R, LANES], tl.float32)
+        rest = tl.zeros([BLOCK_R, LANES], tl.float32)
+        at_top = tl.zeros([BLOCK_R, LANES], tl.int32)
+        for step in tl.static_range(STEPS):
+            below = by_row(top) - x[step]
+            # total - 1 without cancellation: the bins at the maximum are exactly 1 each
+            at_top += (below == 0.0).to(tl.int32)
+            rest += tl.where(below == 0.0, 0.0, tl.exp(-below))
+            hat = target_of(x[step], y, step, LANES)
+            value += tl.where(hat == 0.0, 0.0, hat * below)
+        rest = tl.sum(rest, 1) + (tl.sum(at_top, 1) - 1).to(tl.float32)
         log_total = tl.where(rest < 1.0, log1p_unit(rest), tl.log(1.0 + rest))
-        value = over_columns(tl.where(hat == 0.0, 0.0, hat * (top - x))) + log_total
+        value = tl.sum(value, 1) + log_total
         store_rows(value * scale, row, inside, keep, cell + pid, out_ptr, count_ptr, REDUCED)
 
 
 @triton.jit
-def tempered(x_ptr, coords, bins, strides, x_sc, keep, n_bins, temperature, N_DIMS: tl.constexpr):
-    """Softmax of the logits over the temperature, and its logarithm; 0 beyond the last bin."""
-    x_ptrs = x_ptr + by_row(offset_of(coords, strides, N_DIMS)) + bins * tl.cast(x_sc, tl.int64)
-    x = tl.load(x_ptrs, mask=by_row(keep) & (bins < n_bins), other=0).to(tl.float32) / temperature
-    x += 0.0 * tl.maximum(x, 0.0)  # +inf gives NaN, and -inf a masked bin: probability 0
-    shifted = x - by_row(top_of_columns(tl.where(bins < n_bins, x, -1e38)))
-    e = tl.where(bins < n_bins, tl.exp(shifted), 0.0)
-    total = over_columns(e)
-    return e * by_row(1.0 / total), shifted - by_row(tl.log(total))
+def tempered(
+    x_ptr, coords, strides, x_sc, keep, n_bins: tl.constexpr, temperature, N_DIMS: tl.constexpr,
+    STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Softmax of the logits over the temperature, and its logarithm."""
+    x = load_bins(x_ptr, coords, strides, x_sc, keep, n_bins, N_DIMS, STEPS, LANES)
+    cooler = ()
+    for step in tl.static_range(STEPS):
+        cooler = cooler + (x[step] / temperature,)
+    top = top_of_columns(cooler, STEPS)
+    e, total = exp_below(cooler, top, STEPS)
+    share, log_total = by_row(1.0 / total), by_row(tl.log(total))
+    p = ()
+    log_p = ()
+    for step in tl.static_range(STEPS):
+        p = p + (e[step] * share,)
+        log_p = log_p + ((cooler[step] - by_row(top)) - log_total,)
+    return p, log_p
 
 
 @triton.jit(do_not_specialize=["cell"])
@@ -208,24 +259,34 @@ def distillation_kernel(
     teacher_strides = (teacher_s0, teacher_s1, teacher_s2, teacher_s3)
     coords, row = locate(start, offs, sizes, (row_s0, row_s1, row_s2, row_s3), N_DIMS)
     inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
-    bins = columns_of(STEPS, LANES)
-    p, log_p = tempered(x_ptr, coords, bins, x_strides, x_sc, keep, n_bins, temperature, N_DIMS)
-    q, log_q = tempered(
-        teacher_ptr, coords, bins, teacher_strides, teacher_sc, keep, n_bins, temperature, N_DIMS
+    p, log_p = tempered(
+        x_ptr, coords, x_strides, x_sc, keep, n_bins, temperature, N_DIMS, STEPS, LANES
     )
+    q, log_q = tempered(
+        teacher_ptr, coords, teacher_strides, teacher_sc, keep, n_bins, temperature, N_DIMS, STEPS,
+        LANES,
+    )  # fmt: skip
     # what the student alone excludes gives NaN
-    poison = over_columns(tl.where(q == 0.0, 0.0, 0.0 * log_p))
+    poison = tl.zeros([BLOCK_R, LANES], tl.float32)
+    for step in tl.static_range(STEPS):
+        poison += tl.where(q[step] == 0.0, 0.0, 0.0 * log_p[step])
+    poison = tl.sum(poison, 1)
     if BACKWARD:
         grad_strides = (grad_s0, grad_s1, grad_s2, grad_s3)
         grad = upstream(grad_ptr, scale_ptr, coords, grad_strides, keep, N_DIMS, REDUCED)
-        result = (p - q) * by_row(temperature * grad * scale + poison)
-        result = tl.where(by_row(keep), result, 0.0)
-        out_row = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
-        out_ptrs = out_ptr + by_row(out_row) + bins * tl.cast(out_sc, tl.int64)
-        tl.store(out_ptrs, result, mask=by_row(inside) & (bins < n_bins))
+        grad = by_row(temperature * grad * scale + poison)
+        result = ()
+        for step in tl.static_range(STEPS):
+            result = result + (tl.where(by_row(keep), (p[step] - q[step]) * grad, 0.0),)
+        out_strides = (out_s0, out_s1, out_s2, out_s3)
+        store_bins(
+            out_ptr, coords, out_strides, out_sc, inside, n_bins, result, N_DIMS, STEPS, LANES
+        )
     else:
-        value = poison + over_columns(tl.where(q == 0.0, 0.0, q * (log_q - log_p)))
-        value *= temperature * temperature
+        value = tl.zeros([BLOCK_R, LANES], tl.float32)
+        for step in tl.static_range(STEPS):
+            value += tl.where(q[step] == 0.0, 0.0, q[step] * (log_q[step] - log_p[step]))
+        value = (poison + tl.sum(value, 1)) * temperature * temperature
         store_rows(value * scale, row, inside, keep, cell + pid, out_ptr, count_ptr, REDUCED)
 
 
@@ -274,23 +335,30 @@ def expectation_kernel(
         start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
     )
     inside, keep, _ = load_rows(start, offs, n, None, row)
-    bins = columns_of(STEPS, LANES)
-    _, _, e = load_bins(x_ptr, coords, bins, (x_s0, x_s1, x_s2, x_s3), x_sc, keep, n_bins, N_DIMS)
-    k = bins.to(tl.float32)
-    share = 1.0 / over_columns(e)
-    # The where keeps the product out of the sum: fused with it, a sum over two lanes has other last
-    # bits in the one than in the other, and both store it.
-    mean = over_columns(tl.where(bins < n_bins, e * k, 0.0)) * share
+    x_strides = (x_s0, x_s1, x_s2, x_s3)
+    x = load_bins(x_ptr, coords, x_strides, x_sc, keep, n_bins, N_DIMS, STEPS, LANES)
+    e, total = exp_below(x, top_of_columns(x, STEPS), STEPS)
+    mean = tl.zeros([BLOCK_R, LANES], tl.float32)
+    for step in tl.static_range(STEPS):
+        k = columns_of(step, LANES).to(tl.float32)
+        # The where keeps the product out of the sum: fused with it, a sum over two lanes has other
+        # last bits in the one than in the other, and both store it.
+        mean += tl.where(k < n_bins, e[step] * k, 0.0)
+    share = 1.0 / total
+    mean = tl.sum(mean, 1) * share
     if grad_ptr is None:
         tl.store(out_ptr + row, mean, mask=inside)
     else:
-        grad = upstream(
-            grad_ptr, None, coords, (grad_s0, grad_s1, grad_s2, grad_s3), keep, N_DIMS, False
+        grad_strides = (grad_s0, grad_s1, grad_s2, grad_s3)
+        grad = upstream(grad_ptr, None, coords, grad_strides, keep, N_DIMS, False)
+        result = ()
+        for step in tl.static_range(STEPS):
+            k = columns_of(step, LANES).to(tl.float32)
+            result = result + (e[step] * by_row(share * grad) * (k - by_row(mean)),)
+        out_strides = (out_s0, out_s1, out_s2, out_s3)
+        store_bins(
+            out_ptr, coords, out_strides, out_sc, inside, n_bins, result, N_DIMS, STEPS, LANES
         )
-        result = e * by_row(share * grad) * (k - by_row(mean))
-        out_row = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
-        out_ptrs = out_ptr + by_row(out_row) + bins * tl.cast(out_sc, tl.int64)
-        tl.store(out_ptrs, result, mask=by_row(inside) & (bins < n_bins))
 
 
 def takes(x, target=None, *args) -> bool:
@@ -300,7 +368,7 @@ def takes(x, target=None, *args) -> bool:
 
 
 def _tile(x, layout) -> dict:
-    return tile_of_rows(x, layout, DISTRIBUTION, triton.next_power_of_2(x.shape[-1]))
+    return tile_of_rows(x, layout, DISTRIBUTION, x.shape[-1])
 
 
 def _launch(

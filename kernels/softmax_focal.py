@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tritonloss._op import launcher, wrap_triton
 
-from ._config import SOFTMAX, SOFTMAX_CLASSES, SOFTMAX_CLASSES_BY_ROW
+from ._config import SOFTMAX, SOFTMAX_BY_ROW
 from ._finish import at, over_levels
 from ._formulas import hard_derivative, hard_value
 from ._numbers import number, scalar_args
@@ -23,12 +23,13 @@ from ._rows import (
     columns_innermost,
     columns_of,
     forward_rows,
+    load_columns,
     load_rows,
     locate,
     n_rows,
-    over_columns,
     row_layout,
     rows_walkable,
+    store_columns,
     store_rows,
     tile_of_rows,
     top_of_columns,
@@ -100,6 +101,7 @@ def softmax_focal_kernel(
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    WHOLE: tl.constexpr,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -114,8 +116,7 @@ def softmax_focal_kernel(
     inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
     label, keep = _labels(label_ptr, row, inside, keep, n_classes, ignore_index)
     stats_ptrs = stats_ptr + start + offs
-    x_row = by_row(offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS))
-    columns = columns_of(STEPS, LANES)
+    x_at = offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS)
     first = tl.cast(0, tl.int32)
     if BACKWARD:
         top = tl.load(stats_ptrs, mask=keep, other=0.0)
@@ -128,35 +129,39 @@ def softmax_focal_kernel(
         slope *= _alpha(alpha_ptr, label, keep)
         slope = tl.where(keep, slope * (grad * scale), 0.0)
 
-        out_row = by_row(offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS))
+        out_at = offset_of(coords, (out_s0, out_s1, out_s2, out_s3), N_DIMS)
         others = -slope / total  # of exp(x - top)
         while first < n_classes:
-            cls = first + columns
-            x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
-            x = tl.load(x_ptrs, mask=by_row(inside) & (cls < n_classes), other=0).to(tl.float32)
-            e = tl.exp(tl.minimum(x - by_row(top), 0.0))
-            result = tl.where(cls == by_row(label), by_row(slope), e * by_row(others))
-            result = tl.where(by_row(keep), result, 0.0)
-            out_ptrs = out_ptr + out_row + cls * tl.cast(out_sc, tl.int64)
-            tl.store(out_ptrs, result, mask=by_row(inside) & (cls < n_classes))
+            x = load_columns(x_ptr, x_at, first, x_sc, inside, n_classes, WHOLE, STEPS, LANES)
+            result = ()
+            for step in tl.static_range(STEPS):
+                e = tl.exp(tl.minimum(x[step] - by_row(top), 0.0))
+                here = first + columns_of(step, LANES) == by_row(label)
+                g = tl.where(here, by_row(slope), e * by_row(others))
+                result = result + (tl.where(by_row(keep), g, 0.0),)
+            store_columns(
+                out_ptr, out_at, first, out_sc, inside, n_classes, result, WHOLE, STEPS, LANES
+            )
             first += STEPS * LANES
     else:
         top = tl.full([BLOCK_R], -1e38, tl.float32)
         total = tl.zeros([BLOCK_R], tl.float32)
         x_label = tl.zeros([BLOCK_R], tl.float32)
         while first < n_classes:
-            cls = first + columns
-            x_ptrs = x_ptr + x_row + cls * tl.cast(x_sc, tl.int64)
             # in rows not kept, too: the logits need not wait for the labels
-            x = tl.load(x_ptrs, mask=by_row(inside) & (cls < n_classes), other=0).to(tl.float32)
-            x += 0.0 * tl.maximum(x, 0.0)  # +inf gives NaN, and -inf a masked class: probability 0
-            here = cls == by_row(label)
-            x_label += over_columns(tl.where(here, x, 0.0))
-            others = tl.where(here | (cls >= n_classes), -1e38, x)
-            new_top = tl.maximum(top, top_of_columns(others))
-            e = tl.exp(others - by_row(new_top))
-            e = tl.where(here | (cls >= n_classes), 0.0, e)
-            total = total * tl.exp(top - new_top) + over_columns(e)
+            x = load_columns(x_ptr, x_at, first, x_sc, inside, n_classes, WHOLE, STEPS, LANES)
+            own = tl.zeros([BLOCK_R, LANES], tl.float32)
+            others = ()
+            for step in tl.static_range(STEPS):
+                here = first + columns_of(step, LANES) == by_row(label)
+                own += tl.where(here, x[step], 0.0)
+                others = others + (tl.where(here, float("-inf"), x[step]),)
+            x_label += tl.sum(own, 1)
+            new_top = tl.maximum(top, top_of_columns(others, STEPS))
+            below = tl.zeros([BLOCK_R, LANES], tl.float32)
+            for step in tl.static_range(STEPS):
+                below += tl.exp(others[step] - by_row(new_top))
+            total = total * tl.exp(top - new_top) + tl.sum(below, 1)
             top = new_top
             first += STEPS * LANES
         x_label += 0.0 * x_label  # a masked label gives NaN
@@ -171,8 +176,13 @@ def softmax_focal_kernel(
 
 
 def _tile(x, layout) -> dict:
-    most = SOFTMAX_CLASSES if columns_innermost(x, layout) else SOFTMAX_CLASSES_BY_ROW
-    return tile_of_rows(x, layout, SOFTMAX, min(triton.next_power_of_2(x.shape[-1]), most))
+    """With WHOLE: steps of which none has a column beyond the last."""
+    classes = x.shape[-1]
+    config, most = SOFTMAX if columns_innermost(x, layout) else SOFTMAX_BY_ROW
+    tiles = triton.cdiv(classes, most)
+    tile = tile_of_rows(x, layout, config, triton.cdiv(classes, tiles))
+    whole = tile["STEPS"] if classes % (tile["STEPS"] * tile["LANES"]) == 0 else 0
+    return tile | {"WHOLE": classes // tile["LANES"] if tiles == 1 else whole}
 
 
 def _launch(

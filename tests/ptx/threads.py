@@ -242,6 +242,7 @@ class Code:
             hashed = np.asarray(x).view(np.uint32).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
             share = (hashed >> np.uint64(40)) / 2.0**23 - 1
             size = np.maximum(np.abs(x), np.float32(found.absolute))
+            size = np.where(np.isfinite(x), size, 0)  # infinity is exact
             return (x + share * self.noise * found.ulp * 2.0**-23 * size).astype(np.float32)
 
         return function
