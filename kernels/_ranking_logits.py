@@ -15,11 +15,9 @@ from ._logits import offsets, targets_and_mask
 from ._ranking_pairs import violators
 from ._ranking_scratch import (
     COUNT,
-    LEVEL,
     OFFSET,
     OTHER,
     OWN,
-    SLOPE,
     count_positives,
     load_delta,
     wide,
@@ -37,6 +35,10 @@ from ._ranking_table import (
     words_of,
 )
 from ._walk import coordinates, offset_of, tile_of
+
+# Where a thread's count begins beside its sum of distances: with `fraction_bits` of n logits, of
+# which at most 2**-18 are its own, the sum lies below 2**45, and 2**31 logits are 2**13 a thread.
+OWN_SHIFT = tl.constexpr(48)
 
 
 @triton.jit(do_not_specialize=["item_start"])
@@ -171,7 +173,7 @@ def negatives_kernel(
     label_ptr,  # [rows] integers, or None
     weight_ptr,  # [rows] or per logit, or None
     group_ptr,  # list of each logit, or None
-    knot_ptr,  # [7, 2 capacity]
+    knot_ptr,  # [5, 2 capacity]
     lookup_ptr,  # int64, see ``lookup_words``
     list_ptr,  # [2, num_groups]
     histogram_ptr,  # forward: [copies, 2 P] int64, or [copies, 2 P, 2]; or None
@@ -218,7 +220,7 @@ def negatives_kernel(
     delta,
     # constants
     BACKWARD: tl.constexpr,
-    PACK: tl.constexpr,  # count and distance share a word where it has room
+    APART: tl.constexpr,  # the common segment is kept, too, where count and distance are apart
     N_DIMS: tl.constexpr,
     CLASS_DIM: tl.constexpr,
     LINEAR: tl.constexpr,
@@ -233,8 +235,6 @@ def negatives_kernel(
     capacity = wide(capacity)
     _, per_unit = load_delta(delta_ptr, delta)
     n_pos = count_positives(counter_ptr, capacity)
-    level_ptr = knot_ptr + LEVEL * 2 * capacity
-    slope_ptr = knot_ptr + SLOPE * 2 * capacity
     run, within = tile_of(BLOCK, RUN)
     offs = run + within
     sizes = (1, size_1, size_2, size_3)
@@ -259,10 +259,11 @@ def negatives_kernel(
         copies, fraction, shift = load_plan(plan_ptr)
         histogram_ptr += (tl.program_id(0) % copies) * words_of(n_pos, shift)
         units = power_of_2(fraction)
-        one = tl.cast(1, tl.int64) << shift
+        # the count and the distance of a thread's own logits share a word in any case
+        own_shift = tl.where(shift > 0, shift, OWN_SHIFT) if APART else shift
+        one = tl.cast(1, tl.int64) << own_shift
         bad = tl.zeros(offs.shape, tl.int32)
         in_common = tl.zeros(offs.shape, tl.int64)
-        n_common = tl.zeros(offs.shape, tl.int32)  # where it has a word of its own
         common = tl.cast(-1, tl.int32)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     if not BACKWARD and group_ptr is None:
@@ -320,12 +321,12 @@ def negatives_kernel(
             x, negative, group, knot_ptr, list_ptr, table_ptr, num_groups, table, jump,
             group_ptr is not None,
         )  # fmt: skip
-        high, low = unpacked(tl.load(lookup_ptr + knot, mask=found, other=0))
+        word_ptr = lookup_ptr + (2 * knot if BACKWARD else knot)
+        high, low = unpacked(tl.load(word_ptr, mask=found, other=0))
         # Outside all windows the distance can be anything: it is never used.
         distance = tl.minimum(tl.maximum(((x - high) - low) * per_unit, 0.0), 1.0)
         if BACKWARD:
-            level = tl.load(level_ptr + knot, mask=found, other=0.0)
-            slope = tl.load(slope_ptr + knot, mask=found, other=0.0)
+            level, slope = unpacked(tl.load(word_ptr + 1, mask=found, other=0))
             g = tl.where(found, (level + slope * distance) * upstream, 0.0)
             # a non-finite logit makes the scale NaN: every negative shows it
             g = tl.where(negative, g + 0.0 * upstream, 0.0)
@@ -343,16 +344,13 @@ def negatives_kernel(
             theirs = found & (knot == common)
             elsewhere = found & (knot != common)
             slot = histogram_ptr + knot
+            if APART or shift > 0:
+                in_common += tl.where(theirs, one + amount, 0)
+                found = elsewhere
             if shift > 0:
-                word = one + amount
-                in_common += tl.where(theirs, word, 0)
-                tl.atomic_add(slot, word, mask=elsewhere, sem="relaxed")
+                tl.atomic_add(slot, one + amount, mask=found, sem="relaxed")
             else:
                 slot += knot
-                if not PACK:
-                    in_common += tl.where(theirs, amount, 0)
-                    n_common += theirs.to(tl.int32)
-                    found = elsewhere
                 tl.atomic_add(slot, tl.full(slot.shape, 1, tl.int64), mask=found, sem="relaxed")
                 tl.atomic_add(slot + 1, amount, mask=found & (amount > 0), sem="relaxed")
         start += tl.num_programs(0).to(tl.int64) * BLOCK
@@ -361,10 +359,10 @@ def negatives_kernel(
             common_slot = histogram_ptr + common
             if shift > 0:
                 tl.atomic_add(common_slot, tl.sum(in_common), sem="relaxed")
-            elif not PACK:
+            elif APART:
                 common_slot += common
-                tl.atomic_add(common_slot, tl.sum(n_common).to(tl.int64), sem="relaxed")
-                tl.atomic_add(common_slot + 1, tl.sum(in_common), sem="relaxed")
+                tl.atomic_add(common_slot, tl.sum(in_common >> own_shift), sem="relaxed")
+                tl.atomic_add(common_slot + 1, tl.sum(in_common & (one - 1)), sem="relaxed")
         if tl.sum(bad) > 0:
             tl.store(counter_ptr + 1, 1)
 
@@ -373,7 +371,7 @@ def negatives_kernel(
 def collect_kernel(
     # pointers
     histogram_ptr,  # [copies, 2 P] int64, or [copies, 2 P, 2]
-    knot_ptr,  # [7, 2 capacity] out: COUNT, OFFSET
+    knot_ptr,  # [5, 2 capacity] out: COUNT, OFFSET
     total_ptr,  # [2, 2 capacity] int64 out instead, for other processes to add to; or None
     lookup_ptr,
     positive_ptr,  # PAIRS: as `violators` takes them

@@ -24,7 +24,6 @@ from ._ranking_scratch import (
     DISTANCE,
     FIRST,
     HIGH,
-    LEVEL,
     LOW,
     LOWER,
     MISS,
@@ -36,7 +35,6 @@ from ._ranking_scratch import (
     SCORE,
     SECOND,
     SIZE,
-    SLOPE,
     START,
     SUM_DISTANCE,
     TIED,
@@ -50,6 +48,7 @@ from ._ranking_scratch import (
     load_delta,
     wide,
 )
+from ._ranking_table import packed
 
 # Below this FP_i aLRP's published gradient skips positive i.
 ALRP_EPS = tl.constexpr(1e-5)
@@ -82,7 +81,8 @@ def settle_kernel(
     positive_ptr,  # table of positives out: MISS, WEIGHT, OWN; AP: FIRST; aLRP: SECOND, OTHER;
     # rank_sort: OTHER
     place_ptr,
-    knot_ptr,  # table of knots out: LEVEL, SLOPE
+    knot_ptr,
+    lookup_ptr,  # out: words of the backward, see ``lookup_words``
     value_ptr,  # rank_sort: qualities, sorted in blocks
     sum_ptr,  # table of float64 sums, scratch
     list_ptr,
@@ -305,8 +305,11 @@ def settle_kernel(
             hard_level = tl.cumsum(closed, 0) + closed_below
             closed_below += tl.sum(closed, 0)
             level = tl.where(delta > 0, level, hard_level)
-            tl.store(row + LEVEL * 2 * capacity, level.to(tl.float32), mask=mask)
-            tl.store(row + SLOPE * 2 * capacity, slope.to(tl.float32), mask=mask)
+            high = tl.load(row + HIGH * 2 * capacity, mask=mask, other=0.0)
+            low = tl.load(row + LOW * 2 * capacity, mask=mask, other=0.0)
+            word = lookup_ptr + 2 * k
+            tl.store(word, packed(high, low), mask=mask)
+            tl.store(word + 1, packed(level.to(tl.float32), slope.to(tl.float32)), mask=mask)
             done += TILE
 
         if not HAS_GROUP:

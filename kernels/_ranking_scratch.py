@@ -18,14 +18,14 @@ LOWER, UPPER, START, SIZE, LIST, WINDOW_START, WINDOW_END, TIED = (
 )
 BY_VALUE = TIED
 # Entries of a table of knots, float32, by ascending (list, knot).
-KEY, HIGH, LOW, COUNT, OFFSET, LEVEL, SLOPE = (tl.constexpr(k) for k in range(7))
+KEY, HIGH, LOW, COUNT, OFFSET = (tl.constexpr(k) for k in range(5))
 # Sums over what is above, float64: RAMP at the knots (two rows), the others at positives.
 RAMP, DISTANCE, SUM_DISTANCE, AHEAD, AHEAD_DISTANCE = (tl.constexpr(k) for k in (0, 2, 3, 4, 5))
 # Rank & Sort's, in each block by quality: up from the lowest, and of shares down from the highest.
 SUM_VALUE, SUM_SCORE, SUM_PRODUCT, SUM_SHARE, SUM_SHARE_SCORE = (
     tl.constexpr(k) for k in (2, 3, 4, 5, 6)
 )
-POSITIVE_ROWS, PLACE_ROWS, KNOT_ROWS, SUM_ROWS = 9, 8, 7, 7
+POSITIVE_ROWS, PLACE_ROWS, KNOT_ROWS, SUM_ROWS = 9, 8, 5, 7
 
 
 @triton.jit

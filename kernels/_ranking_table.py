@@ -23,22 +23,23 @@ CELLS_PER_POSITIVE = tl.constexpr(16)
 # Words of all copies together: more copies would take longer to add up than they spare.
 WORDS = 1 << 20
 # With fewer, the rounding of a distance shows in the loss: count and distance take a word each.
-LEAST_FRACTION = tl.constexpr(24)
+LEAST_FRACTION = 24
 MOST_FRACTION = tl.constexpr(40)
 
 
 def lookup_words(capacity: int) -> int:
-    """Size of what a pass over the logits looks up: HIGH and LOW of each knot in a word; the first
-    knot of each cell and, above it, how many the cell holds; most knots of a cell in each block;
-    the plan of the histogram.
+    """Size of what a pass over the logits looks up. Forward: HIGH and LOW of each knot in a word;
+    backward: these in one and the gradient there and its slope in the next. The first knot of each
+    cell and, above it, how many the cell holds; most knots of a cell in each block; the plan of the
+    histogram.
     """
-    return 2 * capacity + MOST_CELLS.value + CELL_BLOCKS.value + 3
+    return 4 * capacity + MOST_CELLS.value + CELL_BLOCKS.value + 3
 
 
 @triton.jit
 def lookup_tables(lookup_ptr, capacity):
     """Where cells, the most knots of a cell and the plan begin."""
-    table_ptr = lookup_ptr + 2 * capacity
+    table_ptr = lookup_ptr + 4 * capacity
     return table_ptr, table_ptr + MOST_CELLS, table_ptr + (MOST_CELLS + CELL_BLOCKS)
 
 
@@ -69,12 +70,13 @@ def power_of_2(bits):
 
 
 @triton.jit
-def histogram_plan(n, n_pos, n_words, programs, fraction, PACK: tl.constexpr, TILE: tl.constexpr):
+def histogram_plan(n, n_pos, n_words, programs, fraction, LEAST: tl.constexpr, TILE: tl.constexpr):
     """``(copies, fraction bits, shift)`` of the histogram.
 
-    A word holds a distance and, above ``shift`` bits, a count; with a shift of 0 each has a word.
-    ``programs`` take tiles of TILE of the n logits, program i adds to copy i modulo copies.
-    ``fraction``: bits of a distance that has a word of its own.
+    A word holds a distance and, above ``shift`` bits, a count; with a shift of 0, where no LEAST
+    bits would be left for the distance, each has a word. ``programs`` take tiles of TILE of the n
+    logits, program i adds to copy i modulo copies. ``fraction``: bits of a distance that has a word
+    of its own.
     """
     segments = tl.maximum(2 * n_pos, 1).to(tl.int64)
     programs = tl.cast(programs, tl.int64)
@@ -87,10 +89,7 @@ def histogram_plan(n, n_pos, n_words, programs, fraction, PACK: tl.constexpr, TI
         width += 1
     width = width.to(tl.int32)
     room = 63 - 2 * width
-    if PACK:
-        both = room >= LEAST_FRACTION
-    else:
-        both = room > 63
+    both = room >= LEAST
     fraction = tl.where(both, tl.minimum(room, MOST_FRACTION), fraction)
     apart = tl.minimum(tl.maximum(n_words // (2 * segments), 1), programs)
     return tl.where(both, copies, apart), fraction, tl.where(both, 63 - width, 0)
@@ -136,7 +135,7 @@ def first_jump(n):
 @triton.jit
 def prepare_kernel(
     # pointers
-    knot_ptr,  # [7, 2 capacity]: KEY, HIGH, LOW
+    knot_ptr,  # [5, 2 capacity]: KEY, HIGH, LOW
     lookup_ptr,  # int64 out, see ``lookup_words``
     histogram_ptr,  # [n_words] int64 out: zeros where the histogram is
     positive_ptr,
@@ -155,7 +154,7 @@ def prepare_kernel(
     fraction,
     delta,
     # constants
-    PACK: tl.constexpr,
+    LEAST: tl.constexpr,
     TABLE: tl.constexpr,
     TILE: tl.constexpr,  # of the pass over the logits
     PAIRS: tl.constexpr,
@@ -186,7 +185,7 @@ def prepare_kernel(
     n_pos = count_positives(counter_ptr, capacity)
     table_ptr, most_ptr, plan_ptr = lookup_tables(lookup_ptr, capacity)
     step = tl.cast(cell_programs, tl.int64) * BLOCK
-    copies, fraction, shift = histogram_plan(n, n_pos, n_words, programs, fraction, PACK, TILE)
+    copies, fraction, shift = histogram_plan(n, n_pos, n_words, programs, fraction, LEAST, TILE)
     if pid == 0:
         tl.store(plan_ptr, copies)
         tl.store(plan_ptr + 1, fraction.to(tl.int64))

@@ -47,7 +47,7 @@ from ._ranking_scratch import (
     POSITIVE_ROWS,
     SUM_ROWS,
 )
-from ._ranking_table import CELL_BLOCKS, WORDS, lookup_words, prepare_kernel
+from ._ranking_table import CELL_BLOCKS, LEAST_FRACTION, WORDS, lookup_words, prepare_kernel
 from ._walk import contiguous_strides, merged_dims
 
 # Programs of a grid that loops: about eight to a multiprocessor of a large GPU.
@@ -65,13 +65,15 @@ class Spec(NamedTuple):
     first_row: Any = MISS  # whose mean is the first value
     coefficient: bool = False  # the second value is differentiated in the rows' errors
     second_gradient: bool = False  # the second value has a gradient of its own in the logits
+    fraction: int = LEAST_FRACTION  # bits that a distance needs beside a count in a word
 
 
 SPECS = {
     "rank_sort": Spec("rank_sort_loss", "rank_sort", "quality", spreads=True, second_gradient=True),
     "ap": Spec("ap_loss", "ap", interpolated=True, first_row=FIRST),
     "ap_plain": Spec("ap_loss", "ap", first_row=FIRST),
-    "alrp": Spec("alrp_loss", "alrp", "error", coefficient=True),
+    # it divides by sums of distances as small as 1e-5
+    "alrp": Spec("alrp_loss", "alrp", "error", coefficient=True, fraction=34),
 }
 
 
@@ -167,8 +169,10 @@ def _programs(n: int) -> int:
     return min(triton.cdiv(n, RANKING.block), MAX_PROGRAMS)
 
 
-def _negatives(scratch, level, delta, ignore_index, num_groups, histogram=None, pack=False,
-               upstream=None, scale=None, out=None):  # fmt: skip
+def _negatives(
+    scratch, level, delta, ignore_index, num_groups, histogram=None, apart=False, upstream=None,
+    scale=None, out=None,
+):  # fmt: skip
     """Launch the pass over all logits of a level, forward or backward."""
     x, labels, _, dense, weight, group, _ = level
     lists = _broadcast_strides(group, x.shape)
@@ -205,7 +209,7 @@ def _negatives(scratch, level, delta, ignore_index, num_groups, histogram=None, 
         ignore_index,
         number,
         BACKWARD=out is not None,
-        PACK=pack,
+        APART=apart,
         N_DIMS=walk.layout.n_dims,
         CLASS_DIM=walk.class_dim,
         LINEAR=walk.linear,
@@ -220,7 +224,7 @@ class Scratch(NamedTuple):
     """What the backward needs of the forward."""
 
     positives: Tensor  # [9, capacity] float32
-    knots: Tensor  # [7, 2 capacity] float32
+    knots: Tensor  # [5, 2 capacity] float32
     lookup: Tensor  # int64, what the pass over the logits looks up
     items: Tensor  # [capacity] int64
     lists: Tensor  # [2, num_groups] int32
@@ -295,8 +299,8 @@ def launch(
     programs = max([_programs(level.x.numel()) for level in levels], default=1)
     n_words = min(max(WORDS, 4 * capacity), 12 * capacity)  # at most 96 bytes a positive's place
     histogram = torch.empty(n_words, dtype=torch.int64, device=device)
-    # aLRP divides by sums of distances as small as 1e-5; processes add theirs up.
-    pack = not spec.coefficient and exchange is None
+    # processes add theirs up: no word holds both
+    least = spec.fraction if exchange is None else 64
     first, second = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
 
     pointer, (number,) = scalar_args(delta, 1)
@@ -319,11 +323,13 @@ def launch(
     cells = max(CELL_BLOCKS.value, min(triton.cdiv(n_words, 4096), 256))
     wrap_triton(prepare_kernel, x)[(cells + beside,)](
         knots, lookup, histogram, *tables, n, n_words, capacity, programs, cells, bits, number,
-        PACK=pack, TABLE=not has_group, TILE=RANKING.block, PAIRS=spec.spreads,
+        LEAST=least, TABLE=not has_group, TILE=RANKING.block, PAIRS=spec.spreads,
         ACROSS=PAIRED_ACROSS, num_warps=RANKING.num_warps,
     )  # fmt: skip
     for level in levels:
-        _negatives(scratch, level, delta, ignore_index, num_groups, histogram, pack)
+        _negatives(
+            scratch, level, delta, ignore_index, num_groups, histogram, least > LEAST_FRACTION
+        )
     total = None
     if exchange is not None:
         total = torch.zeros(2, 2 * capacity, dtype=torch.int64, device=device)
@@ -342,8 +348,8 @@ def launch(
         knots[OFFSET.value] = offset * 0.5**bits
     scanners = min(num_groups, MAX_PROGRAMS)
     wrap_triton(settle_kernel, x)[(scanners + beside,)](
-        positives, places, knots, values, sums, lists, counter, pointer, first, second, scale,
-        capacity, num_groups, scanners, number, HAS_GROUP=has_group, LOSS=spec.LOSS,
+        positives, places, knots, lookup, values, sums, lists, counter, pointer, first, second,
+        scale, capacity, num_groups, scanners, number, HAS_GROUP=has_group, LOSS=spec.LOSS,
         INTERPOLATED=spec.interpolated, TILE=SCANS.block, ACROSS=PAIRED_ACROSS,
         num_warps=SCANS.num_warps,
     )  # fmt: skip

@@ -99,6 +99,21 @@ def test_positives_of_several_blocks(kind, n_pos, delta):
         assert_agrees(got, ours(loss, *wide, delta=delta, **options), problem, 1e-6, 1e-6)
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("kind", ["random", "nearly constant"])
+@pytest.mark.parametrize("common", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_count_and_distance_each_in_a_word(loss, common, kind, monkeypatch):
+    """As of too many logits for one word; with and without a common segment that is kept apart."""
+    from tritonloss.kernels import ranking as kernels
+
+    monkeypatch.setitem(kernels.SPECS, loss, kernels.SPECS[loss]._replace(fraction=64))
+    monkeypatch.setattr(kernels, "LEAST_FRACTION", 24 if common else 64)
+    problem = make(kind, 60, 1500)
+    rows = problem.logits, (problem.labels, problem.quality), problem.quality
+    assert_agrees(ours(loss, *rows, delta=0.5), expected(loss, problem, 0.5), problem, 1e-6, 1e-5)
+
+
 @pytest.mark.parametrize("delta", [0, 1e-3, 0.5, 5])
 @pytest.mark.parametrize("kind", INPUTS)
 def test_violators_found_bit_by_bit(kind, delta, monkeypatch):
