@@ -122,7 +122,8 @@ def box_loss(p, t, eps, alpha_threshold, KIND: tl.constexpr):
     # derivatives by the areas of p and of the intersection, through IoU and union
     d_pred = tl.where(solid, iou / union, 0.0)
     # 1 / eps is no slope: where it divides, what is divided is a constant
-    d_inter = tl.where(solid, -1.0 / union - d_pred, 0.0)
+    # -(1 + IoU) / union, so that of equal boxes the two cancel whatever a division rounds to
+    d_inter = tl.where(solid, -2.0 * d_pred - one_minus_iou / union, 0.0)
     if KIND == "iou_square":
         loss *= 1.0 + iou
         d_pred *= 2.0 * iou
@@ -154,7 +155,9 @@ def box_loss(p, t, eps, alpha_threshold, KIND: tl.constexpr):
         d_union = tl.where(solid, 1.0 / hull, 0.0)
         d_pred -= d_union
         d_inter += d_union
-        d_hull = tl.where(open_hull, union / hull / hull, 0.0)
+        # exactly that of the union where there is no gap
+        filled = tl.where(gap < 0.5 * hull, 1.0 - gap / hull, union / hull)
+        d_hull = tl.where(open_hull, filled * (1.0 / hull), 0.0)
         d_wc = d_hull * hc
         d_hc = d_hull * wc
     if KIND == "diou" or KIND == "ciou" or KIND == "eiou":

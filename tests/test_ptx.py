@@ -11,6 +11,7 @@ import re
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -296,6 +297,31 @@ def differentiated(point: dict, double: bool) -> tuple[Tensor, Tensor | None]:
             upstream = relaid(upstream, point["upstream"])
         loss.backward(upstream.to(loss.dtype) if double else upstream)
     return loss.detach(), made.x.grad
+
+
+BOX_LOSSES = {
+    "iou": tl.iou_loss,
+    "iou square": partial(tl.iou_loss, mode="square"),
+    "iou log": partial(tl.iou_loss, mode="log"),
+    "giou": tl.giou_loss,
+    "diou": tl.diou_loss,
+    "ciou": tl.ciou_loss,
+    "eiou": tl.eiou_loss,
+}
+
+
+@pytest.mark.parametrize("loss", BOX_LOSSES)
+def test_equal_boxes_have_no_gradient_whatever_a_division_rounds_to(loss):
+    """Thin boxes, whose IoU has gradients in the thousands on both sides of the tie."""
+    g = torch.Generator().manual_seed(4)
+    corner = torch.rand(200, 2, generator=g) * 500
+    sides = torch.rand(200, 2, generator=g) * torch.tensor([60.0, 0.1])
+    boxes = torch.cat([corner, corner + sides], 1)
+    pred = boxes.clone().requires_grad_()
+    with interpreted("sm_90", noise=1.0):
+        value = BOX_LOSSES[loss](pred, boxes, reduction="none")
+        value.sum().backward()
+    assert not pred.grad.any() and not value.any()
 
 
 def test_memory_orders(point):
