@@ -6,7 +6,8 @@
 ``traffic`` is exact and held against the counted bytes; times come from constants. Those of the
 local processes are fitted to perf/results/distributed_cpu.csv: the computation to its rows of one
 process alone, a collective to the rows that time nothing else. What is left, losses among 2 to 4
-processes, is predicted and compared. Those of a GPU are assumptions, and said to be.
+processes, is predicted and compared. Times of kernels on a GPU are fitted to those measured on one;
+its network is assumed, and said to be.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import numpy as np
 
 from ._measure import write_rows
 
-MEASURED = Path(__file__).parent / "results/distributed_cpu.csv"
+RESULTS = Path(__file__).parent / "results"
+MEASURED = RESULTS / "distributed_cpu.csv"
+KERNELS = RESULTS / "kernels_nvidia_h100_80gb_hbm3.csv"
 HEADER = 2 * 18 * 8
 RANKING = ("rank_sort", "ap", "alrp")
 
@@ -93,24 +96,32 @@ def rows_of(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def fitted_computation(rows: list[dict], loss: str) -> Computation:
-    """To the times of one process alone, by relative error; no constant is negative."""
-    mine = [r for r in rows if r["what"] == loss and r["processes"] == "1"]
-    logits, positives = (np.array([float(r[k]) for r in mine]) for k in ("logits", "positives"))
-    seconds = np.array([float(r["alone_ms"]) for r in mine]) / 1e3
-    columns = [np.ones(len(mine)), logits, positives, positives**2]
+def least_squares(logits, positives, seconds, pairs: bool = True) -> Computation:
+    """By relative error; no constant is negative."""
+    logits, positives, seconds = map(np.array, (logits, positives, seconds))
+    columns = [np.ones(len(seconds)), logits, positives, positives**2][: 4 if pairs else 3]
     if len(set(positives)) == 1:  # a loss that does not see them
         columns = columns[:2]
     kept = list(range(len(columns)))
     while True:
         a = np.stack([columns[k] for k in kept], 1) / seconds[:, None]
-        found = np.linalg.lstsq(a, np.ones(len(mine)), rcond=None)[0]
+        found = np.linalg.lstsq(a, np.ones(len(seconds)), rcond=None)[0]
         if (found >= 0).all():
             break
         kept.pop(int(found.argmin()))
     constants = np.zeros(4)
     constants[kept] = found
     return Computation(*constants.tolist())
+
+
+def fitted_computation(rows: list[dict], loss: str) -> Computation:
+    """To the times of one process alone."""
+    mine = [r for r in rows if r["what"] == loss and r["processes"] == "1"]
+    return least_squares(
+        [float(r["logits"]) for r in mine],
+        [float(r["positives"]) for r in mine],
+        [float(r["alone_ms"]) / 1e3 for r in mine],
+    )
 
 
 def local_collective(rows: list[dict], processes: int, message: Message) -> float:
@@ -159,25 +170,35 @@ def predictions(path: Path = MEASURED) -> list[Prediction]:
 
 # ------------------------------------------------------------------------------------- GPUs
 
-# Assumed, none of it measured here. A logit: three times the floor of 12 bytes at 3 TB/s, float32.
-# A pair of positives: seven passes (order, pairs, spread once each, settle and tabulate twice) of
-# about 20 instructions on 132 x 128 lanes at 1.7 GHz. 20 launches of 5 us.
-GPU = Computation(
-    fixed=100e-6, logit=3 * 12 / 3e12, positive=0.0, pair=7 * 20 / (132 * 128 * 1.7e9)
-)
-# Up to eight share NVLink; beyond, a 400 Gb/s port each.
+# Assumed. Up to eight share NVLink; beyond, a 400 Gb/s port each. 20 launches of 5 us.
 NEAR, FAR = Network(5e-6, 300e9), Network(15e-6, 45e9)
+LAUNCHES = 100e-6
+
+
+def on_a_gpu(loss: str, path: Path = KERNELS) -> Computation:
+    """Fitted to the kernels' own times on one GPU, of small and large inputs."""
+    with path.open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if (r["loss"], r["kernel"]) == (loss, "all")]
+    rows = [r for r in rows if (r["dtype"], r["inputs"]) == ("float32", "random")]
+    found = least_squares(
+        [float(r["rows"]) * float(r["classes"]) for r in rows],
+        [float(r["positives"]) if loss in RANKING else 0.0 for r in rows],
+        [1e-6 * float(r["us"]) for r in rows],
+        pairs=False,
+    )
+    return found._replace(fixed=found.fixed + LAUNCHES)
 
 
 def gpu_step(loss: str, processes: int, positives: int, logits: int) -> dict:
     network = NEAR if processes <= 8 else FAR
     messages = traffic(loss, processes, positives, kernels=True)
     total = processes * positives if loss in RANKING else 0
+    gpu = on_a_gpu(loss)
     return {
-        "logits": 1e3 * GPU.logit * logits,
-        "pairs": 1e3 * GPU.pair * total**2,
+        "logits": 1e3 * gpu.logit * logits,
+        "positives": 1e3 * gpu.positive * total,
         "network": 1e3 * sum(network.seconds(m, processes) for m in messages),
-        "launches": 1e3 * GPU.fixed,
+        "launches": 1e3 * gpu.fixed,
         "bytes": payload(messages, processes),
     }
 
@@ -185,17 +206,17 @@ def gpu_step(loss: str, processes: int, positives: int, logits: int) -> dict:
 def gpu_table(logits: int = 10**6) -> list[str]:
     """Markdown: a million logits on each GPU."""
     lines = [
-        "| loss | GPUs | logits | positives | bytes of a GPU | logits, ms | pairs, ms | "
+        "| loss | GPUs | logits | positives | bytes of a GPU | logits, ms | positives, ms | "
         "network, ms | step, ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for loss, positives in (("rank_sort", 50), ("rank_sort", 500), ("ghm_c", 0)):
         for processes in (1, 8, 64, 256, 1024):
             step = gpu_step(loss, processes, positives, logits)
-            total = sum(step[k] for k in ("logits", "pairs", "network", "launches"))
+            total = sum(step[k] for k in ("logits", "positives", "network", "launches"))
             lines.append(
                 f"| {loss} | {processes} | {processes * logits:.0e} | {processes * positives} "
-                f"| {step['bytes']:.2g} | {step['logits']:.3f} | {step['pairs']:.3g} "
+                f"| {step['bytes']:.2g} | {step['logits']:.3f} | {step['positives']:.3g} "
                 f"| {step['network']:.2f} | {total:.3g} |"
             )
     return lines

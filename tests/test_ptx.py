@@ -42,8 +42,9 @@ TOLERANCE = {
 VALUE_TOLERANCE = 2e-6
 
 
-def errors(got: Tensor, want: Tensor) -> float:
-    """Largest difference of finite entries over the largest entry; the others have to agree."""
+def errors(got: Tensor, want: Tensor, least: float = 1e-30) -> float:
+    """Largest difference of finite entries over the largest entry, or over ``least``; the others
+    have to agree."""
     lost = 0.0
     if got.dtype == torch.float16:  # what underflows and overflows there
         lost, want = 3e-8, torch.where(want.abs() > 65504, want * torch.inf, want)
@@ -54,7 +55,7 @@ def errors(got: Tensor, want: Tensor) -> float:
     assert torch.equal(got[~finite].nan_to_num(0.0), want[~finite].nan_to_num(0.0)), "infinities"
     if not finite.any():
         return 0.0
-    largest = want[finite].abs().max().clamp(min=1e-30)
+    largest = want[finite].abs().max().clamp(min=least)
     return float(((got - want)[finite].abs().max() - lost).clamp(min=0) / largest)
 
 
@@ -332,14 +333,16 @@ def test_memory_orders(point):
     with interpreted(ARCH) as interpreter:
         got, slope = differentiated(point, double=False)
     assert interpreter.executed
-    assert errors(got, value) <= VALUE_TOLERANCE
+    # of nearly equal distributions, what the terms of the divergence leave of each other
+    least = 0.05 if point["loss"] == "distillation" else 1e-30
+    assert errors(got, value, least) <= VALUE_TOLERANCE
     if gradient is not None:
         if point["loss"] == "ciou":  # one coordinate makes the box's gradient NaN, or all four
             row = (gradient.isnan() | slope.isnan()).any(-1, keepdim=True)
             slope, gradient = (torch.where(row, torch.nan, t) for t in (slope, gradient))
         elif got.isnan().all():  # what does not count has no gradient; eager may show NaN there
             gradient = torch.where(slope == 0, 0.0, gradient)
-        assert errors(slope, gradient) <= TOLERANCE[slope.dtype]
+        assert errors(slope, gradient, least) <= TOLERANCE[slope.dtype]
 
 
 # ------------------------------------------------------------------------------ planted faults

@@ -57,6 +57,8 @@ def _aspect_penalty(wp, hp, wt, ht) -> Tensor:
 
 def box_values(pred: Tensor, target: Tensor, eps, alpha_threshold, kind: str) -> Tensor:
     """Loss of each pair of boxes (..., 4)."""
+    if isinstance(eps, Tensor):  # a clamp takes no bound on another device
+        eps = eps.to(pred.device)
     # both axes in one tensor (..., 2) as far as they go the same way
     p1, p2 = pred.chunk(2, -1)
     t1, t2 = target.chunk(2, -1)

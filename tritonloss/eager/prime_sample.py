@@ -140,7 +140,7 @@ def carl_loss(levels: list[tuple], k, bias, activation: str, keep_loss: bool, av
 def _log_mix(log_p: Tensor, bias) -> Tensor:
     """log((1 - bias) p + bias)."""
     if isinstance(bias, Tensor):
-        bias = bias.to(log_p.dtype)
+        bias = bias.to(log_p)
         return torch.logaddexp(log_p + torch.log1p(-bias), bias.log())
     if bias == 0:
         return log_p
