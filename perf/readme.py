@@ -350,8 +350,8 @@ def beside_others() -> str:
     return "\n\n".join(lines)
 
 
-# A first run is kept beside the newest, for what became of it.
-NEWEST = "kernels_nvidia_h200"
+# Older runs on other GPUs are kept beside the newest.
+NEWEST = "kernels_nvidia_h100_80gb_hbm3"
 
 
 def on_gpus(newest_only: bool = False) -> list[str]:
