@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ._logits import offsets, targets_and_mask
+from ._numbers import Constant
 from ._ranking_pairs import violators
 from ._ranking_scratch import (
     COUNT,
@@ -38,7 +39,7 @@ from ._walk import coordinates, offset_of, tile_of
 
 # Where a thread's count begins beside its sum of distances: with `fraction_bits` of n logits, of
 # which at most 2**-18 are its own, the sum lies below 2**45, and 2**31 logits are 2**13 a thread.
-OWN_SHIFT = tl.constexpr(48)
+OWN_SHIFT = Constant(48)
 
 
 @triton.jit(do_not_specialize=["item_start"])

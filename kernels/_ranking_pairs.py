@@ -20,6 +20,7 @@ more to cancel than one block's rounding. All are in a fixed order.
 import triton
 import triton.language as tl
 
+from ._numbers import Constant
 from ._ranking_scratch import (
     BY_VALUE,
     FIRST,
@@ -50,9 +51,9 @@ from ._ranking_scratch import (
 )
 
 # Positives of a block that is sorted: the counting grows with it, the searches fall.
-SORTED = tl.constexpr(256)
+SORTED = Constant(256)
 # Positives of a block whose sums are looked up: so many pairs are walked where a window ends.
-PAIRED = tl.constexpr(64)
+PAIRED = Constant(64)
 
 
 @triton.jit

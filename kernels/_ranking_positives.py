@@ -16,6 +16,7 @@ before, and ``spread``: `_ranking_pairs`.
 import triton
 import triton.language as tl
 
+from ._numbers import Constant
 from ._ranking_pairs import spread
 from ._ranking_scratch import (
     AHEAD,
@@ -51,7 +52,7 @@ from ._ranking_scratch import (
 from ._ranking_table import packed
 
 # Below this FP_i aLRP's published gradient skips positive i.
-ALRP_EPS = tl.constexpr(1e-5)
+ALRP_EPS = Constant(1e-5)
 
 
 @triton.jit

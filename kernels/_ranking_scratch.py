@@ -7,23 +7,21 @@ P stays on the device: a table has room for ``capacity`` positives, and each pas
 import triton
 import triton.language as tl
 
+from ._numbers import Constant
+
 # Entries of a table of positives, float32, by ascending (list, score, value).
-SCORE, VALUE, RANK_PLUS, MISS, FIRST, SECOND, WEIGHT, OWN, OTHER = (
-    tl.constexpr(k) for k in range(9)
-)
+SCORE, VALUE, RANK_PLUS, MISS, FIRST, SECOND, WEIGHT, OWN, OTHER = (Constant(k) for k in range(9))
 # int32: the places of its two knots; start, size and id of its list; the first positive inside its
 # window, the first above it, and the first with a higher score. BY_VALUE: blocks by quality.
-LOWER, UPPER, START, SIZE, LIST, WINDOW_START, WINDOW_END, TIED = (
-    tl.constexpr(k) for k in range(8)
-)
+LOWER, UPPER, START, SIZE, LIST, WINDOW_START, WINDOW_END, TIED = (Constant(k) for k in range(8))
 BY_VALUE = TIED
 # Entries of a table of knots, float32, by ascending (list, knot).
-KEY, HIGH, LOW, COUNT, OFFSET = (tl.constexpr(k) for k in range(5))
+KEY, HIGH, LOW, COUNT, OFFSET = (Constant(k) for k in range(5))
 # Sums over what is above, float64: RAMP at the knots (two rows), the others at positives.
-RAMP, DISTANCE, SUM_DISTANCE, AHEAD, AHEAD_DISTANCE = (tl.constexpr(k) for k in (0, 2, 3, 4, 5))
+RAMP, DISTANCE, SUM_DISTANCE, AHEAD, AHEAD_DISTANCE = (Constant(k) for k in (0, 2, 3, 4, 5))
 # Rank & Sort's, in each block by quality: up from the lowest, and of shares down from the highest.
 SUM_VALUE, SUM_SCORE, SUM_PRODUCT, SUM_SHARE, SUM_SHARE_SCORE = (
-    tl.constexpr(k) for k in (2, 3, 4, 5, 6)
+    Constant(k) for k in (2, 3, 4, 5, 6)
 )
 POSITIVE_ROWS, PLACE_ROWS, KNOT_ROWS, SUM_ROWS = 9, 8, 5, 7
 

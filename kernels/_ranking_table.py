@@ -12,19 +12,20 @@ the distance in fixed point below, with as many fraction bits as a copy's logits
 import triton
 import triton.language as tl
 
+from ._numbers import Constant
 from ._ranking_pairs import windows
 from ._ranking_scratch import HIGH, LOW, count_positives, load_delta, wide
 
 # Cells of the table: eight a knot, of which most hold none; the largest table fits an L1 cache.
-LEAST_CELLS = tl.constexpr(256)
-MOST_CELLS = tl.constexpr(16384)
-CELL_BLOCKS = tl.constexpr(16)
-CELLS_PER_POSITIVE = tl.constexpr(16)
+LEAST_CELLS = Constant(256)
+MOST_CELLS = Constant(16384)
+CELL_BLOCKS = Constant(16)
+CELLS_PER_POSITIVE = Constant(16)
 # Words of all copies together: more copies would take longer to add up than they spare.
 WORDS = 1 << 20
 # With fewer, the rounding of a distance shows in the loss: count and distance take a word each.
 LEAST_FRACTION = 24
-MOST_FRACTION = tl.constexpr(40)
+MOST_FRACTION = Constant(40)
 
 
 def lookup_words(capacity: int) -> int:
