@@ -113,29 +113,25 @@ def targets_and_mask(
 
 @triton.jit
 def load_logits(
-    start,
-    run,  # [runs, 1]
-    within,  # [1, logits of a run]
-    n,
+    tile,  # start, run [runs, 1], within [1, logits of a run], n
     pointers,  # x, dense target, label, quality, weight, class weight
-    n_classes,
-    ignore_index,
+    classes,  # n_classes, ignore_index
     coords,
     strides,  # of x, rows, dense target, weight
-    N_DIMS: tl.constexpr,
-    CLASS_DIM: tl.constexpr,
-    LINEAR: tl.constexpr,
-    ROW_WEIGHT: tl.constexpr,
+    WALK: tl.constexpr,  # N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
     MASKED: tl.constexpr,
     IS_LOGIT: tl.constexpr,
 ):
     """A tile of logits with their targets, as ``targets_and_mask`` returns them."""
+    start, run, within, n = tile
     x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr, class_weight_ptr = pointers
+    n_classes, ignore_index = classes
+    CLASS_DIM: tl.constexpr = WALK[1]
     offs = run + within
     # a run lies inside as a whole, or not at all
     inside = run < n - start if MASKED else tl.full(run.shape, 1, tl.int1)
     x_at, row, dense_at, weight_at, cls = offsets(
-        start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
+        start, offs, coords, strides, WALK[0], WALK[1], WALK[2], WALK[3]
     )
     x = load_or_zero(x_ptr + x_at, MASKED, inside)
     dense = run

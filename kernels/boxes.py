@@ -218,18 +218,17 @@ def box_loss(p, t, eps, alpha_threshold, KIND: tl.constexpr):
 @triton.jit
 def load_boxes(
     ptr,
-    start,
-    n,
-    coords,
+    block,  # start, n, coordinates
     strides,
     corner_stride,
     keep,
     N_DIMS: tl.constexpr,
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """A block of boxes ``(x1, y1, x2, y2)`` in float32, 0 where not kept."""
+    start, n, coords = block
+    BLOCK: tl.constexpr = keep.shape[0]
     if WIDE:
         lanes = tl.arange(0, 4 * BLOCK)
         words = load_or_zero(ptr + start * 4 + lanes, MASKED, lanes < 4 * (n - start))
@@ -255,18 +254,17 @@ def load_boxes(
 def store_boxes(
     ptr,
     boxes,
-    start,
-    n,
-    coords,
+    block,  # start, n, coordinates
     strides,
     corner_stride,
     inside,
     N_DIMS: tl.constexpr,
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """The inverse of ``load_boxes``."""
+    start, n, coords = block
+    BLOCK: tl.constexpr = inside.shape[0]
     x1, y1, x2, y2 = boxes
     if WIDE:
         words = tl.trans(tl.join(tl.join(x1, y1), tl.join(x2, y2)), 0, 2, 1)
@@ -299,9 +297,7 @@ def _block(
     BACKWARD: tl.constexpr,
     REDUCED: tl.constexpr,
     N_DIMS: tl.constexpr,
-    PRED_WIDE: tl.constexpr,
-    TARGET_WIDE: tl.constexpr,
-    OUT_WIDE: tl.constexpr,
+    WIDE: tl.constexpr,  # pred, target, out
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -312,12 +308,9 @@ def _block(
     eps, alpha_threshold = params
     coords, row = locate(start, tl.arange(0, BLOCK), sizes, row_s, N_DIMS)
     inside, keep, scale = load_rows(start, tl.arange(0, BLOCK), n, weight_ptr, row)
-    pred = load_boxes(
-        pred_ptr, start, n, coords, pred_s, pred_sc, keep, N_DIMS, PRED_WIDE, MASKED, BLOCK
-    )
-    target = load_boxes(
-        target_ptr, start, n, coords, target_s, target_sc, keep, N_DIMS, TARGET_WIDE, MASKED, BLOCK
-    )
+    block = (start, n, coords)
+    pred = load_boxes(pred_ptr, block, pred_s, pred_sc, keep, N_DIMS, WIDE[0], MASKED)
+    target = load_boxes(target_ptr, block, target_s, target_sc, keep, N_DIMS, WIDE[1], MASKED)
     if BACKWARD:
         grad = upstream(grad_ptr, scale_ptr, coords, grad_s, keep, N_DIMS, REDUCED) * scale
     loss, slopes = box_loss(pred, target, eps, alpha_threshold, KIND)
@@ -329,10 +322,7 @@ def _block(
             tl.where(keep, x2 * grad, 0.0),
             tl.where(keep, y2 * grad, 0.0),
         )
-        store_boxes(
-            out_ptr, result, start, n, coords, out_s, out_sc, inside, N_DIMS, OUT_WIDE, MASKED,
-            BLOCK,
-        )  # fmt: skip
+        store_boxes(out_ptr, result, block, out_s, out_sc, inside, N_DIMS, WIDE[2], MASKED)
     else:
         store_rows(loss * scale, row, inside, keep, cell, out_ptr, count_ptr, REDUCED)
 
@@ -405,15 +395,16 @@ def box_kernel(
     )
     corner_strides = (pred_sc, target_sc, out_sc)
     params = (number(params_ptr, 0, eps), number(params_ptr, 1, alpha_threshold))
+    WIDE: tl.constexpr = (PRED_WIDE, TARGET_WIDE, OUT_WIDE)
     if start + BLOCK <= n:
         _block(
             pointers, start, cell + pid, n, sizes, strides, corner_strides, params, KIND, BACKWARD,
-            REDUCED, N_DIMS, PRED_WIDE, TARGET_WIDE, OUT_WIDE, False, BLOCK,
+            REDUCED, N_DIMS, WIDE, False, BLOCK,
         )  # fmt: skip
     else:
         _block(
             pointers, start, cell + pid, n, sizes, strides, corner_strides, params, KIND, BACKWARD,
-            REDUCED, N_DIMS, PRED_WIDE, TARGET_WIDE, OUT_WIDE, True, BLOCK,
+            REDUCED, N_DIMS, WIDE, True, BLOCK,
         )  # fmt: skip
 
 

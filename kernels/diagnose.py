@@ -28,77 +28,6 @@ def _nearest(v):
 
 
 @triton.jit
-def _count_tile(
-    start,
-    run,
-    within,
-    n,
-    pointers,
-    copy_ptr,
-    count_ptr,
-    n_classes,
-    ignore_index,
-    sizes,
-    strides,
-    LIMIT: tl.constexpr,
-    STEPS: tl.constexpr,
-    QUALITY_STEPS: tl.constexpr,
-    N_DIMS: tl.constexpr,
-    CLASS_DIM: tl.constexpr,
-    LINEAR: tl.constexpr,
-    ROW_WEIGHT: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr = pointers
-    coords = coordinates(start, run, sizes, N_DIMS, within)
-    offs = run + within
-    x_at, row, dense_at, weight_at, cls = offsets(
-        start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
-    )
-    # Loaded here, not in a function: see ``targets_and_mask``.
-    if MASKED:
-        inside = run < n - start
-        x = tl.load(x_ptr + x_at, inside, 0)
-        dense = tl.load(dense_ptr + dense_at, inside, 0) if dense_ptr is not None else run
-        label = tl.load(label_ptr + row, inside, 0) if label_ptr is not None else run
-        weight = tl.load(weight_ptr + weight_at, inside, 0) if weight_ptr is not None else run
-    else:
-        inside = tl.full(run.shape, 1, tl.int1)
-        x = tl.load(x_ptr + x_at)
-        dense = tl.load(dense_ptr + dense_at) if dense_ptr is not None else run
-        label = tl.load(label_ptr + row) if label_ptr is not None else run
-        weight = tl.load(weight_ptr + weight_at) if weight_ptr is not None else run
-    x, y, positive, keep, _ = targets_and_mask(
-        x,
-        dense,
-        label,
-        weight,
-        inside,
-        cls,
-        within,
-        n_classes,
-        ignore_index,
-        label_ptr is not None,
-        weight_ptr is not None,
-    )
-    keep = keep & (y >= 0)  # a dense target below 0 is ignored
-    half = LIMIT * STEPS
-    finite = x == x  # targets_and_mask makes NaN of what is infinite
-    place = tl.minimum(tl.maximum(tl.where(finite, x, 0.0) * STEPS, -half), half)
-    column = tl.where(finite, _nearest(place) + half, 2 * half + 1)
-    tl.atomic_add(copy_ptr + column, 1, mask=keep & (positive == 0), sem="relaxed")
-    quality = tl.where(positive & keep, y, 0.0)
-    if quality_ptr is not None:
-        quality = tl.load(quality_ptr + row, mask=positive, other=0.0).to(tl.float32)
-    quality = tl.where(quality > 0, quality, 0.0)
-    # never out of bounds; and between product and sum, so that they are rounded one by one
-    quality_row = _nearest(tl.minimum(quality * QUALITY_STEPS, QUALITY_STEPS)) + 1
-    cell = quality_row * (2 * half + 2) + column
-    one = tl.full(cell.shape, 1, tl.int64)
-    tl.atomic_add(count_ptr + cell, one, mask=keep & positive, sem="relaxed")
-
-
-@triton.jit
 def count_kernel(
     # pointers
     x_ptr,  # logits
@@ -149,7 +78,6 @@ def count_kernel(
     pid = tl.program_id(0).to(tl.int64)
     start = pid * BLOCK
     run, within = tile_of(BLOCK, RUN)
-    pointers = (x_ptr, dense_ptr, label_ptr, quality_ptr, weight_ptr)
     sizes = (1, size_1, size_2, size_3)
     strides = (
         (x_s0, x_s1, x_s2, x_s3),
@@ -158,16 +86,56 @@ def count_kernel(
         (weight_s0, weight_s1, weight_s2, weight_s3),
     )
     mine = copy_ptr + pid % copies * (2 * LIMIT * STEPS + 2)
-    if start + BLOCK <= n:
-        _count_tile(
-            start, run, within, n, pointers, mine, count_ptr, n_classes, ignore_index, sizes,
-            strides, LIMIT, STEPS, QUALITY_STEPS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
-        )  # fmt: skip
-    else:
-        _count_tile(
-            start, run, within, n, pointers, mine, count_ptr, n_classes, ignore_index, sizes,
-            strides, LIMIT, STEPS, QUALITY_STEPS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
-        )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        if (start + BLOCK > n) == MASKED:
+            coords = coordinates(start, run, sizes, N_DIMS, within)
+            offs = run + within
+            x_at, row, dense_at, weight_at, cls = offsets(
+                start, offs, coords, strides, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT
+            )
+            # Loaded here, not in a function: see ``targets_and_mask``.
+            if MASKED:
+                inside = run < n - start
+                x = tl.load(x_ptr + x_at, inside, 0)
+                dense = tl.load(dense_ptr + dense_at, inside, 0) if dense_ptr is not None else run
+                label = tl.load(label_ptr + row, inside, 0) if label_ptr is not None else run
+                weight = (
+                    tl.load(weight_ptr + weight_at, inside, 0) if weight_ptr is not None else run
+                )
+            else:
+                inside = tl.full(run.shape, 1, tl.int1)
+                x = tl.load(x_ptr + x_at)
+                dense = tl.load(dense_ptr + dense_at) if dense_ptr is not None else run
+                label = tl.load(label_ptr + row) if label_ptr is not None else run
+                weight = tl.load(weight_ptr + weight_at) if weight_ptr is not None else run
+            x, y, positive, keep, _ = targets_and_mask(
+                x,
+                dense,
+                label,
+                weight,
+                inside,
+                cls,
+                within,
+                n_classes,
+                ignore_index,
+                label_ptr is not None,
+                weight_ptr is not None,
+            )
+            keep = keep & (y >= 0)  # a dense target below 0 is ignored
+            half = LIMIT * STEPS
+            finite = x == x  # targets_and_mask makes NaN of what is infinite
+            place = tl.minimum(tl.maximum(tl.where(finite, x, 0.0) * STEPS, -half), half)
+            column = tl.where(finite, _nearest(place) + half, 2 * half + 1)
+            tl.atomic_add(mine + column, 1, mask=keep & (positive == 0), sem="relaxed")
+            quality = tl.where(positive & keep, y, 0.0)
+            if quality_ptr is not None:
+                quality = tl.load(quality_ptr + row, mask=positive, other=0.0).to(tl.float32)
+            quality = tl.where(quality > 0, quality, 0.0)
+            # never out of bounds; and between product and sum, so that they are rounded one by one
+            quality_row = _nearest(tl.minimum(quality * QUALITY_STEPS, QUALITY_STEPS)) + 1
+            cell = quality_row * (2 * half + 2) + column
+            one = tl.full(cell.shape, 1, tl.int64)
+            tl.atomic_add(count_ptr + cell, one, mask=keep & positive, sem="relaxed")
 
 
 @triton.jit

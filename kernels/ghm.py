@@ -81,43 +81,24 @@ def _add_many(total, count, region, value, REGIONS: tl.constexpr):
 def _add_tile(
     total,
     count,
-    start,
-    run,
-    within,
-    n,
+    tile,
     pointers,
-    n_classes,
+    classes,
     bins,
-    ignore_index,
     sizes,
     strides,
     mu,
     KIND: tl.constexpr,
     HARD: tl.constexpr,
     REGIONS: tl.constexpr,
-    N_DIMS: tl.constexpr,
-    CLASS_DIM: tl.constexpr,
-    LINEAR: tl.constexpr,
-    ROW_WEIGHT: tl.constexpr,
+    WALK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    coords = coordinates(start, run, sizes, N_DIMS, within)
+    """``(total, count)`` plus the losses of a tile."""
+    start, run, within, _ = tile
+    coords = coordinates(start, run, sizes, WALK[0], within)
     x, y, positive, keep, _ = load_logits(
-        start,
-        run,
-        within,
-        n,
-        pointers,
-        n_classes,
-        ignore_index,
-        coords,
-        strides,
-        N_DIMS,
-        CLASS_DIM,
-        LINEAR,
-        ROW_WEIGHT,
-        MASKED,
-        KIND != "asl1",
+        tile, pointers, classes, coords, strides, WALK, MASKED, KIND != "asl1"
     )
     value = pointwise_value(x, y, positive, mu, 0.0, 0.0, 0.0, KIND, False, HARD)
     region = tl.where(keep, region_of(x, y, positive, mu, bins, KIND, HARD), -1)
@@ -194,20 +175,24 @@ def region_sums_kernel(
         (dense_s0, dense_s1, dense_s2, dense_s3),
         (weight_s0, weight_s1, weight_s2, weight_s3),
     )
+    classes = (n_classes, ignore_index)
+    WALK: tl.constexpr = (N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT)
     mu, _, _, _ = load_params(params_ptr, (p0, p1, p2, p3))
     total = tl.zeros([REGIONS], tl.float32)
     count = tl.zeros([REGIONS], tl.int32)
     start = pid * BLOCK
     while start + BLOCK <= n:
+        tile = (start, run, within, n)
         total, count = _add_tile(
-            total, count, start, run, within, n, pointers, n_classes, bins, ignore_index, sizes,
-            strides, mu, KIND, HARD, REGIONS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
+            total, count, tile, pointers, classes, bins, sizes, strides, mu, KIND, HARD, REGIONS,
+            WALK, False,
         )  # fmt: skip
         start += programs * BLOCK
     if start < n:
+        tile = (start, run, within, n)
         total, count = _add_tile(
-            total, count, start, run, within, n, pointers, n_classes, bins, ignore_index, sizes,
-            strides, mu, KIND, HARD, REGIONS, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
+            total, count, tile, pointers, classes, bins, sizes, strides, mu, KIND, HARD, REGIONS,
+            WALK, True,
         )  # fmt: skip
     cells = tl.arange(0, REGIONS) * tl.cast(width, tl.int64) + cell + pid
     tl.store(loss_ptr + cells, total)

@@ -23,54 +23,34 @@ from ._walk import coordinates, load_or_zero, offset_of, tile_of
 
 @triton.jit
 def _pointwise_tile(
-    start,
-    run,
-    within,
-    n,
+    tile,
     pointers,
     region_ptr,
     bins,
     out_ptr,
     grad_ptr,
     grad_scale,
-    n_classes,
-    ignore_index,
-    sizes,
-    strides,
-    out_strides,
-    grad_strides,
+    classes,
+    layout,  # sizes; strides of operands, of the output, of the upstream gradient
     params,
     KIND: tl.constexpr,
     SQUARE: tl.constexpr,
     HARD: tl.constexpr,
     BACKWARD: tl.constexpr,
     REDUCED: tl.constexpr,
-    N_DIMS: tl.constexpr,
-    CLASS_DIM: tl.constexpr,
-    LINEAR: tl.constexpr,
-    ROW_WEIGHT: tl.constexpr,
+    WALK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Loss or gradient of one tile, stored if there is a value per logit; ``(result, keep)``."""
+    start, run, within, n = tile
+    sizes, strides, out_strides, grad_strides = layout
+    N_DIMS: tl.constexpr = WALK[0]
+    LINEAR: tl.constexpr = WALK[2]
     # Apart from the pointers, which torch.compile would else take for written (see _rows.locate).
     coords = coordinates(start, run, sizes, N_DIMS, within)
     offs = run + within
     x, y, positive, keep, scale = load_logits(
-        start,
-        run,
-        within,
-        n,
-        pointers,
-        n_classes,
-        ignore_index,
-        coords,
-        strides,
-        N_DIMS,
-        CLASS_DIM,
-        LINEAR,
-        ROW_WEIGHT,
-        MASKED,
-        KIND != "asl1",
+        tile, pointers, classes, coords, strides, WALK, MASKED, KIND != "asl1"
     )
     p0, p1, p2, p3 = params
     if region_ptr is not None:
@@ -202,6 +182,9 @@ def pointwise_kernel(
     )
     out_strides = (out_s0, out_s1, out_s2, out_s3)
     grad_strides = (grad_s0, grad_s1, grad_s2, grad_s3)
+    layout = (sizes, strides, out_strides, grad_strides)
+    classes = (n_classes, ignore_index)
+    WALK: tl.constexpr = (N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT)
     params = load_params(params_ptr, (p0, p1, p2, p3))
     grad_scale = 1.0
     if BACKWARD and REDUCED:
@@ -214,18 +197,16 @@ def pointwise_kernel(
     end = tl.minimum(start + span, n)
     while start + BLOCK <= end:
         result, keep = _pointwise_tile(
-            start, run, within, n, pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
-            n_classes, ignore_index, sizes, strides, out_strides, grad_strides, params,
-            KIND, SQUARE, HARD, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, False,
+            (start, run, within, n), pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
+            classes, layout, params, KIND, SQUARE, HARD, BACKWARD, REDUCED, WALK, False,
         )  # fmt: skip
         total += result
         count += keep.to(tl.int32)
         start += BLOCK
     if start < end:
         result, keep = _pointwise_tile(
-            start, run, within, n, pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
-            n_classes, ignore_index, sizes, strides, out_strides, grad_strides, params,
-            KIND, SQUARE, HARD, BACKWARD, REDUCED, N_DIMS, CLASS_DIM, LINEAR, ROW_WEIGHT, True,
+            (start, run, within, n), pointers, region_ptr, bins, out_ptr, grad_ptr, grad_scale,
+            classes, layout, params, KIND, SQUARE, HARD, BACKWARD, REDUCED, WALK, True,
         )  # fmt: skip
         total += result
         count += keep.to(tl.int32)
