@@ -95,8 +95,9 @@ def finish(partials, counts, avg_factor, reduction: str, layers: int | None = No
     return loss, scale
 
 
-def sums(x, n_programs: int, avg_factor, reduction: str):
-    """``(partials, counts)`` for the programs of a launch, or of several, to write to."""
+def room_for_sums(x, n_programs: int, avg_factor, reduction: str):
+    """``(partials, counts)``, which the programs of a launch, or of several, write; None for counts
+    that nothing needs."""
     partials = torch.empty(n_programs, dtype=torch.float32, device=x.device)
     if reduction != "mean" or avg_factor is not None:
         return partials, None
@@ -112,7 +113,7 @@ def over_levels(x: list, programs, avg_factor, reduction: str, launch):
             which a captured graph would make copies.
     """
     n = [0 if level.numel() == 0 else programs(k) for k, level in enumerate(x)]
-    partials, counts = sums(x[0], sum(n), avg_factor, reduction)
+    partials, counts = room_for_sums(x[0], sum(n), avg_factor, reduction)
     cell = 0
     for k, n_programs in enumerate(n):
         if x[k].numel() > 0:
@@ -127,5 +128,5 @@ def at(levels: list, k: int):
 
 
 def no_scale(x):
-    """In place of the scale of a loss that is not reduced."""
+    """What a loss that is not reduced returns in place of a scale."""
     return torch.empty(0, dtype=torch.float32, device=x.device)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._config import LANES_OF_ROW, MAX_STEPS, Config
-from ._finish import finish, no_scale, sums
+from ._finish import finish, no_scale, room_for_sums
 from ._walk import (
     MAX_DIMS,
     MAX_INNER_SIZE,
@@ -101,8 +101,8 @@ def top_of_columns(tiles, STEPS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(start, offs, n_rows, weight_ptr, row):
-    """Weight of each row: ``(inside, keep, scale)``; scale is 0 where not kept."""
+def load_row_weights(start, offs, n_rows, weight_ptr, row):
+    """``(inside, keep, scale)``: which rows exist, which of them count, and their weights."""
     inside = offs < n_rows - start
     keep = inside
     scale = tl.full(offs.shape, 1.0, tl.float32)
@@ -193,7 +193,7 @@ def forward_rows(x, block, avg_factor, reduction, launch):
         loss = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
         launch(loss, None, False)
         return loss, no_scale(x)
-    partials, counts = sums(x, triton.cdiv(n_rows(x), block), avg_factor, reduction)
+    partials, counts = room_for_sums(x, triton.cdiv(n_rows(x), block), avg_factor, reduction)
     launch(partials, counts, True)
     return finish(partials, counts, avg_factor, reduction)
 

@@ -19,7 +19,7 @@ from ._formulas import log1p_unit
 from ._numbers import number, scalar_args
 from ._rows import (
     forward_rows,
-    load_rows,
+    load_row_weights,
     locate,
     n_rows,
     row_layout,
@@ -307,7 +307,7 @@ def _block(
     pred_sc, target_sc, out_sc = corner_strides
     eps, alpha_threshold = params
     coords, row = locate(start, tl.arange(0, BLOCK), sizes, row_s, N_DIMS)
-    inside, keep, scale = load_rows(start, tl.arange(0, BLOCK), n, weight_ptr, row)
+    inside, keep, scale = load_row_weights(start, tl.arange(0, BLOCK), n, weight_ptr, row)
     block = (start, n, coords)
     pred = load_boxes(pred_ptr, block, pred_s, pred_sc, keep, N_DIMS, WIDE[0], MASKED)
     target = load_boxes(target_ptr, block, target_s, target_sc, keep, N_DIMS, WIDE[1], MASKED)
@@ -502,10 +502,8 @@ def forward_levels(
     """The sum or mean of ``forward`` over levels; a list may be empty where that has None."""
 
     def launch(k, cell, out, count):
-        _launch(
-            pred[k], target[k], at(weight, k), params, kind, out, count, backward=False,
-            reduced=True, cell=cell,
-        )  # fmt: skip
+        args = (pred[k], target[k], at(weight, k), params, kind, out, count)
+        _launch(*args, backward=False, reduced=True, cell=cell)
 
     def programs(k):
         return triton.cdiv(n_rows(pred[k]), BOXES.block)

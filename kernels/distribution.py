@@ -18,7 +18,7 @@ from ._rows import (
     columns_of,
     forward_rows,
     load_columns,
-    load_rows,
+    load_row_weights,
     locate,
     n_rows,
     row_layout,
@@ -142,7 +142,7 @@ def distribution_focal_kernel(
     x_strides = (x_s0, x_s1, x_s2, x_s3)
     target_strides = (target_s0, target_s1, target_s2, target_s3)
     coords, row = locate(start, offs, sizes, (row_s0, row_s1, row_s2, row_s3), N_DIMS)
-    inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
+    inside, keep, scale = load_row_weights(start, offs, n, weight_ptr, row)
     x = load_bins(x_ptr, coords, x_strides, x_sc, keep, n_bins, N_DIMS, STEPS, LANES)
     y = load_target(target_ptr, coords, target_strides, keep, n_bins, N_DIMS)
     top = top_of_columns(x, STEPS)
@@ -177,7 +177,7 @@ def distribution_focal_kernel(
 
 
 @triton.jit
-def tempered(
+def tempered_softmax(
     x_ptr, coords, strides, x_sc, keep, n_bins: tl.constexpr, temperature, N_DIMS: tl.constexpr,
     STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -258,11 +258,11 @@ def distillation_kernel(
     x_strides = (x_s0, x_s1, x_s2, x_s3)
     teacher_strides = (teacher_s0, teacher_s1, teacher_s2, teacher_s3)
     coords, row = locate(start, offs, sizes, (row_s0, row_s1, row_s2, row_s3), N_DIMS)
-    inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
-    p, log_p = tempered(
+    inside, keep, scale = load_row_weights(start, offs, n, weight_ptr, row)
+    p, log_p = tempered_softmax(
         x_ptr, coords, x_strides, x_sc, keep, n_bins, temperature, N_DIMS, STEPS, LANES
     )
-    q, log_q = tempered(
+    q, log_q = tempered_softmax(
         teacher_ptr, coords, teacher_strides, teacher_sc, keep, n_bins, temperature, N_DIMS, STEPS,
         LANES,
     )  # fmt: skip
@@ -334,7 +334,7 @@ def expectation_kernel(
     coords, row = locate(
         start, offs, (1, size_1, size_2, size_3), (row_s0, row_s1, row_s2, row_s3), N_DIMS
     )
-    inside, keep, _ = load_rows(start, offs, n, None, row)
+    inside, keep, _ = load_row_weights(start, offs, n, None, row)
     x_strides = (x_s0, x_s1, x_s2, x_s3)
     x = load_bins(x_ptr, coords, x_strides, x_sc, keep, n_bins, N_DIMS, STEPS, LANES)
     e, total = exp_below(x, top_of_columns(x, STEPS), STEPS)

@@ -342,15 +342,18 @@ def region_totals(x, labels, quality, dense, weight, params, kind, bins, ignore_
     counts = torch.empty_like(losses, dtype=torch.int32)
     cell = 0
     for k, n_programs in zip(filled, programs, strict=True):
-        _region_sums(
-            x[k], at(labels, k), at(quality, k), at(dense, k), at(weight, k), params, kind, bins,
-            ignore_index, losses, counts, n_programs, cell,
-        )  # fmt: skip
+        level = (at(a, k) for a in (x, labels, quality, dense, weight))
+        args = (*level, params, kind, bins, ignore_index, losses, counts)
+        _region_sums(*args, n_programs, cell)
         cell += n_programs
     wrap_triton(region_totals_kernel, x[0])[(regions,)](
-        losses, counts, total, losses.shape[1], BLOCK=REGION_TOTALS.block,
+        losses,
+        counts,
+        total,
+        losses.shape[1],
+        BLOCK=REGION_TOTALS.block,
         num_warps=REGION_TOTALS.num_warps,
-    )  # fmt: skip
+    )
     return total
 
 
@@ -436,7 +439,5 @@ def backward(
     flag: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the predictions: the pointwise one times the weight of the region."""
-    return gradient(
-        grad, None, x, labels, quality, dense, weight, None, params, kind, ignore_index, "sum",
-        weights,
-    )  # fmt: skip
+    args = (x, labels, quality, dense, weight, None, params, kind, ignore_index)
+    return gradient(grad, None, "sum", args, weights)

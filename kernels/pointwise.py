@@ -14,7 +14,7 @@ from torch import Tensor
 from tritonloss._op import launcher, wrap_triton
 
 from ._config import POINTWISE, POINTWISE_PROGRAMS, POINTWISE_TILES
-from ._finish import at, finish, no_scale, over_levels, sums
+from ._finish import at, finish, no_scale, over_levels, room_for_sums
 from ._formulas import POWER, is_hard, pointwise_derivative, pointwise_value, region_of
 from ._logits import load_logits, walk_over, walkable
 from ._numbers import load_params, scalar_args
@@ -324,14 +324,16 @@ def forward(
     args = (x, labels, quality, dense, weight, class_weight, params, kind, ignore_index)
     if reduction == "layers":
         programs = triton.cdiv(x[0].numel(), span_of(x.numel()))
-        partials, _ = sums(x, len(x) * programs, avg_factor, reduction)
+        partials, _ = room_for_sums(x, len(x) * programs, avg_factor, reduction)
         _launch(*args, partials, backward=False, reduced=True, layered=True)
         return finish(partials, None, avg_factor, reduction, len(x))
     if reduction == "none":
         loss = torch.empty_like(x, dtype=torch.float32)
         _launch(*args, loss, backward=False, reduced=False)
         return loss, no_scale(x)
-    partials, counts = sums(x, triton.cdiv(x.numel(), span_of(x.numel())), avg_factor, reduction)
+    partials, counts = room_for_sums(
+        x, triton.cdiv(x.numel(), span_of(x.numel())), avg_factor, reduction
+    )
     _launch(*args, partials, counts, backward=False, reduced=True)
     return finish(partials, counts, avg_factor, reduction)
 
@@ -353,10 +355,9 @@ def forward_levels(
     """The sum or mean of ``forward`` over levels; a list may be empty where that has None."""
 
     def launch(k, cell, partials, counts):
-        _launch(
-            x[k], at(labels, k), at(quality, k), at(dense, k), at(weight, k), class_weight, params,
-            kind, ignore_index, partials, counts, backward=False, reduced=True, cell=cell,
-        )  # fmt: skip
+        level = (at(a, k) for a in (x, labels, quality, dense, weight))
+        args = (*level, class_weight, params, kind, ignore_index, partials, counts)
+        _launch(*args, backward=False, reduced=True, cell=cell)
 
     def programs(k):
         return triton.cdiv(x[k].numel(), span_of(x[k].numel()))
@@ -364,15 +365,15 @@ def forward_levels(
     return over_levels(x, programs, avg_factor, reduction, launch)
 
 
-def gradient(
-    grad, scale, x, labels, quality, dense, weight, class_weight, params, kind, ignore_index,
-    reduction, regions=None,
-):  # fmt: skip
+def gradient(grad, scale, reduction, args, regions=None):
     """Gradient of the logits: their dtype, and their strides if they are dense in memory.
 
-    ``regions``, one weight for each region of the gradient norm, stands in for the weights: those
-    only say what counts.
+    Args:
+        args: x and all others that ``_launch`` takes before the output.
+        regions: one weight for each region of the gradient norm, which stands in for the weights:
+            those only say what counts.
     """
+    x, _, _, dense, weight, *_ = args
     grad_x = torch.empty_like(x)
     reduced = reduction != "none"
     if not reduced:
@@ -381,11 +382,8 @@ def gradient(
             reduced = True  # an expanded scalar, as .sum() sends back
         elif not walkable(x, dense, weight, grad):
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
-    _launch(
-        x, labels, quality, dense, weight, class_weight, params, kind, ignore_index, grad_x, None,
-        grad, scale, regions, backward=True, reduced=reduced,
-        layered=reduction == "layers",
-    )  # fmt: skip
+    args = (*args, grad_x, None, grad, scale, regions)
+    _launch(*args, backward=True, reduced=reduced, layered=reduction == "layers")
     return grad_x
 
 
@@ -406,7 +404,5 @@ def backward(
     reduction: str,
 ) -> Tensor:
     """See ``gradient``."""
-    return gradient(
-        grad, scale, x, labels, quality, dense, weight, class_weight, params, kind, ignore_index,
-        reduction,
-    )  # fmt: skip
+    args = (x, labels, quality, dense, weight, class_weight, params, kind, ignore_index)
+    return gradient(grad, scale, reduction, args)

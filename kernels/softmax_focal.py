@@ -24,7 +24,7 @@ from ._rows import (
     columns_of,
     forward_rows,
     load_columns,
-    load_rows,
+    load_row_weights,
     locate,
     n_rows,
     row_layout,
@@ -113,7 +113,7 @@ def softmax_focal_kernel(
     gamma = number(params_ptr, 0, gamma)
     sizes = (1, size_1, size_2, size_3)
     coords, row = locate(start, offs, sizes, (row_s0, row_s1, row_s2, row_s3), N_DIMS)
-    inside, keep, scale = load_rows(start, offs, n, weight_ptr, row)
+    inside, keep, scale = load_row_weights(start, offs, n, weight_ptr, row)
     label, keep = _labels(label_ptr, row, inside, keep, n_classes, ignore_index)
     stats_ptrs = stats_ptr + start + offs
     x_at = offset_of(coords, (x_s0, x_s1, x_s2, x_s3), N_DIMS)

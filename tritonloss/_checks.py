@@ -68,8 +68,8 @@ def is_floating(name: str, value: Tensor) -> None:
 
 
 def holds_values(name: str, x: Tensor) -> None:
-    """What sorts or picks by value has nothing to do with a tensor that has only a shape."""
-    if x.is_meta and _holds_values(x):
+    """What sorts or picks by value can do nothing with a tensor that has only a shape."""
+    if x.is_meta and _has_data(x):
         raise ValueError(
             f"{name} must hold values, for they decide what is computed: pass a tensor on a CPU or "
             "a GPU; got one on meta"
@@ -188,7 +188,7 @@ def is_reduction(reduction: str, avg_factor) -> tuple | None:
     return (is_number("avg_factor", avg_factor),)
 
 
-def _holds_values(x: Tensor) -> bool:
+def _has_data(x: Tensor) -> bool:
     """False for fake tensors and their like; a plain subclass holds values as a tensor does."""
     kind = type(x)
     return kind in (Tensor, torch.nn.Parameter) or (
@@ -237,7 +237,7 @@ def _depth() -> int:
 
 def values_checked(x: Tensor) -> bool:
     """True where values may be looked at: plain eager CPU tensors, or TRITONLOSS_CHECK=1."""
-    if torch.compiler.is_compiling() or not _holds_values(x):
+    if torch.compiler.is_compiling() or not _has_data(x):
         return False
     if x.device.type == "cpu":
         return not _transforms_active()

@@ -82,7 +82,8 @@ def _split(name: str, value, x: Sequence, x_name: str) -> list:
 
 
 def _alike(levels: Sequence[tuple], x_name: str, names: Sequence[str], classes: bool) -> None:
-    """One dtype, device and, with ``classes``, number of them, and what lies beside in one form."""
+    """Raise unless levels have one dtype, one device and, with ``classes``, one number of them, and
+    each has beside it what the others have."""
     first = levels[0]
     for k, level in enumerate(levels):
         for what in ("dtype", "device"):
@@ -148,7 +149,7 @@ def parsed_levels(
 def parsed_one(
     parse: Callable, x: Tensor, beside: Sequence, class_dim: int = -1, name: str = "logits"
 ) -> tuple:
-    """The same for one tensor."""
+    """``parse`` of one tensor and what lies beside it, classes last."""
     if class_dim == -1:
         return parse(x, *beside)
     last = class_last(x, class_dim, name)

@@ -18,8 +18,8 @@ class Targets(NamedTuple):
     dense: Tensor | None  # (..., C) floating, any strides
 
 
-def is_logits(logits: Tensor, name: str = "logits") -> None:
-    """Floating, at least one dim, at least one class."""
+def check_logits(logits: Tensor, name: str = "logits") -> None:
+    """Raise unless they are floating, with at least one dim and one class."""
     check.is_floating(name, logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must have shape (..., C) with C >= 1; got {tuple(logits.shape)}")
@@ -114,7 +114,7 @@ def _one_hot(targets: Tensor, logits: Tensor) -> bool:
 
 
 def as_weight(weight):
-    """Masks and counts are weights, too."""
+    """The weight, floating: masks and counts are weights, too."""
     if isinstance(weight, Tensor) and not (
         weight.dtype.is_floating_point or weight.dtype.is_complex
     ):
@@ -163,7 +163,7 @@ def parse_row_weight(x: Tensor, weight: Tensor | None, x_name: str = "logits") -
 
 
 def _squeezed(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., 1) is one per row, too."""
+    """The weight without a last dim of 1: (..., 1) is one per row, too."""
     return weight.squeeze(-1) if weight.shape == (*x.shape[:-1], 1) else weight
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from tritonloss._dispatch import launchers
 from tritonloss._levels import parsed_levels
 from tritonloss._loss import Loss
-from tritonloss._targets import is_logits, parse_targets, parse_weight
+from tritonloss._targets import check_logits, parse_targets, parse_weight
 from tritonloss.eager import diagnose as eager
 
 kernels = launchers("diagnose")
@@ -20,7 +20,7 @@ def counted(logits, targets, weight, ignore_index: int, class_dim: int) -> Tenso
     """(ROWS, COLUMNS) int64 on the logits' device, where nothing waits for it."""
 
     def parse(logits, targets, weight):
-        is_logits(logits)
+        check_logits(logits)
         weight = parse_weight(logits, weight)
         targets = parse_targets(logits, targets, ignore_index, weight, dense_low=-torch.inf)
         return logits.detach(), *targets, weight, ignore_index

@@ -203,18 +203,8 @@ def iou_loss(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-    return _box_loss(
-        MODES[mode],
-        pred,
-        target,
-        eps,
-        0.0,
-        weight,
-        reduction,
-        avg_factor,
-        class_dim,
-        gradient_to_target,
-    )
+    rest = (weight, reduction, avg_factor, class_dim, gradient_to_target)
+    return _box_loss(MODES[mode], pred, target, eps, 0.0, *rest)
 
 
 @check.by_name
@@ -244,9 +234,8 @@ def giou_loss(
     Reference:
         Rezatofighi et al., Generalized Intersection over Union, CVPR 2019.
     """
-    return _box_loss(
-        "giou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim, gradient_to_target
-    )
+    rest = (weight, reduction, avg_factor, class_dim, gradient_to_target)
+    return _box_loss("giou", pred, target, eps, 0.0, *rest)
 
 
 @check.by_name
@@ -278,9 +267,8 @@ def diou_loss(
     Reference:
         Zheng et al., Distance-IoU Loss, AAAI 2020.
     """
-    return _box_loss(
-        "diou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim, gradient_to_target
-    )
+    rest = (weight, reduction, avg_factor, class_dim, gradient_to_target)
+    return _box_loss("diou", pred, target, eps, 0.0, *rest)
 
 
 @check.by_name
@@ -314,9 +302,8 @@ def eiou_loss(
     Reference:
         Zhang et al., Focal and Efficient IOU Loss, Neurocomputing 2022.
     """
-    return _box_loss(
-        "eiou", pred, target, eps, 0.0, weight, reduction, avg_factor, class_dim, gradient_to_target
-    )
+    rest = (weight, reduction, avg_factor, class_dim, gradient_to_target)
+    return _box_loss("eiou", pred, target, eps, 0.0, *rest)
 
 
 @check.by_name
@@ -358,15 +345,5 @@ def ciou_loss(
     Reference:
         Zheng et al., Distance-IoU Loss, AAAI 2020.
     """
-    return _box_loss(
-        "ciou",
-        pred,
-        target,
-        eps,
-        alpha_threshold,
-        weight,
-        reduction,
-        avg_factor,
-        class_dim,
-        gradient_to_target,
-    )
+    rest = (weight, reduction, avg_factor, class_dim, gradient_to_target)
+    return _box_loss("ciou", pred, target, eps, alpha_threshold, *rest)

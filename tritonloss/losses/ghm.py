@@ -17,7 +17,7 @@ from tritonloss import _op
 from tritonloss._dispatch import launchers
 from tritonloss._levels import Levels, LevelTargets, parsed_levels
 from tritonloss._loss import WholeBatch
-from tritonloss._targets import is_logits, parse_targets, parse_weight
+from tritonloss._targets import check_logits, parse_targets, parse_weight
 from tritonloss.distributed import (
     ProcessGroup,
     agree,
@@ -124,9 +124,8 @@ def _harmonised(
     else:
         params = (mu, momentum, 1 - momentum, math.log(momentum) if momentum else -math.inf)
     amount, updates = (None, None) if state is None else (s.contiguous() for s in state)
-    args = (
-        levels, amount, updates, params, kind, bins, bool(bias_correction), normalize, ignore_index,
-    )  # fmt: skip
+    of_regions = (kind, bins, bool(bias_correction), normalize, ignore_index)
+    args = (levels, amount, updates, params, *of_regions)
     loss = _loss
     if sharing.group:
         loss, by_kernels = _shared, _shared.by_kernels(*args)
@@ -227,15 +226,14 @@ def ghm_c_loss(
     """  # noqa: E501
 
     def parse(logits, targets, weight):
-        is_logits(logits)
+        check_logits(logits)
         weight = parse_weight(logits, weight)
         return logits, *parse_targets(logits, targets, ignore_index, weight), weight
 
     levels = parsed_levels(parse, logits, {"targets": targets, "weight": weight}, class_dim)
-    return _harmonised(
-        "bce", levels, 0.0, bins, momentum, state, bias_correction, normalize, ignore_index,
-        process_group, gradients_averaged,
-    )  # fmt: skip
+    of_regions = (bins, momentum, state, bias_correction, normalize)
+    sharing = (process_group, gradients_averaged)
+    return _harmonised("bce", levels, 0.0, *of_regions, ignore_index, *sharing)
 
 
 @check.by_name
@@ -279,7 +277,6 @@ def ghm_r_loss(
     mu = check.is_number("mu", mu, 0, open_low=True)
     beside = {"target": target, "weight": weight}
     levels = parsed_levels(parse_regression, pred, beside, class_dim, "pred")
-    return _harmonised(
-        "asl1", levels, mu, bins, momentum, state, bias_correction, normalize, -1, process_group,
-        gradients_averaged,
-    )  # fmt: skip
+    of_regions = (bins, momentum, state, bias_correction, normalize)
+    sharing = (process_group, gradients_averaged)
+    return _harmonised("asl1", levels, mu, *of_regions, -1, *sharing)

@@ -8,7 +8,7 @@ from torch import Tensor
 from tritonloss import _checks as check
 from tritonloss import _op
 from tritonloss._dispatch import launchers, use_triton
-from tritonloss._targets import is_logits
+from tritonloss._targets import check_logits
 from tritonloss.eager import matching as eager
 from tritonloss.eager._entry import without_autocast
 
@@ -74,7 +74,7 @@ def parse_objects(logits: Tensor, labels, target_boxes, sizes, last: int):
 
 
 def parse_queries(logits: Tensor, boxes: Tensor) -> None:
-    is_logits(logits)
+    check_logits(logits)
     if logits.dim() < 3:
         raise ValueError(f"logits must have shape (..., B, Q, C); got {tuple(logits.shape)}")
     check.is_floating("boxes", boxes)

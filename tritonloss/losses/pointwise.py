@@ -13,7 +13,7 @@ from tritonloss._dispatch import launchers
 from tritonloss._levels import Levels, LevelTargets
 from tritonloss._loss import Loss, OverLevels
 from tritonloss._targets import (
-    is_logits,
+    check_logits,
     parse_class_weight,
     parse_targets,
     parse_weight,
@@ -44,7 +44,7 @@ def evaluate(
     params = (*params, 0.0, 0.0, 0.0)[:4]  # as many as the kernel reads
 
     def parse(logits, targets, weight):
-        is_logits(logits)
+        check_logits(logits)
         weight = parse_weight(logits, weight)
         targets = prepared(logits, parse_targets(logits, targets, ignore_index, weight))
         return logits, *targets, weight, parse_class_weight(logits, class_weight)
@@ -61,9 +61,7 @@ def by_layer(kind: str, logits: Tensor, labels: Tensor, quality, params: tuple, 
     labels = labels.contiguous()
     quality = None if quality is None else quality.contiguous()
     params = (*params, 0.0, 0.0, 0.0)[:4]
-    return _loss(
-        logits, labels, quality, None, None, None, (divisor,), params, kind, -1, "layers"
-    )  # fmt: skip
+    return _loss(logits, labels, quality, None, None, None, (divisor,), params, kind, -1, "layers")
 
 
 def balance(alpha) -> tuple:
@@ -144,18 +142,8 @@ def sigmoid_focal_loss(
     if isinstance(label_smoothing, Tensor) or label_smoothing != 0:
         label_smoothing = check.is_number("label_smoothing", label_smoothing, 0, 1, open_high=True)
         kind, params = "focal_smoothed", (*params, label_smoothing)
-    return evaluate(
-        kind,
-        logits,
-        targets,
-        params,
-        weight,
-        class_weight,
-        ignore_index,
-        reduction,
-        avg_factor,
-        class_dim,
-    )
+    rest = (weight, class_weight, ignore_index, reduction, avg_factor, class_dim)
+    return evaluate(kind, logits, targets, params, *rest)
 
 
 @check.by_name
@@ -196,11 +184,8 @@ def focal_star_loss(
     gamma = check.is_number("gamma", gamma, 0, open_low=True)
     beta = check.is_number("beta", beta)
     params = (*balance(alpha), gamma, beta)
-    return evaluate(
-        "focal_star", logits, targets, params, weight, class_weight, ignore_index, reduction,
-        avg_factor,
-        class_dim,
-    )  # fmt: skip
+    rest = (weight, class_weight, ignore_index, reduction, avg_factor, class_dim)
+    return evaluate("focal_star", logits, targets, params, *rest)
 
 
 @check.by_name
@@ -241,11 +226,8 @@ def quality_focal_loss(
         Li et al., Generalized Focal Loss, NeurIPS 2020.
     """
     beta = check.is_number("beta", beta, 0)
-    return evaluate(
-        "quality", logits, targets, (beta,), weight, class_weight, ignore_index, reduction,
-        avg_factor,
-        class_dim,
-    )  # fmt: skip
+    rest = (weight, class_weight, ignore_index, reduction, avg_factor, class_dim)
+    return evaluate("quality", logits, targets, (beta,), *rest)
 
 
 @check.by_name
@@ -294,11 +276,8 @@ def varifocal_loss(
     alpha = check.is_number("alpha", alpha, 0)
     gamma = check.is_number("gamma", gamma, 0)
     params = (alpha, gamma, float(iou_weighted), float(detach_weight))
-    return evaluate(
-        "varifocal", logits, targets, params, weight, class_weight, ignore_index, reduction,
-        avg_factor,
-        class_dim,
-    )  # fmt: skip
+    rest = (weight, class_weight, ignore_index, reduction, avg_factor, class_dim)
+    return evaluate("varifocal", logits, targets, params, *rest)
 
 
 @check.by_name
@@ -344,11 +323,8 @@ def asymmetric_loss(
     gamma_neg = check.is_number("gamma_neg", gamma_neg, 0)
     margin = check.is_number("margin", margin, 0, 1, open_high=True)
     params = (gamma_pos, gamma_neg, margin)
-    return evaluate(
-        "asymmetric", logits, targets, params, weight, class_weight, ignore_index, reduction,
-        avg_factor,
-        class_dim,
-    )  # fmt: skip
+    rest = (weight, class_weight, ignore_index, reduction, avg_factor, class_dim)
+    return evaluate("asymmetric", logits, targets, params, *rest)
 
 
 @check.by_name
@@ -392,16 +368,13 @@ def gaussian_focal_loss(
     """
     alpha = check.is_number("alpha", alpha, 0)
     beta = check.is_number("beta", beta, 0)
-    return evaluate(
-        "gaussian", logits, targets, (alpha, beta), weight, class_weight, ignore_index, reduction,
-        avg_factor,
-        class_dim,
-    )  # fmt: skip
+    rest = (weight, class_weight, ignore_index, reduction, avg_factor, class_dim)
+    return evaluate("gaussian", logits, targets, (alpha, beta), *rest)
 
 
 def parse_regression(pred, target, weight) -> tuple:
     """``(pred, labels, quality, dense, weight)``."""
-    is_logits(pred, "pred")
+    check_logits(pred, "pred")
     check.is_input("target", target, pred.shape, "as pred", "pred", pred)
     return pred, None, None, target, parse_weight(pred, weight)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonloss import _checks as check
 from tritonloss._levels import Levels, class_last, is_levels, parsed_levels
-from tritonloss._targets import is_logits, parse_labels
+from tritonloss._targets import check_logits, parse_labels
 from tritonloss.eager import prime_sample as eager
 
 NORMALIZERS = ("max", "class")
@@ -226,7 +226,7 @@ def carl_loss(
         avg_factor = (check.is_number("avg_factor", avg_factor),)
 
     def parse(logits, labels, box_loss):
-        is_logits(logits)
+        check_logits(logits)
         labels = parse_labels("labels", labels, logits, -1, logits.shape[-1])
         check.is_floating("box_loss", box_loss)
         if labels.shape not in (box_loss.shape, box_loss.shape[:-1]):

@@ -102,10 +102,10 @@ def mal_loss(
     """
     gamma = check.is_number("gamma", gamma, 0)
     alpha = 1.0 if alpha is None else check.is_number("alpha", alpha, 0)
-    return evaluate(
-        "varifocal", logits, targets, (alpha, gamma, 0.0, 1.0), weight, class_weight, ignore_index,
-        reduction, avg_factor, class_dim, _of_quality(lambda x, labels, quality: quality**gamma),
-    )  # fmt: skip
+    params = (alpha, gamma, 0.0, 1.0)
+    rest = (weight, class_weight, ignore_index, reduction, avg_factor, class_dim)
+    powered = _of_quality(lambda x, labels, quality: quality**gamma)
+    return evaluate("varifocal", logits, targets, params, *rest, powered)
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def iou_aware_bce_loss(
     """
     alpha = check.is_number("alpha", alpha, 0, 1)
     gamma = check.is_number("gamma", gamma, 0)
-    return evaluate(
-        "varifocal", logits, targets, (1.0, gamma, 0.0, 0.0), weight, class_weight, ignore_index,
-        reduction, avg_factor, class_dim, _of_quality(partial(iou_aware_target, alpha=alpha)),
-    )  # fmt: skip
+    params = (1.0, gamma, 0.0, 0.0)
+    rest = (weight, class_weight, ignore_index, reduction, avg_factor, class_dim)
+    prepared = _of_quality(partial(iou_aware_target, alpha=alpha))
+    return evaluate("varifocal", logits, targets, params, *rest, prepared)

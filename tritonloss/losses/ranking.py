@@ -17,7 +17,7 @@ from tritonloss import _op
 from tritonloss._dispatch import _transforms_active, launchers
 from tritonloss._levels import Levels, LevelTargets, parsed_levels
 from tritonloss._loss import WholeBatch
-from tritonloss._targets import is_logits, parse_targets, parse_weight
+from tritonloss._targets import check_logits, parse_targets, parse_weight
 from tritonloss.distributed import (
     KernelExchange,
     ProcessGroup,
@@ -233,7 +233,7 @@ def _parse(
         raise ValueError(f"num_groups counts the ids of group; got {num_groups} without group")
 
     def parse(logits, targets, weight, group, *error):
-        is_logits(logits)
+        check_logits(logits)
         check.float64_beside("logits", logits)
         weight = parse_weight(logits, weight)
         targets = parse_targets(logits, targets, ignore_index, weight, dense_low=-torch.inf)
@@ -394,10 +394,9 @@ def rank_sort_loss(
     Reference:
         Oksuz et al., Rank & Sort Loss for Object Detection and Instance Segmentation, ICCV 2021.
     """
-    inputs = _parse(
-        logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
-        gradients_averaged, class_dim,
-    )  # fmt: skip
+    rest = (weight, ignore_index, group, num_groups)
+    sharing = (process_group, capacity, gradients_averaged)
+    inputs = _parse(logits, targets, delta, *rest, *sharing, class_dim)
     rank, sort, _ = _run("rank_sort", inputs)
     return RankSort(*(scaled_gradient(loss, inputs.sharing) for loss in (rank, sort)))
 
@@ -443,10 +442,9 @@ def ap_loss(
         Chen et al., Towards Accurate One-Stage Object Detection with AP-Loss, CVPR 2019; AP-loss
         for Accurate One-Stage Object Detection, TPAMI 2021.
     """
-    inputs = _parse(
-        logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
-        gradients_averaged, class_dim,
-    )  # fmt: skip
+    rest = (weight, ignore_index, group, num_groups)
+    sharing = (process_group, capacity, gradients_averaged)
+    inputs = _parse(logits, targets, delta, *rest, *sharing, class_dim)
     value, _, _ = _run("ap" if interpolated else "ap_plain", inputs)
     return scaled_gradient(value, inputs.sharing)
 
@@ -500,10 +498,11 @@ def alrp_loss(
         Oksuz et al., A Ranking-based, Balanced Loss Function Unifying Classification and
         Localisation in Object Detection, NeurIPS 2020.
     """
+    rest = (weight, ignore_index, group, num_groups)
+    sharing = (process_group, capacity, gradients_averaged)
     inputs = _parse(
-        logits, targets, delta, weight, ignore_index, group, num_groups, process_group, capacity,
-        gradients_averaged, class_dim, localization_error=localization_error,
-    )  # fmt: skip
+        logits, targets, delta, *rest, *sharing, class_dim, localization_error=localization_error
+    )
     cls, loc_of_all, coefficient = _run("alrp", inputs)
     errors = [level[-1].reshape(-1) for level in inputs.levels]
     error = torch.cat(errors) if len(errors) > 1 else errors[0]

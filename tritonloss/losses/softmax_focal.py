@@ -8,7 +8,7 @@ from tritonloss import _checks as check
 from tritonloss._dispatch import launchers
 from tritonloss._levels import Levels
 from tritonloss._loss import Loss, OverLevels
-from tritonloss._targets import is_logits, parse_class_weight, parse_labels, parse_row_weight
+from tritonloss._targets import check_logits, parse_class_weight, parse_labels, parse_row_weight
 from tritonloss.eager import softmax_focal as eager
 
 kernels = launchers("softmax_focal")
@@ -92,7 +92,7 @@ def softmax_focal_loss(
     check.is_index("ignore_index", ignore_index)
 
     def parse(logits, labels, weight):
-        is_logits(logits)
+        check_logits(logits)
         weight = parse_row_weight(logits, weight)
         labels = parse_labels("labels", labels, logits, ignore_index, logits.shape[-1] - 1)
         return logits, labels, weight, parse_class_weight(logits, alpha, "alpha")
