@@ -51,15 +51,18 @@ def softplus(x: Tensor) -> Tensor:
 
 def power(base: Tensor, exponent) -> Tensor:
     """base ** exponent for base in [0, 1], with 0^0 = 1 and a gradient of 0 at 0."""
+    smallest = 1e-37 if base.dtype == torch.float32 else 1e-300
     if not isinstance(exponent, Tensor):
         if exponent == 1 or exponent == 2:
             return base.pow(int(exponent))
         if torch.compiler.is_compiling():
-            # as a tensor, a scheduled number stays symbolic and does not recompile
+            # As a tensor, a scheduled number stays symbolic and does not recompile. By exp and log,
+            # for pow and its derivative are slower than all else of a loss that is one loop.
             exponent = exponent * torch.ones((), dtype=base.dtype, device=base.device)
-        elif exponent > 1:
+            return (exponent * base.clamp(min=smallest).log()).exp()
+        if exponent > 1:
             return base.pow(exponent)
-    return base.clamp(min=1e-37 if base.dtype == torch.float32 else 1e-300).pow(exponent)
+    return base.clamp(min=smallest).pow(exponent)
 
 
 def bce(x: Tensor, y: Tensor) -> Tensor:
