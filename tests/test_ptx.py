@@ -387,6 +387,9 @@ PLANTED = [
     ("focal", edited("pointwise_kernel", *SWAPPED), "wrong"),
     ("focal", edited("pointwise_kernel", r"fma\.rn\.f32", "fma.rz.f32"), "not known"),
     ("focal", edited("pointwise_kernel", r"max\.f32", "max.relu.f32"), "not known"),
+    ("focal", edited("pointwise_kernel", r"mul\.f32", "mul.f16"), "not known"),
+    ("focal", edited("pointwise_kernel", r"(mul\.f32[^,]*,[^,]*),[^;]*", r"\1"), "not known"),
+    ("focal", edited("pointwise_kernel", r"selp\.f32", "selp.f64"), "read as|written as"),
 ]  # fmt: skip
 
 

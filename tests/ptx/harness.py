@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from perf._binary import Source, compiled_for, source_of
 from perf._record import Launch, replaced_launches
 
-from .memory import Fresh, Global
+from .memory import Fresh, global_memory
 from .parser import Fault
 from .reshapes import reordered
 from .threads import Code, launch
@@ -59,7 +60,7 @@ class Interpreter:
         code = code_of(ptx, self.noise, self.contract)
         given = [(n, t, call.args[n]) for n, t in source.signature if t != "constexpr"]
         tensors = {name: value for name, _, value in given if isinstance(value, Tensor)}
-        memory = Global(call.name, tensors, self.fresh, self.rng, self.counted)
+        memory = global_memory(tensors, self.fresh, self.rng, self.counted)
         params = [_raw(type_, value) for _, type_, value in given]
         params += [bytes(8)] * (len(code.kernel.params) - len(params))  # scratch, not used
         grid = (*call.grid, 1, 1)[:3]
@@ -97,21 +98,15 @@ def interpreted(arch: str, **options):
 @contextmanager
 def poisoned_empty(poison: Callable[[Tensor], Tensor]):
     """What ``torch.empty*`` hand out goes through ``poison`` first."""
-    names = ("empty", "empty_like", "empty_strided")
-    before = {name: getattr(torch, name) for name in names}
 
-    def poisoned(name):
-        def make(*args, **kwargs):
-            tensor = before[name](*args, **kwargs)
+    def poisoned(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
             plain = type(tensor) is Tensor and tensor.device.type == "cpu"
             return poison(tensor) if plain and not torch.compiler.is_compiling() else tensor
 
-        return make
+        return made
 
-    for name in names:
-        setattr(torch, name, poisoned(name))
-    try:
+    names = ("empty", "empty_like", "empty_strided")
+    with mock.patch.multiple(torch, **{name: poisoned(getattr(torch, name)) for name in names}):
         yield
-    finally:
-        for name in names:
-            setattr(torch, name, before[name])

@@ -30,83 +30,176 @@ class Fresh:
         storage = tensor.untyped_storage()
         if storage.nbytes():
             poison = POISON[tensor.is_floating_point()]
-            raw = torch.tensor([], dtype=torch.uint8).set_(storage)
-            raw.fill_(poison)
+            torch.tensor([], dtype=torch.uint8).set_(storage).fill_(poison)
             key = storage.data_ptr(), storage.nbytes()
             self.storages[key] = poison, np.zeros(storage.nbytes(), bool), storage
         return tensor
 
-    def of(self, tensor: torch.Tensor):
-        """``(start, poison, written)`` of the tensor's storage, or None."""
+    def of(self, tensor: torch.Tensor, start: int, end: int):
+        """Poison of the tensor's storage, and which of the bytes from start to end were stored."""
         storage = tensor.untyped_storage()
-        found = self.storages.get((storage.data_ptr(), storage.nbytes()))
-        return found and (storage.data_ptr(), *found[:2])
-
-
-class Conflicts:
-    """Who loaded, stored and atomically changed each cell; agents are programs, or warps."""
-
-    def __init__(self, size: int, stores_meet: bool):
-        self.by = {k: np.full(size, NOBODY, np.int32) for k in ("load", "store", "atomic")}
-        self.rivals = {
-            "load": ("store", "atomic"),
-            "store": ("load", "atomic", "store") if stores_meet else ("load", "atomic"),
-            "atomic": ("load", "store"),
-        }
-
-    def forget(self, cells=slice(None)) -> None:
-        for last in self.by.values():
-            last[cells] = NOBODY
-
-    def meet(self, kind: str, cells, agents) -> str | None:
-        """Note the accesses; the kind of an earlier one by another agent, if there is one."""
-        found = None
-        for rival in self.rivals[kind]:
-            last = self.by[rival][cells]
-            if ((last != NOBODY) & (last != agents)).any():
-                found = rival
-        mine = self.by[kind]
-        last = mine[cells]
-        mine[cells] = np.where((last == NOBODY) | (last == agents), agents, SEVERAL)
-        if (lost := mine[cells] != agents).any():  # several at once
-            mine[cells[lost]] = SEVERAL
-            found = found or (kind if kind in self.rivals[kind] else None)
-        return found
+        base = storage.data_ptr()
+        poison, written, _ = self.storages.get((base, storage.nbytes()), (None, None, None))
+        return poison, None if written is None else written[start - base : end - base]
 
 
 class Region:
-    """Memory of one tensor, or of several that overlap."""
+    """Bytes that belong together, in cells, and what was done to them.
 
-    def __init__(self, name: str, start: int, end: int, tensors, fresh: Fresh | None):
-        self.name, self.start, self.end = name, start, end
-        raw = (ctypes.c_uint8 * (end - start)).from_address(start)
-        self.bytes = np.frombuffer(raw, np.uint8)
-        self.cell = min(t.element_size() for t in tensors)
-        n = (end - start) // self.cell
-        self.conflicts = Conflicts(n, stores_meet=True)
-        # elements of the tensors: a slice's range has others between them
-        self.belongs = np.zeros(n, bool)
-        for t in tensors:
-            per = t.element_size() // self.cell
-            first = (t.data_ptr() - start) // self.cell
-            index = torch.arange(extent(t)).as_strided(t.shape, t.stride()).numpy().ravel()
-            for k in range(per):
-                self.belongs[first + index * per + k] = True
-        if self.belongs.all():
-            self.belongs = None
-        self.poison = None
-        if fresh is not None and (found := fresh.of(tensors[0])):
-            base, self.poison, written = found
-            self.written = written[start - base : end - base]
+    Agents are programs, or warps. Two of them must not meet in a cell, but to load or to change it
+    atomically; where they may store ``alike``, two may store the same value.
+    """
+
+    def __init__(self, name: str, start: int, bytes_, cell: int, agent: str, alike: bool = False):
+        self.name, self.start, self.bytes, self.cell = name, start, bytes_, cell
+        self.agent, self.alike = agent, alike
+        n = len(bytes_) // cell
+        self.belongs: np.ndarray | None = None  # the cells that are a tensor's, if not all
+        self.poison, self.written = None, None
+        self.last = {k: np.full(n, NOBODY, np.int32) for k in ("load", "store", "atomic")}
         self.atomics = np.zeros(n, np.int64)
 
+    def check(self, kind: str, bytes_) -> None:
+        """``bytes_``: the places [threads, size] of an access."""
+        if self.belongs is not None and not self.belongs[bytes_ // self.cell].all():
+            raise Fault(f"out of bounds: {kind} between the elements of {self.name}")
+        if self.poison is not None and kind != "store":
+            left = ~self.written[bytes_] & (self.bytes[bytes_] == self.poison)
+            if left.reshape(-1, self.cell).all(1).any():
+                raise Fault(f"never written: {kind} of {self.name}")
+        if self.poison is not None and kind != "load":
+            self.written[bytes_] = True
 
-def extent(t: torch.Tensor) -> int:
-    """Elements from the first to the last."""
-    return sum((s - 1) * d for s, d in zip(t.shape, t.stride(), strict=True)) + 1
+    def meet(self, kind: str, bytes_, agents) -> None:
+        """Note the accesses, unless one conflicts with an earlier one of another agent."""
+        cells = bytes_[:, :: self.cell] // self.cell
+        agents = np.repeat(agents, cells.shape[1])
+        cells = cells.ravel()
+        rivals = [k for k in self.last if k != kind or (k == "store" and not self.alike)]
+        for rival in rivals:
+            last = self.last[rival][cells]
+            if ((last != NOBODY) & (last != agents)).any():
+                self.conflict(kind, rival)
+        last = self.last[kind][cells]
+        self.last[kind][cells] = np.where((last == NOBODY) | (last == agents), agents, SEVERAL)
+        several = self.last[kind][cells] != agents
+        if several.any():
+            self.last[kind][cells[several]] = SEVERAL
+            if kind in rivals:
+                self.conflict(kind, kind)
+
+    def conflict(self, kind: str, rival: str) -> None:
+        what = "race" if self.agent == "program" else "no barrier"
+        raise Fault(f"{what}: {kind} of {self.name} after another {self.agent}'s {rival}")
+
+    def store(self, bytes_, data, agents, rng) -> None:
+        if self.alike:
+            stored = self.last["store"][bytes_]
+            others = (stored != NOBODY) & (stored != agents[:, None])
+            if (others & (self.bytes[bytes_] != data)).any():
+                raise Fault(f"race: warps store different values to {self.name}")
+        order = rng.permutation(len(data))
+        self.bytes[bytes_[order]] = data[order]
+        if (self.bytes[bytes_] != data).any():
+            raise Fault(f"race: threads store different values to {self.name}")
+
+    def add(self, bytes_, values, rng):
+        """Each thread's value, one after the other; what it found."""
+        size, found = values.itemsize, np.empty_like(values)
+        cells = self.bytes[: len(self.bytes) // size * size].view(values.dtype)
+        for i in rng.permutation(len(values)):
+            at = bytes_[i, 0] // size
+            found[i] = cells[at]
+            cells[at] += values[i]
+        return found[:, None].view(np.uint8)
 
 
-def regions_of(tensors: dict[str, torch.Tensor], fresh: Fresh | None) -> list[Region]:
+class Space:
+    """Regions that threads reach by address; the tensors of a launch, or shared memory."""
+
+    def __init__(self, regions: list[Region], rng, counted: bool = False):
+        self.regions, self.rng, self.counted = regions, rng, counted
+        self.starts = np.array([r.start for r in regions], np.uint64)
+        self.ends = np.array([r.start + len(r.bytes) for r in regions], np.uint64)
+        self.counts: Counter[str] = Counter()
+
+    def access(self, kind: str, address, agents, warps, size: int, values=None):
+        """Load, store bytes, or add numbers atomically; the bytes found, unless stored."""
+        if (address % size).any():
+            raise Fault(f"misaligned {kind} of {size} bytes")
+        address = address.astype(np.uint64)
+        at = np.searchsorted(self.starts, address, "right") - 1
+        beyond = (at < 0) | (address + np.uint64(size) > self.ends[at])
+        if beyond.any():
+            self.out_of_bounds(kind, address[beyond])
+        if self.counted:
+            self.count(kind, address, warps, size)
+        found = np.zeros((len(address), size if kind != "store" else 0), np.uint8)
+        present = np.flatnonzero(np.bincount(at))
+        for k in present:
+            region, which = self.regions[k], slice(None) if len(present) == 1 else at == k
+            bytes_ = (address[which] - self.starts[k]).astype(np.int64)[:, None] + np.arange(size)
+            if size % region.cell:
+                raise Fault(f"{kind} of {size} bytes in {region.name}, of {region.cell} each")
+            region.check(kind, bytes_)
+            if kind == "load":
+                found[which] = region.bytes[bytes_]
+            elif kind == "store":
+                region.store(bytes_, values[which], agents[which], self.rng)
+            else:
+                found[which] = region.add(bytes_, values[which], self.rng)
+                np.add.at(region.atomics, bytes_[:, 0] // region.cell, 1)
+                self.counts["atomics"] += len(bytes_)
+            region.meet(kind, bytes_, agents[which])
+        return found
+
+    def out_of_bounds(self, kind: str, addresses) -> None:
+        first = int(addresses[0])
+        near = min(
+            self.regions,
+            key=lambda r: min(abs(first - r.start), abs(first - r.start - len(r.bytes))),
+        )
+        place = f"byte {first - near.start} of {len(near.bytes)} of {near.name}"
+        raise Fault(f"out of bounds: {kind} at {place}, {len(addresses)} threads")
+
+    def count(self, kind: str, address, warps, size: int) -> None:
+        """Sectors of each warp, and the bytes of them that it wants."""
+        key = warps.astype(np.uint64) << np.uint64(48) | address
+        part = min(size, 4)
+        spread = np.arange(0, size, part, dtype=np.uint64)
+        self.counts[f"{kind} sectors"] += np.unique(key // np.uint64(SECTOR)).size
+        self.counts[f"{kind} bytes"] += np.unique(key[:, None] + spread).size * part
+
+    @property
+    def hottest(self) -> int:
+        """Atomics at the address that has most."""
+        return max((int(r.atomics.max()) for r in self.regions), default=0)
+
+
+class Shared(Space):
+    """Shared memory of several programs side by side, full of garbage."""
+
+    def __init__(self, size: int, programs: int, warps: int, rng):
+        self.size, self.warps = -(-max(size, 16) // 16) * 16, warps
+        total = programs * self.size
+        self.region = Region("shared memory", 0, np.full(total, 0xFF, np.uint8), 1, "warp", True)
+        self.region.poison, self.region.written = 0xFF, np.zeros(total, bool)
+        super().__init__([self.region], rng)
+
+    def access(self, kind: str, address, agents, warps, size: int, values=None):
+        if (address > self.size - size).any():
+            raise Fault(f"out of bounds: {kind} at byte {address.max()} of {self.size} shared ones")
+        place = address + warps // self.warps * self.size  # of the program
+        return super().access(kind, place, agents, warps, size, values)
+
+    def barrier(self, programs) -> None:
+        """All warps of these programs have met."""
+        for last in self.region.last.values():
+            last.reshape(-1, self.size)[programs] = NOBODY
+
+
+def global_memory(tensors: dict[str, torch.Tensor], fresh: Fresh, rng, counted: bool) -> Space:
+    """A region for each tensor, or for several that overlap."""
     spans = sorted(
         (t.data_ptr(), t.data_ptr() + extent(t) * t.element_size(), name)
         for name, t in tensors.items()
@@ -119,167 +212,31 @@ def regions_of(tensors: dict[str, torch.Tensor], fresh: Fresh | None) -> list[Re
             merged[-1][2].append(name)
         else:
             merged.append([start, end, [name]])
-    return [
-        Region(" = ".join(names), start, end, [tensors[n] for n in names], fresh)
+    regions = [
+        region_of({name: tensors[name] for name in names}, start, end, fresh)
         for start, end, names in merged
     ]
+    return Space(regions, rng, counted)
 
 
-class Global:
-    """The tensors of a launch. Threads are given by index, programs by number."""
-
-    def __init__(self, kernel: str, tensors, fresh: Fresh | None, rng, counted: bool):
-        self.kernel, self.rng, self.counted = kernel, rng, counted
-        self.regions = regions_of(tensors, fresh)
-        self.starts = np.array([r.start for r in self.regions], np.uint64)
-        self.ends = np.array([r.end for r in self.regions], np.uint64)
-        self.counts: Counter[str] = Counter()
-
-    def fault(self, where, what: str):
-        raise Fault(f"{self.kernel}: {where}: {what}")
-
-    def count(self, kind: str, address, warps, size: int) -> None:
-        """Sectors of each warp, and the bytes of them that it wants."""
-        key = warps.astype(np.uint64) << np.uint64(48) | address
-        spread = np.arange(0, size, min(size, 4), dtype=np.uint64)
-        bytes_ = np.unique(key[:, None] + spread).size * min(size, 4)
-        self.counts[f"{kind} sectors"] += np.unique(key // np.uint64(SECTOR)).size
-        self.counts[f"{kind} bytes"] += bytes_
-
-    def accesses(self, kind: str, address, programs, warps, size: int, where):
-        """Yield ``(region, which of the threads, byte offsets)`` after all checks."""
-        if (address % np.uint64(size)).any():
-            self.fault(where, f"misaligned {kind} of {size} bytes")
-        at = np.searchsorted(self.starts, address, "right") - 1
-        if (at < 0).any() or (address + np.uint64(size) > self.ends[at]).any():
-            bad = address[(at < 0) | (address + np.uint64(size) > self.ends[at])]
-            first = int(bad[0])
-            near = min(self.regions, key=lambda r: min(abs(first - r.start), abs(first - r.end)))
-            place = f"byte {first - near.start} of {near.end - near.start} of {near.name}"
-            self.fault(where, f"out of bounds: {kind} at {place}, {len(bad)} threads")
-        if self.counted:
-            self.count(kind, address, warps, size)
-        for k in np.unique(at):
-            region = self.regions[k]
-            which = np.nonzero(at == k)[0]
-            offset = (address[which] - np.uint64(region.start)).astype(np.int64)
-            if size % region.cell:
-                self.fault(where, f"{kind} of {size} bytes in {region.name}, of {region.cell} each")
-            self.check(region, kind, offset, programs[which], size, where)
-            yield region, which, offset
-
-    def check(self, region: Region, kind: str, offset, programs, size: int, where) -> None:
-        width = size // region.cell
-        cells = (offset[:, None] // region.cell + np.arange(width)).ravel()
-        if region.belongs is not None and not region.belongs[cells].all():
-            self.fault(where, f"out of bounds: {kind} between the elements of {region.name}")
-        if region.poison is not None:
-            bytes_ = offset[:, None] + np.arange(size)
-            if kind != "store":
-                left = ~region.written[bytes_] & (region.bytes[bytes_] == region.poison)
-                if left.reshape(-1, region.cell).all(1).any():
-                    self.fault(where, f"never written: {kind} of {region.name}")
-            if kind != "load":
-                region.written[bytes_] = True
-        rival = region.conflicts.meet(kind, cells, np.repeat(programs, width))
-        if rival:
-            self.fault(where, f"race: {kind} of {region.name} after another program's {rival}")
-
-    def load(self, address, programs, warps, size: int, where):
-        out = np.empty((len(address), size), np.uint8)
-        for region, which, offset in self.accesses("load", address, programs, warps, size, where):
-            out[which] = region.bytes[offset[:, None] + np.arange(size)]
-        return out
-
-    def store(self, address, programs, warps, data, where) -> None:
-        size = data.shape[1]
-        for region, which, offset in self.accesses("store", address, programs, warps, size, where):
-            bytes_ = offset[:, None] + np.arange(size)
-            order = self.rng.permutation(len(which))
-            region.bytes[bytes_[order]] = data[which[order]]
-            if (region.bytes[bytes_] != data[which]).any():
-                self.fault(where, f"race: threads store different values to {region.name}")
-
-    def atomic(self, address, programs, warps, values, function, where):
-        size = values.dtype.itemsize
-        old = np.empty_like(values)
-        for region, which, offset in self.accesses("atomic", address, programs, warps, size, where):
-            cells = region.bytes[: len(region.bytes) // size * size].view(values.dtype)
-            if self.counted:
-                np.add.at(region.atomics, offset // region.cell, 1)
-            in_any_order(self.rng, cells, offset // size, values, old, which, function)
-        self.counts["atomics"] += len(address)
-        return old
-
-    @property
-    def hottest(self) -> int:
-        """Atomics at the address that has most."""
-        return max((int(r.atomics.max()) for r in self.regions), default=0)
+def extent(t: torch.Tensor) -> int:
+    """Elements from the first to the last."""
+    return sum((s - 1) * d for s, d in zip(t.shape, t.stride(), strict=True)) + 1
 
 
-def in_any_order(rng, cells, at, values, old, which, function) -> None:
-    """Each thread's value into its cell, one after the other; ``old`` is what it found."""
-    for i in rng.permutation(len(at)):
-        old[which[i]] = cells[at[i]]
-        cells[at[i]] = function(cells[at[i]], values[which[i]])
-
-
-class Shared:
-    """Shared memory of several programs side by side, full of garbage."""
-
-    def __init__(self, kernel: str, size: int, programs: int, rng):
-        self.kernel, self.size, self.rng = kernel, -(-max(size, 16) // 16) * 16, rng
-        self.bytes = np.full(programs * self.size, 0xFF, np.uint8)
-        self.written = np.zeros(len(self.bytes), bool)
-        # several warps may store the same value: what they hold in common
-        self.conflicts = Conflicts(len(self.bytes), stores_meet=False)
-
-    def fault(self, where, what: str):
-        raise Fault(f"{self.kernel}: {where}: {what}")
-
-    def barrier(self, programs) -> None:
-        """All warps of these programs have met."""
-        for p in programs:
-            self.conflicts.forget(slice(p * self.size, (p + 1) * self.size))
-
-    def bytes_of(self, kind: str, address, slots, warps, size: int, where):
-        if (address.astype(np.int64) + size > self.size).any():
-            self.fault(
-                where, f"out of bounds: {kind} at {address.max()} of {self.size} shared bytes"
-            )
-        if (address % size).any():
-            self.fault(where, f"misaligned {kind} of {size} bytes")
-        at = (address.astype(np.int64) + slots * self.size)[:, None] + np.arange(size)
-        if kind != "store" and not self.written[at].all():
-            self.fault(where, f"never written: {kind} of shared memory")
-        return at
-
-    def meet(self, kind: str, at, warps, where) -> None:
-        rival = self.conflicts.meet(kind, at.ravel(), np.repeat(warps, at.shape[1]))
-        if rival:
-            self.fault(where, f"no barrier between {kind} and another warp's {rival}")
-
-    def load(self, address, slots, warps, size: int, where):
-        at = self.bytes_of("load", address, slots, warps, size, where)
-        self.meet("load", at, warps, where)
-        return self.bytes[at]
-
-    def store(self, address, slots, warps, data, where) -> None:
-        at = self.bytes_of("store", address, slots, warps, data.shape[1], where)
-        stored = self.conflicts.by["store"][at]
-        others = (stored != NOBODY) & (stored != warps[:, None])
-        clash = (others & (self.bytes[at] != data)).any()
-        self.bytes[at] = data
-        if clash or (self.bytes[at] != data).any():
-            self.fault(where, "threads store different values to shared memory")
-        self.written[at] = True
-        self.meet("store", at, warps, where)
-
-    def atomic(self, address, slots, warps, values, function, where):
-        size = values.dtype.itemsize
-        at = self.bytes_of("atomic", address, slots, warps, size, where)
-        self.meet("atomic", at, warps, where)
-        old = np.empty_like(values)
-        cells, place = self.bytes.view(values.dtype), at[:, 0] // size
-        in_any_order(self.rng, cells, place, values, old, np.arange(len(at)), function)
-        return old
+def region_of(tensors: dict[str, torch.Tensor], start: int, end: int, fresh: Fresh) -> Region:
+    raw = (ctypes.c_uint8 * (end - start)).from_address(start)
+    cell = min(t.element_size() for t in tensors.values())
+    region = Region(" = ".join(tensors), start, np.frombuffer(raw, np.uint8), cell, "program")
+    # a slice's range has elements between its own
+    belongs = np.zeros((end - start) // cell, bool)
+    for t in tensors.values():
+        per = t.element_size() // cell
+        index = torch.arange(extent(t)).as_strided(t.shape, t.stride()).numpy().ravel()
+        first = (t.data_ptr() - start) // cell
+        belongs[(first + index[:, None] * per + np.arange(per)).ravel()] = True
+    if not belongs.all():
+        region.belongs = belongs
+    some = next(iter(tensors.values()))
+    region.poison, region.written = fresh.of(some, start, end)
+    return region

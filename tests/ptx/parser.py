@@ -35,10 +35,6 @@ class Kernel:
     blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
     labels: dict[str, int] = field(default_factory=dict)  # block that each label begins
 
-    @property
-    def instructions(self) -> list[Instruction]:
-        return [i for block in self.blocks for i in block]
-
 
 IGNORED = re.compile(r"\.(loc|file|pragma)\b[^\n;]*;?")
 CONSTANT = re.compile(r"\.global \.align 1 \.b8 _\$_str\S* = \{[^}]*\};")  # never read
@@ -50,6 +46,7 @@ def parse(text: str) -> Kernel:
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
     before, entry = text.split(".visible .entry", 1)
     before = CONSTANT.sub("", before).replace(SHARED, "")
+    entry = re.sub(r"\bglobal_smem\b", "0", entry)  # the address where it begins
     header = r"\s*\.version \S+\s+\.target \S+\s+\.address_size 64\s*"
     if not re.fullmatch(header, before):
         raise Fault(f"directives not understood: {before.strip()}")
@@ -85,7 +82,8 @@ def _add(kernel: Kernel, statement: str) -> None:
     m = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)(?:\s+(.*))?", statement, re.S)
     if m is None:
         raise Fault(f"cannot parse {statement!r}")
-    operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", m[4] or "")
+    text = re.sub(r"\{\s*([^,\s]+)\s*\}", r"\1", m[4] or "")  # a vector of one
+    operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", text)
     parsed = Instruction(m[3], tuple(o.strip() for o in operands), m[2], bool(m[1]))
     kernel.blocks[-1].append(parsed)
     if ENDS_BLOCK.fullmatch(parsed.opcode):
