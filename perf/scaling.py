@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,11 +176,11 @@ NEAR, FAR = Network(5e-6, 300e9), Network(15e-6, 45e9)
 LAUNCHES = 100e-6
 
 
-def on_a_gpu(loss: str, path: Path = KERNELS) -> Computation:
+@cache
+def on_a_gpu(loss: str) -> Computation:
     """Fitted to the kernels' own times on one GPU, of small and large inputs."""
-    with path.open(newline="") as file:
-        rows = [r for r in csv.DictReader(file) if (r["loss"], r["kernel"]) == (loss, "all")]
-    rows = [r for r in rows if (r["dtype"], r["inputs"]) == ("float32", "random")]
+    wanted = {"loss": loss, "kernel": "all", "dtype": "float32", "inputs": "random"}
+    rows = [r for r in rows_of(KERNELS) if all(r[k] == v for k, v in wanted.items())]
     found = least_squares(
         [float(r["rows"]) * float(r["classes"]) for r in rows],
         [float(r["positives"]) if loss in RANKING else 0.0 for r in rows],
