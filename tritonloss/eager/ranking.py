@@ -8,8 +8,7 @@ are piecewise linear in ``s_j`` with 2P **knots** ``s_i ± δ``. One pass over t
 them per segment between two knots and sums their distances to the segment's knot; the second pass
 looks up value and slope of g. `Negatives` is that engine; the three losses differ in the weights
 ``w_i`` and in sums over positives, which the same windows give (`sums_above`); those that look at
-a second order too, Rank & Sort's over positives of lower quality, go bit by bit
-(`sums_over_lower`).
+a second order too, Rank & Sort's over positives of lower quality, go bit by bit (`LowerQuality`).
 
 Several processes share a batch in two exchanges (`over_lists`): all know all positives, and add up
 what each counted. Alone, the exchanges do nothing.
@@ -31,10 +30,13 @@ from tritonloss.distributed import Exchange, Sharing
 
 # Logits per step of a pass: a few float64 temporaries of this size stay in a core's L2.
 CHUNK = 1 << 16
-# Pairs of positives per block.
-PAIR_TILE = 1 << 16
-# Positives up to which looking at all their pairs is quicker than sorting by bits.
-PAIRS_UP_TO = 1000
+# Of so many positives Rank & Sort looks at all pairs.
+FEW = 320
+# And of so many neighbours by quality if there are more: 2 ** TILE_BITS in a tile.
+TILE_BITS = 5
+TILE = 1 << TILE_BITS
+# Tiles per step: a few temporaries of theirs stay in a core's L2.
+TILES = 64
 # Stands for a hidden logit, and for -inf: below every knot, and finite, for 0 * BELOW is 0.
 BELOW = -1e307
 # Below this FP_i aLRP's published gradient skips positive i.
@@ -123,7 +125,7 @@ class Negatives:
         self.per_unit = min(max(self.n_cells / max(span, 1e-200), 1e-300), 1e200)
         self.origin = float(self.keys[0]) - 1 / self.per_unit
         in_cell = torch.bincount(self._cells(self.keys).long(), minlength=self.n_cells + 2)
-        self.before = in_cell.cumsum(0) - in_cell  # knots in lower cells
+        self.before = (in_cell.cumsum(0) - in_cell).int()  # knots in lower cells
         self.has_knot = in_cell > 0
         self.search_steps = [1 << b for b in range(int(in_cell.max()).bit_length())][::-1]
         padding = self.keys.new_full((2 * self.search_steps[0],), torch.inf)
@@ -139,11 +141,12 @@ class Negatives:
         out = torch.sub(x, self.origin, out=out)
         return out.mul_(self.per_unit).clamp_(0, self.n_cells + 1)
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None, Tensor, Tensor]]:
         """(where, cell, distance from the cell's start; and among cells with knots: index,
         segment, logit). Segment k is preceded by k knots; hidden logits lie below every knot.
 
-        The tensors are overwritten by the next chunk."""
+        Without an index, segment and logit are of all. The tensors are overwritten by the next
+        chunk."""
         size = min(CHUNK, self.x.numel())
         logit, position = torch.empty(2, size, dtype=torch.float64)
         cells = torch.empty(size, dtype=torch.int32)
@@ -161,16 +164,23 @@ class Negatives:
             if k == len(self.found):
                 self.found.append(self._search(x, cell))
             index, segment = self.found[k]
-            yield part, cell, fraction.frac_(), index, segment, x.index_select(0, index)
+            searched = x if index is None else x.index_select(0, index)
+            yield part, cell, fraction.frac_(), index, segment, searched
 
-    def _search(self, x: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """Which logits share a cell with knots, and their segments."""
-        index = self.has_knot.index_select(0, cell).nonzero()[:, 0]
-        x, segment = x.index_select(0, index), self.before.index_select(0, cell[index])
+    def _search(self, x: Tensor, cell: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Which logits share a cell with knots, None if most do; and their segments, or all."""
+        has_knot, index = self.has_knot.index_select(0, cell), None
+        if 2 * int(has_knot.count_nonzero()) < len(x):
+            index = has_knot.nonzero()[:, 0].int()
+            x, cell = x.index_select(0, index), cell.index_select(0, index)
+        segment = self.before.index_select(0, cell)
+        at, key = torch.empty_like(segment), torch.empty_like(x)
+        reached = torch.empty_like(x, dtype=torch.bool)
         for step in self.search_steps:
-            reached = self.padded_keys.index_select(0, segment + (step - 1)) <= x
-            segment += reached * step
-        return index.int(), segment.int()
+            torch.add(segment, step - 1, out=at)
+            torch.le(torch.index_select(self.padded_keys, 0, at, out=key), x, out=reached)
+            segment.add_(reached, alpha=step)
+        return index, segment
 
     def histogram(self) -> Tensor:
         """(2, segments) float64: number of negatives, and sum of their distances to the knot.
@@ -183,12 +193,14 @@ class Negatives:
         cell_count, cell_offset = torch.zeros(2, size, dtype=torch.float64)
         count, offset = torch.zeros(2, n_segments, dtype=torch.float64)
         ones = torch.ones(CHUNK, dtype=torch.float64)
-        for _, cell, fraction, _, segment, x in self._chunks():
-            cell_count.index_add_(0, cell, ones[: cell.numel()])
+        for _, cell, fraction, index, segment, x in self._chunks():
             count.index_add_(0, segment, ones[: segment.numel()])
+            if index is not None:
+                cell_count.index_add_(0, cell, ones[: cell.numel()])
             if self.delta > 0:
-                cell_offset.index_add_(0, cell, fraction)
                 offset.index_add_(0, segment, x.sub_(self.start.index_select(0, segment)))
+                if index is not None:
+                    cell_offset.index_add_(0, cell, fraction)
 
         # Logits in cells with knots went to their segments one by one.
         plain = ~self.has_knot
@@ -230,25 +242,13 @@ class Negatives:
         cell_slope = slope[self.before] / self.per_unit
         value = value - slope * self.start_low
         for part, cell, fraction, index, segment, x in self._chunks():
-            g = fraction.mul_(cell_slope.index_select(0, cell))
-            g += cell_value.index_select(0, cell)
             bent = x.sub_(self.start.index_select(0, segment)).mul_(slope.index_select(0, segment))
             bent += value.index_select(0, segment)
-            out[part] = g.index_copy_(0, index.long(), bent)
-
-
-def pair_tiles(column: Tensor, delta: float) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of H(s_j - s_i), rows i and all columns j, each overwritten by the next."""
-    n = column.numel()
-    rows = max(PAIR_TILE // n, 1)
-    block = column.new_empty(min(rows, n), n)
-    for first in range(0, n, rows):
-        part = slice(first, min(first + rows, n))
-        row, tile = column[part, None], block[: min(rows, n - first)]
-        if delta == 0:
-            yield part, torch.ge(column, row, out=tile)
-        else:
-            yield part, torch.sub(column, row, out=tile).mul_(0.5 / delta).add_(0.5).clamp_(0, 1)
+            if index is not None:
+                g = fraction.mul_(cell_slope.index_select(0, cell))
+                g += cell_value.index_select(0, cell)
+                bent = g.index_copy_(0, index.long(), bent)
+            out[part] = bent
 
 
 class Steps:
@@ -266,32 +266,39 @@ class Steps:
             self.at = torch.cat([score.new_zeros(1), gaps.cumsum(0)])
         self.self_step = 1.0 if delta == 0 else 0.5  # H(0)
 
-    def mirrored(self) -> Steps:
-        """With the order of positives reversed: H_ij of these is H_ji of those."""
-        other = object.__new__(Steps)
-        other.at, other.self_step = (self.at[-1] - self.at).flip(0), self.self_step
-        return other
+    @cached_property
+    def places(self) -> Tensor:
+        """(4, P) int32: the first positive inside i's window, the first in the next whole number of
+        ``at``, the first above the window, and the end."""
+        begin = self.at - self.self_step
+        found = [torch.searchsorted(self.at, t) for t in (begin, begin.floor() + 1, begin + 1)]
+        return torch.stack([*found, torch.full_like(found[0], begin.numel())]).int()
 
     @cached_property
-    def windows(self) -> Tensor:
-        """(3, P) int64: the first positive inside i's window, the first in the next whole number of
-        ``at``, and the first above the window."""
+    def start(self) -> Tensor:
+        """(P,), how far into a whole number i's window begins."""
         begin = self.at - self.self_step
-        return torch.stack(
-            [torch.searchsorted(self.at, t) for t in (begin, begin.floor() + 1, begin + 1)]
-        )
+        return begin - begin.floor()
 
     def summands(self, weights: Tensor) -> Tensor:
         """(P, 2K): what `sums` needs sums of, for weights (P, K). All are no larger than these."""
         return torch.cat([weights, weights * self.at.frac()[:, None]], 1)
 
-    def sums(self, inside: Tensor, next_cell: Tensor, above: Tensor, rows: Tensor) -> Tensor:
-        """Σ_j H_ij weight_j, (rows, K), of the sums of summands over the j inside i's window, over
-        those of them in the next whole number, and over those above."""
-        begin = self.at[rows, None] - self.self_step
-        k = inside.shape[1] // 2
-        start = (begin - begin.floor()) * inside[:, :k]
-        return above[:, :k] + inside[:, k:] + next_cell[:, :k] - start
+    def sums(self, table: Tensor, places: Tensor, start: Tensor) -> Tensor:
+        """Σ_j H_ij weight_j, (rows, K), of the sums of the summands before each place.
+
+        The part of H_ij beyond its whole numbers is ``frac(at_j) - start_i`` in i's window, and 1
+        more from the next whole number on.
+        """
+        k = table.shape[1] // 2
+        first, middle, last, end = look_up(table, places)
+        inside = last - first
+        found = inside[:, k:] - inside[:, :k] * start[:, None]
+        return found.add_(end[:, :k]).sub_(middle[:, :k])
+
+
+def look_up(table: Tensor, places: Tensor) -> Tensor:
+    return table.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def sums_above(steps: Steps, weights: Tensor) -> Tensor:
@@ -299,8 +306,7 @@ def sums_above(steps: Steps, weights: Tensor) -> Tensor:
     summands = steps.summands(weights)
     # from the top, where sums may be small
     down = torch.cat([summands.flip(0).cumsum(0).flip(0), torch.zeros_like(summands[:1])])
-    first, middle, last = (down.index_select(0, place) for place in steps.windows)
-    return steps.sums(first - last, middle - last, last, slice(None))
+    return steps.sums(down.neg_(), steps.places, steps.start)
 
 
 def positive_ranks(positives: Positives, delta: float) -> tuple[Tensor, Tensor | None]:
@@ -314,103 +320,153 @@ def positive_ranks(positives: Positives, delta: float) -> tuple[Tensor, Tensor |
     return rank, ahead[0] - steps.self_step * value if ahead else None
 
 
-def sums_over_lower(steps: Steps, level: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_j H_ij weight_j over the j with ``level_j < level_i``, and how many of them are in or above
-    i's window.
+class Split(NamedTuple):
+    """Two halves of positives whose levels agree in all higher bits than one."""
 
-    A pair is told apart by the highest bit in which its levels differ. So, from the highest bit on,
-    positives without it and those with it are parted, each half by what came before and the score:
-    those that agree in all higher bits stay side by side. Before, those with the bit look up sums
-    over those without. A range of positives becomes a range of either half, found by counting.
+    without: Tensor  # (L,) int64, positives without the bit, by groups and score
+    having: Tensor  # (M,) int64, those with it
+    places: Tensor  # (4, M) int32, `Steps.places` of those with it among those without
 
-    Args:
-        level: (P,) int64, 0..P-1.
-        weights: (P, K).
+
+class LowerQuality:
+    """Sums over the pairs in which j has a lower quality than i, in both directions.
+
+    Qualities are numbered by levels. Pairs of one block of TILE levels are looked at one by one, in
+    tiles. All other pairs are told apart by the highest bit in which their levels differ. So, from
+    the highest bit on, positives without it and those with it are parted, each half by what came
+    before and the score: those that agree in all higher bits stay side by side. Those with the bit
+    look up sums over those without; a range of positives becomes a range of either half, found by
+    counting.
     """
-    n = level.numel()
-    total = torch.zeros_like(weights)
-    reached = torch.zeros_like(level)
-    index = torch.arange(n)
-    summands = steps.summands(weights)
-    sums = torch.cat([summands, summands[:1]]).zero_()
-    below = torch.zeros(n + 1, dtype=torch.int64)
-    # of each: its window's places, and the end of those that agree with it so far
-    places = torch.cat([steps.windows, torch.full((1, n), n)])
 
-    def look_up(table: Tensor, at: Tensor) -> Tensor:
-        return table.index_select(0, at.flatten()).unflatten(0, at.shape)
+    def __init__(self, steps: Steps, quality: Tensor):
+        self.steps = steps
+        self.order = quality.argsort(stable=True)
+        ordered = quality[self.order]
+        level = torch.searchsorted(ordered, ordered)  # equal qualities share one
+        self._place_tiles(level)
+        self._split(torch.empty_like(level).scatter_(0, self.order, level), int(level[-1]))
 
-    for bit in reversed(range((n - 1).bit_length())):
-        has_bit = (level >> bit) & 1
-        without, having = (has_bit == 0).nonzero()[:, 0], has_bit.nonzero()[:, 0]
-        torch.cumsum(1 - has_bit, 0, out=below[1:])
-        torch.cumsum(summands * (1 - has_bit)[:, None], 0, out=sums[1:])
+    def _in_tiles(self, t: Tensor, fill: float = 0) -> Tensor:
+        """Rows by quality, as (tiles, TILE, ...)."""
+        n_tiles = -(-len(t) // TILE)
+        padded = t.new_full((n_tiles * TILE, *t.shape[1:]), fill)
+        padded[: len(t)] = t
+        return padded.unflatten(0, (n_tiles, TILE))
 
-        theirs = places.index_select(1, having)
-        first, middle, last, end = look_up(sums, theirs)
-        i = index.index_select(0, having)
-        found = steps.sums(last - first, last - middle, end - last, i)
-        total.index_add_(0, i, found)
-        counted = look_up(below, theirs)
-        reached.index_add_(0, i, counted[3] - counted[0])
+    def _place_tiles(self, level: Tensor) -> None:
+        block = self._in_tiles(level >> TILE_BITS, -1)
+        place = self._in_tiles(level & (TILE - 1)).to(torch.int8)
+        tiles = torch.arange(len(block))
+        # equal qualities that began in an earlier tile have their lower ones there
+        late = (block[:, 0] != tiles).nonzero()[:, 0]
+        self.rows = torch.cat([tiles, late])
+        self.columns = torch.cat([tiles, block[late, 0]])
+        self.at = self._in_tiles(self.steps.at[self.order])
+        self.column_place = place.where(block == tiles[:, None], TILE)
+        same = block[self.rows] == self.columns[:, None]
+        self.row_place = place[self.rows].where(same, -1)
 
-        others = look_up(below, places.index_select(1, without))
-        places = torch.cat([others, theirs.sub_(counted).add_(without.numel())], 1)
-        order = torch.cat([without, having])
-        summands = summands.index_select(0, order)
-        level, index = level.index_select(0, order), index.index_select(0, order)
-    return total, reached
+    def _tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(tiles of i, tiles of j, H_ij where j's quality is lower and 0 elsewhere)"""
+        for pairs in torch.arange(len(self.rows)).split(TILES):
+            i, j = self.rows[pairs], self.columns[pairs]
+            above = self.at[j][:, None, :] - (self.at[i] - self.steps.self_step)[:, :, None]
+            lower = self.column_place[j][:, None, :] < self.row_place[pairs][:, :, None]
+            yield i, j, torch.where(lower, above.clamp_(0, 1), 0.0)
+
+    def _split(self, level: Tensor, highest: int) -> None:
+        n = level.numel()
+        self.splits = []
+        index = rows = torch.arange(n)
+        places = self.steps.places
+        below = torch.zeros(n + 1, dtype=torch.int32)
+        for bit in reversed(range(TILE_BITS, highest.bit_length())):
+            lacks = (level >> bit) & 1 == 0
+            torch.cumsum(lacks, 0, out=below[1:])
+            n_without = int(below[-1])
+            to = torch.where(lacks, below[:-1], rows + n_without - below[:-1])
+            order = torch.empty_like(rows).scatter_(0, to, rows)
+            level, index = level.index_select(0, order), index.index_select(0, order)
+            places = places.index_select(1, order)
+            before = look_up(below, places)
+            without, having = index.tensor_split([n_without])
+            self.splits.append(Split(without, having, before[:, n_without:].clone()))
+            places[:, n_without:] += n_without
+            places[:, n_without:] -= before[:, n_without:]
+            places[:, :n_without] = before[:, :n_without]
+
+    def sums(self, weights: Tensor) -> Tensor:
+        """Σ_j H_ij weight_j, for weights (P, K)."""
+        in_tiles = self._in_tiles(weights[self.order])
+        total = torch.zeros_like(in_tiles)
+        for i, j, above in self._tiles():
+            total.index_add_(0, i, above @ in_tiles[j])
+        result = torch.empty_like(weights)
+        result[self.order] = total.flatten(0, 1)[: len(weights)]
+        summands = self.steps.summands(weights)
+        for without, having, places in self.splits:
+            table = summands.new_zeros(len(without) + 1, summands.shape[1])
+            torch.cumsum(summands.index_select(0, without), 0, out=table[1:])
+            start = self.steps.start.index_select(0, having)
+            result.index_add_(0, having, self.steps.sums(table, places, start))
+        return result
+
+    def spread(self, share: Tensor) -> Tensor:
+        """Σ_i H_ij share_i, for shares (P,) that are not negative; 0 where every term is."""
+        in_tiles = self._in_tiles(share[self.order])
+        total = torch.zeros_like(in_tiles)
+        for i, j, above in self._tiles():
+            total.index_add_(0, j, (in_tiles[i][:, None, :] @ above)[:, 0])
+        result = torch.empty_like(share)
+        result[self.order] = total.flatten()[: len(share)]
+        fraction = self.steps.at.frac()
+        for without, having, places in self.splits:
+            # `Steps.sums` the other way round: what is looked up at a place goes to all before it
+            first, middle, last, end = places.long()
+            whole = share.index_select(0, having)
+            part = whole * self.steps.start.index_select(0, having)
+            gives = (whole > 0).double()
+            constant, slope, givers = share.new_zeros(3, len(without) + 1)
+            for where, sign in ((first, 1), (last, -1)):
+                slope.index_add_(0, where, whole, alpha=sign)
+                constant.index_add_(0, where, part, alpha=-sign)
+            for where, sign in ((middle, 1), (end, -1)):
+                constant.index_add_(0, where, whole, alpha=sign)
+            for where, sign in ((first, 1), (end, -1)):
+                givers.index_add_(0, where, gives, alpha=sign)
+            received = slope.cumsum(0)[:-1] * fraction.index_select(0, without)
+            received += constant.cumsum(0)[:-1]
+            received.mul_(givers.cumsum(0)[:-1] > 0)  # no rounding where nothing comes
+            result.index_add_(0, without, received)
+        return result
 
 
 def sorting(positives: Positives, delta: float) -> tuple[Tensor, Tensor, Tensor]:
     """Rank & Sort's rank⁺ (self term H(0)), sorting errors, and their gradient times P."""
-    if positives.score.numel() <= PAIRS_UP_TO:
-        return sorting_by_pairs(positives, delta)
-    quality = positives.value
-    level = torch.searchsorted(quality.sort().values, quality)
-    steps = Steps(positives.score, delta)
+    score, quality = positives
+    steps = Steps(score, delta)
     weights = torch.stack([torch.ones_like(quality), 1 - quality], 1)
-    rank, total = sums_above(steps, weights).unbind(1)
-    lower, violators = sums_over_lower(steps, level, weights)
-    wrong, excess = lower.unbind(1)
-    error, share = sorting_error(rank, total, wrong, excess, (violators > 0) & (wrong > 0))
-    opposite = (level.numel() - 1 - level).flip(0)
-    received, _ = sums_over_lower(steps.mirrored(), opposite, share.flip(0)[:, None])
-    return rank, error, received[:, 0].flip(0) - error
+    if len(score) <= FEW:
+        above = (steps.at - (steps.at - steps.self_step)[:, None]).clamp_(0, 1)
+        above_and_lower = above * (quality < quality[:, None])
+        rank = above @ weights
+        lower = above_and_lower @ weights
+        error, share = sorting_error(rank, lower)
+        return rank[:, 0], error, share @ above_and_lower - error
+    rank = sums_above(steps, weights)
+    violators = LowerQuality(steps, quality)
+    error, share = sorting_error(rank, violators.sums(weights))
+    return rank[:, 0], error, violators.spread(share) - error
 
 
-def sorting_error(rank, total, wrong, excess, violated) -> tuple[Tensor, Tensor]:
+def sorting_error(rank: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
     """Current minus target sorting error, in the form that does not cancel; and its share per
-    violator."""
+    violator. Of sums of 1 and of 1 - quality, (P, 2), over all positives and over violators."""
+    (rank, total), (wrong, excess) = rank.unbind(1), lower.unbind(1)
     target = (total - excess) / (rank - wrong)
-    error = torch.where(violated, (excess - wrong * target) / rank, 0.0)
-    return error, torch.where(violated, error / wrong, 0.0)
-
-
-def sorting_by_pairs(positives: Positives, delta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`sorting` in P² steps, fewer while P is small."""
-    order = positives.value.argsort(stable=True)
-    quality = positives.value[order]
-    badness = torch.stack([torch.ones_like(quality), 1 - quality], 1)
-    # With ascending quality, i's violators (H_ij > 0, y_j < y_i) stand in the columns before this.
-    first_equal = torch.searchsorted(quality, quality)
-    rank, error, grad = (torch.zeros_like(quality) for _ in range(3))
-    for part, above in pair_tiles(positives.score[order], delta):
-        all_wrong, some_wrong = (int(first_equal[i]) for i in (part.start, part.stop - 1))
-        surely = above[:, :all_wrong]
-        partly = above[:, all_wrong:some_wrong]
-        partly = torch.where(quality[all_wrong:some_wrong] < quality[part, None], partly, 0.0)
-        rank[part], total = (above @ badness).unbind(1)
-        wrong, excess = (
-            surely @ badness[:all_wrong] + partly @ badness[all_wrong:some_wrong]
-        ).unbind(1)
-        error[part], share = sorting_error(rank[part], total, wrong, excess, wrong > 0)
-        grad[:all_wrong] += share @ surely
-        grad[all_wrong:some_wrong] += share @ partly
-    grad -= error
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel())
-    return rank[back], error[back], grad[back]
+    error = torch.where(wrong > 0, (excess - wrong * target) / rank, 0.0)
+    return error, torch.where(wrong > 0, error / wrong, 0.0)
 
 
 class ListResult(NamedTuple):
