@@ -5,9 +5,9 @@
 
 Flat logits of deviation 2, with 100, 300 and 1000 positives of quality 0.1 to 1 among 1e5 and 1e6
 negatives. Figures: the median time of forward and backward, as a multiple of ours, too, and the
-error of the gradient beside the loop's; `--growth` and `--memory` have ours up to 1e7 logits. Every
-cell is first checked against the per-positive loop; a disagreement stops the run. Ratios hold
-within one run: the machine's speed changes between runs.
+error of the gradient beside the loop's; `--growth` and `--memory` have ours up to 1e7 logits and up
+to 30,000 positives. Every cell is first checked against the per-positive loop; a disagreement stops
+the run. Ratios hold within one run: the machine's speed changes between runs.
 """
 
 from __future__ import annotations
@@ -123,12 +123,7 @@ def growth(options) -> list[dict]:
     """Rank & Sort at 1e5 to 1e7 logits; the peak memory in a process of its own."""
     rows = []
     for n in (10**5, 10**6, 10**7):
-        logits, targets = make(300, n)
-        ours = competitors("rank_sort", targets)["ours"]
-        x = logits.requires_grad_()
-        timer = Timer("ours(x).backward()", globals={"ours": ours, "x": x},
-                      num_threads=options.threads)  # fmt: skip
-        ms = 1e3 * timer.blocked_autorange(min_run_time=2 * options.min_time).median
+        ms = step_ms("rank_sort", 300, n, options)
         ratio = ms / rows[-1]["median_ms"] if rows else 1
         rows.append({"logits": n, "median_ms": round(ms, 2), "growth": round(ratio, 2)})
     command = [sys.executable, "-m", __spec__.name, "--memory", "--threads", str(options.threads)]
@@ -137,6 +132,28 @@ def growth(options) -> list[dict]:
         row["peak_memory"] = words[-1] if row["logits"] == 10**7 else ""
         print(*row.values(), sep="\t")
     return rows
+
+
+def growth_of_positives(options) -> list[dict]:
+    """All losses at 300 to 30,000 positives among 1e6 logits, as multiples of the first."""
+    rows = []
+    for loss in options.losses:
+        for n_pos in (300, 1000, 3000, 10_000, 30_000):
+            ms = step_ms(loss, n_pos, 10**6, options)
+            row = {"loss": loss, "positives": n_pos, "logits": 10**6, "median_ms": round(ms, 2)}
+            first = next((r for r in rows if r["loss"] == loss), row)
+            rows.append(row | {"growth": round(ms / first["median_ms"], 2)})
+            print(*rows[-1].values(), sep="\t", flush=True)
+    return rows
+
+
+def step_ms(loss: str, n_pos: int, n: int, options) -> float:
+    """Median time of our forward and backward."""
+    logits, targets = make(n_pos, n)
+    ours = competitors(loss, targets)["ours"]
+    x = logits.requires_grad_()
+    timer = Timer("ours(x).backward()", globals={"ours": ours, "x": x}, num_threads=options.threads)
+    return 1e3 * timer.blocked_autorange(min_run_time=2 * options.min_time).median
 
 
 def write(path: Path, rows: list[dict], threads: int) -> None:
@@ -149,7 +166,7 @@ def main():
     parser.add_argument("--losses", nargs="+", default=["rank_sort", "ap", "alrp"])
     parser.add_argument("--positives", nargs="+", type=int, default=[100, 300, 1000])
     parser.add_argument("--logits", nargs="+", type=float, default=[1e5, 1e6])
-    parser.add_argument("--growth", action="store_true", help="ours at 1e5, 1e6, 1e7 logits")
+    parser.add_argument("--growth", action="store_true", help="ours with more logits, positives")
     parser.add_argument("--memory", action="store_true", help="peak memory at 1e7 logits, alone")
     parser.add_argument("--min-time", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)
@@ -161,6 +178,8 @@ def main():
         return
     if options.growth:
         write(options.out.with_stem("ranking_growth_cpu"), growth(options), options.threads)
+        rows = growth_of_positives(options)
+        write(options.out.with_stem("ranking_positives_cpu"), rows, options.threads)
         return
     rows = [
         row

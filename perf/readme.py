@@ -67,6 +67,20 @@ def ranking() -> str:
     )
 
 
+def more_positives() -> str:
+    """What each ranking loss takes from the fewest positives to the most."""
+    times: dict[str, dict[str, str]] = {}
+    for r in read("ranking_positives_cpu"):
+        column = f"{int(r['positives']):,} positives"
+        times.setdefault(r["loss"], {})[column] = f"{r['median_ms']} ({r['growth']})"
+    return (
+        "The same with more positives, among 1e6 logits: ms, in brackets as a multiple of the "
+        "first column (`python -m perf.bench_ranking_cpu --growth`).\n\n"
+    ) + table(
+        ("loss", *next(iter(times.values()))), *((loss, *t.values()) for loss, t in times.items())
+    )
+
+
 def relative(row: dict[str, str] | None) -> str:
     return f"{float(row['times_ours']):.1f} x ({row['gradient_error']})" if row else "not timed"
 
@@ -394,7 +408,8 @@ FILES = {
         GPU, *on_gpus(newest_only=True), CPU, in_short(), heads(), diagnosing(), detectors()
     ],
     "docs/benchmarks.md": lambda: [
-        GPU, *on_gpus(), CPU, pointwise(), ranking(), harmonising(), set_prediction(), heads(),
+        GPU, *on_gpus(), CPU, pointwise(), ranking(), more_positives(), harmonising(),
+        set_prediction(), heads(),
         counted_heads(), compiled_step(), diagnosing(),
         swept("sweep_cpu"), budgets(),
     ],
