@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +33,20 @@ TABLE = Path(__file__).parent / "results" / "executed.csv"
 ARCH = "sm_90"
 SLACK = 1.1
 PAIRS = ("order_kernel", "merge_kernel")  # per pair of positives
-CLASSES = ("float", "float64", "special", "integer", "move", "warp", "shared", "global", "control")
+CLASSES = {  # of opcodes; the first that fits
+    "special": r"(ex2|sqrt|div\.full)\..*",
+    "float64": r"(?!selp|mov|ld|st).*\.f64.*",
+    "move": r"(mov|selp|cvt|ld\.param).*",
+    "warp": r"(shfl|vote|redux)\..*",
+    "global": r"(ld|st)\.global.*",
+    "atomic": r"(atom|red)\..*",
+    "shared": r"(ld|st)\.shared.*|(ld|st)matrix.*",
+    "barrier": r"bar\..*",
+    "control": r"(bra|ret).*",
+    "float": r".*\.(f32|f16|bf16|f32x2|f16x2|bf16x2)|setp.*f.*",
+    "integer": r".*",
+}
+SHOWN = ("float", "float64", "special", "integer", "move", "warp", "shared", "global", "control")
 INPUTS = ("recorded", "random", "constant")
 
 
@@ -122,6 +136,10 @@ LOSSES: dict[str, tuple[Callable, int, int, tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+def class_of(opcode: str) -> str:
+    return next(c for c, pattern in CLASSES.items() if re.fullmatch(pattern, opcode))
+
+
 def rows_of(name: str, kind: str, positives: int) -> list[dict]:
     """One row per kernel: what it executed."""
     sys.path.insert(0, str(ROOT / "tests"))
@@ -138,7 +156,10 @@ def rows_of(name: str, kind: str, positives: int) -> list[dict]:
     hottest: Counter[str] = Counter()
     for executed in interpreter.executed:
         kernel = title(executed.launch)
-        sums.setdefault(kernel, Counter()).update(executed.counts)
+        counts = sums.setdefault(kernel, Counter())
+        for opcode, n in executed.opcodes.items():
+            counts[class_of(opcode)] += n
+        counts.update(executed.memory)
         hottest[kernel] = max(hottest[kernel], executed.hottest)
     out = []
     for kernel, counts in sums.items():
@@ -146,7 +167,7 @@ def rows_of(name: str, kind: str, positives: int) -> list[dict]:
         work = positives**2 if pairs else x.numel()
         row = {"loss": name, "inputs": kind, "positives": positives, "kernel": kernel,
                "per": "pair" if pairs else "logit"}  # fmt: skip
-        row |= {c: f"{32 * counts[c] / work:.4g}" for c in CLASSES}
+        row |= {c: f"{32 * counts[c] / work:.4g}" for c in SHOWN}
         for what in ("load", "store"):
             moved = 32 * counts[f"{what} sectors"]
             row[f"{what} bytes"] = f"{moved / work:.4g}"
@@ -182,7 +203,7 @@ def grown(row: dict, before: dict | None) -> list[str]:
         return ["not in the committed table: python -m perf.executed --write"]
     if before["triton"] != row["triton"]:
         return []
-    names = (*CLASSES, "load bytes", "store bytes", "atomics", "hottest", "barriers")
+    names = (*SHOWN, "load bytes", "store bytes", "atomics", "hottest", "barriers")
     return [
         f"{name} {row[name]}, {before[name]} before"
         for name in names

@@ -13,12 +13,9 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 # ---------------------------------------------------------------------------------------- types
-
-UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
-FLOAT = {16: np.float16, 32: np.float32, 64: np.float64, 80: np.longdouble}
 
 
 @cache
@@ -29,47 +26,48 @@ def split(type_: str) -> tuple[str, int, int]:
 
 
 @cache
-def numpy_type(type_: str):
+def numpy_type(type_: str) -> np.dtype:
     """How a part of the type is seen by functions."""
     base, bits, _ = split(type_)
-    if base == "bf16":
-        return np.float32
-    return {"s": SIGNED, "f": FLOAT}.get(base[0], UNSIGNED)[bits]
+    if base in ("pred", "bf16", "f80"):
+        return np.dtype({"pred": bool, "bf16": np.float32, "f80": np.longdouble}[base])
+    return np.dtype({"s": "i", "f": "f"}.get(base[0], "u") + str(bits // 8))
+
+
+def unsigned(bits: int) -> np.dtype:
+    """How a register holds them."""
+    return numpy_type("pred" if bits == 1 else f"u{bits}")
 
 
 def constant(value: int, bits: int):
-    return UNSIGNED[bits](value & (1 << bits) - 1)
+    return unsigned(bits).type(value & (1 << bits) - 1)
 
 
+@cache
 def seen_as(type_: str) -> Callable:
-    """From the bits of registers, which are unsigned, to values."""
+    """From the bits of registers to values."""
     base, bits, parts = split(type_)
-    as_ = numpy_type(base)
-    if parts > 1:
-        part = seen_as(base)
-        return lambda x: part(x[..., None].view(UNSIGNED[bits]))
-    if base == "bf16":
-        return lambda x: (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return lambda x: x.view(as_)
+    part, as_ = unsigned(bits), numpy_type(base)
+
+    def seen(x):
+        x = x[..., None].view(part) if parts > 1 else x
+        return (x.astype(np.uint32) << 16).view(as_) if base == "bf16" else x.view(as_)
+
+    return seen
 
 
+@cache
 def bits_from(type_: str) -> Callable:
     """From values to the bits of registers; floats are rounded, to the nearest and ties to even."""
     base, bits, parts = split(type_)
-    as_, raw = numpy_type(base), UNSIGNED[bits]
-    if parts > 1:
-        part, whole = bits_from(base), UNSIGNED[bits * parts]
-        return lambda x: np.ascontiguousarray(part(x)).view(whole)[..., 0]
-    if base == "bf16":
-        return _bits_of_bf16
-    return lambda x: np.asarray(x).astype(as_, copy=False).view(raw)
+    part, whole, as_ = unsigned(bits), unsigned(bits * parts), numpy_type(base)
 
+    def raw(x):
+        x = np.asarray(x).astype(as_, copy=False)
+        x = torch.tensor(x).bfloat16().view(torch.int16).numpy() if base == "bf16" else x
+        return np.ascontiguousarray(x.view(part)).view(whole)[..., 0] if parts > 1 else x.view(part)
 
-def _bits_of_bf16(x):
-    bits = np.asarray(x, np.float32).view(np.uint32)
-    even = (bits >> np.uint32(16)) & np.uint32(1)
-    nearest = ((bits + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(x), np.uint16(0x7FFF), nearest)  # every NaN becomes the same
+    return raw
 
 
 # ------------------------------------------------------------------------------------ functions
@@ -84,18 +82,14 @@ def flushing(function: Callable) -> Callable:
     return lambda *values: flush(function(*map(flush, values)).astype(np.float32))
 
 
-def truncated_quotient(a, b):
-    return (a - np.fmod(a, b)) // b
-
-
 def to_integer(bits: int) -> Callable:
     """Toward zero and saturated; NaN becomes 0, or the smallest of 64 bits."""
-    least, largest = np.iinfo(SIGNED[bits]).min, np.iinfo(SIGNED[bits]).max
+    as_ = numpy_type(f"s{bits}")
+    least, largest = np.iinfo(as_).min, np.iinfo(as_).max
 
     def function(x):
-        above = x >= -float(least)  # as float64 the largest of 64 bits is one too many
-        whole = np.where(above | np.isnan(x), 0, np.maximum(x, least)).astype(SIGNED[bits])
-        return np.where(above, largest, np.where(np.isnan(x), least if bits == 64 else 0, whole))
+        x = np.where(np.isnan(x), least if bits == 64 else 0, x)
+        return np.clip(x, least, largest).astype(as_)
 
     return function
 
@@ -149,10 +143,6 @@ def ballot(votes):
     return (votes << lane).sum(1, dtype=np.uint32, keepdims=True)
 
 
-def unordered(a, b):
-    return np.isnan(a) | np.isnan(b)
-
-
 def not_(function: Callable) -> Callable:
     return lambda *values: ~function(*values)
 
@@ -180,8 +170,7 @@ class Operation(NamedTuple):
             x = self.function(*values).astype(np.float32)
             hashed = np.asarray(x).view(np.uint32).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
             share = (hashed >> np.uint64(40)) / 2.0**23 - 1
-            size = np.where(np.isfinite(x), np.abs(x), 0)  # infinity is exact
-            return x + share * noise * self.ulp * 2.0**-23 * size
+            return x * (1 + share * noise * self.ulp * 2.0**-23)
 
         return function
 
@@ -219,18 +208,16 @@ BITS = "b16 b32 b64"
 INTEGERS = "s16 s32 s64 u16 u32 u64"
 FLOATS = "f32 f64 f32x2"
 
-define("add.T", f"{INTEGERS} s16x2", "T = T T", np.add)
-define("sub.T", f"{INTEGERS} s16x2", "T = T T", np.subtract)
+define("add.T", f"{INTEGERS} s16x2 {FLOATS}", "T = T T", np.add)
+define("sub.T", f"{INTEGERS} s16x2 {FLOATS}", "T = T T", np.subtract)
+define("neg.T", "s16 s32 s64 f32 f64", "T = T", np.negative)
 define("mul.lo.T", INTEGERS, "T = T T", np.multiply)
 define("mad.lo.T", INTEGERS, "T = T T T", product_and_sum)
 define("mul.wide.T", "s16 u16 s32 u32", "W = T T", np.multiply, through="W")
 define("mad.wide.T", "s16 u16 s32 u32", "W = T T W", product_and_sum, through="W")
-define("div.T", INTEGERS, "T = T T", truncated_quotient)
+define("div.T", INTEGERS, "T = T T", lambda a, b: (a - np.fmod(a, b)) // b)  # toward zero
 define("rem.T", INTEGERS, "T = T T", np.fmod)
-define("min.T", INTEGERS, "T = T T", np.minimum)
-define("max.T", INTEGERS, "T = T T", np.maximum)
 define("min.relu.T", "s32", "T = T T", lambda a, b: np.maximum(np.minimum(a, b), 0))
-define("neg.T", "s16 s32 s64", "T = T", np.negative)
 define("and.T", f"{BITS} pred", "T = T T", np.bitwise_and)
 define("or.T", f"{BITS} pred", "T = T T", np.bitwise_or)
 define("xor.T", f"{BITS} pred", "T = T T", np.bitwise_xor)
@@ -243,16 +230,15 @@ define("prmt.T", "b32", "s8x4 = T T T", permuted)
 define("mov.T", f"{BITS} u16 u32 u64 pred", "T = T", same)
 define("selp.T", f"{BITS} f32 f64", "T = T T pred", lambda a, b, p: np.where(p, a, b))
 
-define("add.T add.rn.T", FLOATS, "T = T T", np.add)
-define("sub.T sub.rn.T", FLOATS, "T = T T", np.subtract)
+define("add.rn.T", FLOATS, "T = T T", np.add)
+define("sub.rn.T", FLOATS, "T = T T", np.subtract)
 define("mul.T mul.rn.T", FLOATS, "T = T T", np.multiply)
 define("div.rn.T", "f32 f64", "T = T T", np.divide)
 define("fma.rn.T", FLOATS, "T = T T T", product_and_sum, through="D")
 define("fma.rn.ftz.T", "f32", "T = T T T", flushing(TABLE["fma.rn.f32", 3].function))
-define("neg.T", "f32 f64", "T = T", np.negative)
 define("abs.T", "f32 f64 bf16", "T = T", np.abs)
 for name, number, nan in (("min", np.fmin, np.minimum), ("max", np.fmax, np.maximum)):
-    define(f"{name}.T", "f32 f64", "T = T T", number)  # of a NaN and a number, the number
+    define(f"{name}.T", f"{INTEGERS} f32 f64", "T = T T", number)  # of a NaN and a number, that
     define(f"{name}.NaN.T", "f32", "T = T T", nan)
     # Blackwell
     define(f"{name}.T", "f32", "T = T T T", of_three(number))
@@ -272,15 +258,16 @@ define("contracted.from.T", "f32", "T = T T T", lambda x, y, c: c - x * y, throu
 define("setp.eq.T", BITS, "P = T T", np.equal)
 define("setp.ne.T", BITS, "P = T T", np.not_equal)
 COMPARED = "f32 f64 f16 bf16 f16x2 bf16x2"
-define("setp.ne.T", COMPARED, "P = T T", lambda a, b: (a < b) | (a > b))
-define("setp.neu.T", COMPARED, "P = T T", np.not_equal)
-define("setp.eq.T", COMPARED, "P = T T", np.equal)
-define("setp.nan.T", COMPARED, "P = T T", unordered)
-define("setp.num.T", COMPARED, "P = T T", not_(unordered))
-ORDERS = {"lt": np.less, "ge": np.greater_equal, "gt": np.greater, "le": np.less_equal}
-for (name, test), opposite in zip(ORDERS.items(), ("ge", "lt", "le", "gt"), strict=True):
+define("setp.nan.T", COMPARED, "P = T T", lambda a, b: np.isnan(a) | np.isnan(b))
+define("setp.num.T", COMPARED, "P = T T", lambda a, b: ~(np.isnan(a) | np.isnan(b)))
+ORDERS = {
+    "eq": np.equal, "ne": lambda a, b: (a < b) | (a > b),
+    "lt": np.less, "ge": np.greater_equal, "gt": np.greater, "le": np.less_equal,
+}  # fmt: skip
+OPPOSITES = ("ne", "eq", "ge", "lt", "le", "gt")
+for (name, test), opposite in zip(ORDERS.items(), OPPOSITES, strict=True):
     define(f"setp.{name}.T", f"{INTEGERS} {COMPARED}", "P = T T", test)
-    define(f"setp.{name}u.T", COMPARED, "P = T T", not_(ORDERS[opposite]))
+    define(f"setp.{name}u.T", COMPARED, "P = T T", not_(ORDERS[opposite]))  # or unordered
 
 for narrow in f"s8 u8 {INTEGERS}".split():
     define(f"cvt.T.{narrow}", f"s8 u8 {INTEGERS}", f"T = {narrow}", same)
@@ -292,7 +279,7 @@ define("cvt.rn.T.f32", "f16 bf16", "T = f32", same)
 define("cvt.rn.T.f32", "f16x2 bf16x2", "T = f32 f32",
        lambda high, low: np.stack(np.broadcast_arrays(low, high), -1))  # fmt: skip
 define("cvt.rzi.T.f32", "s32", "T = f32", to_integer(32), through="f64")
-define("cvt.rzi.T.f32", "s64", "T = f32", to_integer(64), through="f64")
+define("cvt.rzi.T.f32", "s64", "T = f32", to_integer(64), through="f80")  # has 2**63 - 1
 
 for mode in ("up", "bfly", "idx"):
     define(f"shfl.sync.{mode}.T", "b32", "T = T u32 u32 u32", shuffled(mode), warps=True)

@@ -26,10 +26,11 @@ SCALARS = {"i1": np.int8, "i32": np.int32, "i64": np.int64, "fp32": np.float32, 
 
 @dataclass
 class Executed:
-    """One launch: warp instructions by class, bytes and sectors of global memory, atomics."""
+    """One launch."""
 
     launch: Launch
-    counts: Counter[str]
+    opcodes: Counter[str]  # instructions of warps
+    memory: Counter[str]  # bytes and sectors of global memory, atomics
     hottest: int  # atomics at the address that has most
 
 
@@ -64,8 +65,8 @@ class Interpreter:
         params = [_raw(type_, value) for _, type_, value in given]
         params += [bytes(8)] * (len(code.kernel.params) - len(params))  # scratch, not used
         grid = (*call.grid, 1, 1)[:3]
-        counts = launch(code, grid, params, memory, shared, self.rng)
-        self.executed.append(Executed(call, counts + memory.counts, memory.hottest))
+        opcodes = launch(code, grid, params, memory, shared, self.rng)
+        self.executed.append(Executed(call, opcodes, memory.counts, memory.hottest))
 
 
 def _raw(type_: str, value) -> bytes:

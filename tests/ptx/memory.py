@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections import Counter
 
 import numpy as np
@@ -24,23 +23,20 @@ class Fresh:
     """
 
     def __init__(self):
-        self.storages: dict[tuple, tuple] = {}
+        self.storages: dict[int, tuple] = {}
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.nbytes():
-            poison = POISON[tensor.is_floating_point()]
-            torch.tensor([], dtype=torch.uint8).set_(storage).fill_(poison)
-            key = storage.data_ptr(), storage.nbytes()
-            self.storages[key] = poison, np.zeros(storage.nbytes(), bool), storage
+        bytes_, poison = bytes_of(tensor), POISON[tensor.is_floating_point()]
+        if len(bytes_):
+            bytes_[:] = poison
+            # the bytes keep the storage alive, and so its address its own
+            self.storages[bytes_.ctypes.data] = poison, np.zeros(len(bytes_), bool), bytes_
         return tensor
 
-    def of(self, tensor: torch.Tensor, start: int, end: int):
-        """Poison of the tensor's storage, and which of the bytes from start to end were stored."""
-        storage = tensor.untyped_storage()
-        base = storage.data_ptr()
-        poison, written, _ = self.storages.get((base, storage.nbytes()), (None, None, None))
-        return poison, None if written is None else written[start - base : end - base]
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """Of the tensor's whole storage."""
+    return torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
 
 
 class Region:
@@ -53,15 +49,15 @@ class Region:
     def __init__(self, name: str, start: int, bytes_, cell: int, agent: str, alike: bool = False):
         self.name, self.start, self.bytes, self.cell = name, start, bytes_, cell
         self.agent, self.alike = agent, alike
-        n = len(bytes_) // cell
-        self.belongs: np.ndarray | None = None  # the cells that are a tensor's, if not all
+        n = -(-len(bytes_) // cell)
+        self.belongs: np.ndarray | None = None  # the bytes that are a tensor's, if not all
         self.poison, self.written = None, None
         self.last = {k: np.full(n, NOBODY, np.int32) for k in ("load", "store", "atomic")}
         self.atomics = np.zeros(n, np.int64)
 
     def check(self, kind: str, bytes_) -> None:
         """``bytes_``: the places [threads, size] of an access."""
-        if self.belongs is not None and not self.belongs[bytes_ // self.cell].all():
+        if self.belongs is not None and not self.belongs[bytes_].all():
             raise Fault(f"out of bounds: {kind} between the elements of {self.name}")
         if self.poison is not None and kind != "store":
             left = ~self.written[bytes_] & (self.bytes[bytes_] == self.poison)
@@ -75,43 +71,34 @@ class Region:
         cells = bytes_[:, :: self.cell] // self.cell
         agents = np.repeat(agents, cells.shape[1])
         cells = cells.ravel()
-        rivals = [k for k in self.last if k != kind or (k == "store" and not self.alike)]
-        for rival in rivals:
-            last = self.last[rival][cells]
-            if ((last != NOBODY) & (last != agents)).any():
-                self.conflict(kind, rival)
-        last = self.last[kind][cells]
-        self.last[kind][cells] = np.where((last == NOBODY) | (last == agents), agents, SEVERAL)
-        several = self.last[kind][cells] != agents
-        if several.any():
-            self.last[kind][cells[several]] = SEVERAL
-            if kind in rivals:
-                self.conflict(kind, kind)
+        for other, last in self.last.items():
+            before = last[cells]
+            met = (before != NOBODY) & (before != agents)
+            if other == kind:
+                last[cells] = agents
+                met |= last[cells] != agents
+                last[cells[met]] = SEVERAL
+            if met.any() and (other != kind or (kind == "store" and not self.alike)):
+                what = "race" if self.agent == "program" else "no barrier"
+                raise Fault(f"{what}: {kind} of {self.name} after another {self.agent}'s {other}")
 
-    def conflict(self, kind: str, rival: str) -> None:
-        what = "race" if self.agent == "program" else "no barrier"
-        raise Fault(f"{what}: {kind} of {self.name} after another {self.agent}'s {rival}")
-
-    def store(self, bytes_, data, agents, rng) -> None:
+    def store(self, bytes_, data, agents) -> None:
         if self.alike:
             stored = self.last["store"][bytes_]
             others = (stored != NOBODY) & (stored != agents[:, None])
             if (others & (self.bytes[bytes_] != data)).any():
                 raise Fault(f"race: warps store different values to {self.name}")
-        order = rng.permutation(len(data))
-        self.bytes[bytes_[order]] = data[order]
+        self.bytes[bytes_] = data
         if (self.bytes[bytes_] != data).any():
             raise Fault(f"race: threads store different values to {self.name}")
 
     def add(self, bytes_, values, rng):
         """Each thread's value, one after the other; what it found."""
-        size, found = values.itemsize, np.empty_like(values)
-        cells = self.bytes[: len(self.bytes) // size * size].view(values.dtype)
+        found, number = np.empty_like(values), f"u{values.shape[1]}"
         for i in rng.permutation(len(values)):
-            at = bytes_[i, 0] // size
-            found[i] = cells[at]
-            cells[at] += values[i]
-        return found[:, None].view(np.uint8)
+            found[i] = self.bytes[bytes_[i]]
+            self.bytes[bytes_[i]] = (found[i].view(number) + values[i].view(number)).view(np.uint8)
+        return found
 
 
 class Space:
@@ -124,7 +111,7 @@ class Space:
         self.counts: Counter[str] = Counter()
 
     def access(self, kind: str, address, agents, warps, size: int, values=None):
-        """Load, store bytes, or add numbers atomically; the bytes found, unless stored."""
+        """Load, store bytes, or add numbers atomically; the bytes found, zeros where stored."""
         if (address % size).any():
             raise Fault(f"misaligned {kind} of {size} bytes")
         address = address.astype(np.uint64)
@@ -134,7 +121,7 @@ class Space:
             self.out_of_bounds(kind, address[beyond])
         if self.counted:
             self.count(kind, address, warps, size)
-        found = np.zeros((len(address), size if kind != "store" else 0), np.uint8)
+        found = np.zeros((len(address), size), np.uint8)
         present = np.flatnonzero(np.bincount(at))
         for k in present:
             region, which = self.regions[k], slice(None) if len(present) == 1 else at == k
@@ -145,7 +132,7 @@ class Space:
             if kind == "load":
                 found[which] = region.bytes[bytes_]
             elif kind == "store":
-                region.store(bytes_, values[which], agents[which], self.rng)
+                region.store(bytes_, values[which], agents[which])
             else:
                 found[which] = region.add(bytes_, values[which], self.rng)
                 np.add.at(region.atomics, bytes_[:, 0] // region.cell, 1)
@@ -154,11 +141,11 @@ class Space:
         return found
 
     def out_of_bounds(self, kind: str, addresses) -> None:
+        def beyond(region: Region) -> int:
+            return max(region.start - first, first - region.start - len(region.bytes))
+
         first = int(addresses[0])
-        near = min(
-            self.regions,
-            key=lambda r: min(abs(first - r.start), abs(first - r.start - len(r.bytes))),
-        )
+        near = min(self.regions, key=beyond)
         place = f"byte {first - near.start} of {len(near.bytes)} of {near.name}"
         raise Fault(f"out of bounds: {kind} at {place}, {len(addresses)} threads")
 
@@ -199,44 +186,26 @@ class Shared(Space):
 
 
 def global_memory(tensors: dict[str, torch.Tensor], fresh: Fresh, rng, counted: bool) -> Space:
-    """A region for each tensor, or for several that overlap."""
-    spans = sorted(
-        (t.data_ptr(), t.data_ptr() + extent(t) * t.element_size(), name)
-        for name, t in tensors.items()
-        if t.numel()
-    )
-    merged: list[list] = []
-    for start, end, name in spans:
-        if merged and start < merged[-1][1]:
-            merged[-1][1] = max(end, merged[-1][1])
-            merged[-1][2].append(name)
-        else:
-            merged.append([start, end, [name]])
-    regions = [
-        region_of({name: tensors[name] for name in names}, start, end, fresh)
-        for start, end, names in merged
-    ]
+    storages: dict[int, dict[str, torch.Tensor]] = {}
+    for name, t in tensors.items():
+        if t.numel():
+            storages.setdefault(t.untyped_storage().data_ptr(), {})[name] = t
+    regions = [region_of(named, start, fresh) for start, named in sorted(storages.items())]
     return Space(regions, rng, counted)
 
 
-def extent(t: torch.Tensor) -> int:
-    """Elements from the first to the last."""
-    return sum((s - 1) * d for s, d in zip(t.shape, t.stride(), strict=True)) + 1
-
-
-def region_of(tensors: dict[str, torch.Tensor], start: int, end: int, fresh: Fresh) -> Region:
-    raw = (ctypes.c_uint8 * (end - start)).from_address(start)
+def region_of(tensors: dict[str, torch.Tensor], start: int, fresh: Fresh) -> Region:
+    """The storage of the tensors, whose elements may have others between them."""
+    bytes_ = bytes_of(next(iter(tensors.values())))
     cell = min(t.element_size() for t in tensors.values())
-    region = Region(" = ".join(tensors), start, np.frombuffer(raw, np.uint8), cell, "program")
-    # a slice's range has elements between its own
-    belongs = np.zeros((end - start) // cell, bool)
+    region = Region(", ".join(tensors), start, bytes_, cell, "program")
+    region.poison, region.written, _ = fresh.storages.get(start, (None, None, None))
+    belongs = np.zeros(len(bytes_), bool)
     for t in tensors.values():
-        per = t.element_size() // cell
-        index = torch.arange(extent(t)).as_strided(t.shape, t.stride()).numpy().ravel()
-        first = (t.data_ptr() - start) // cell
-        belongs[(first + index[:, None] * per + np.arange(per)).ravel()] = True
+        elements = torch.zeros(len(bytes_) // t.element_size(), dtype=torch.bool)
+        elements.as_strided(t.shape, t.stride(), t.storage_offset()).numpy()[...] = True
+        each = np.repeat(elements.numpy(), t.element_size())
+        belongs[: len(each)] |= each
     if not belongs.all():
         region.belongs = belongs
-    some = next(iter(tensors.values()))
-    region.poison, region.written = fresh.of(some, start, end)
     return region

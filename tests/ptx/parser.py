@@ -30,8 +30,8 @@ class Kernel:
 
     name: str
     threads: int
-    params: dict[str, int]  # bytes of each
-    registers: dict[str, str]  # type of each: pred, b16, b32, b64
+    params: dict[str, int] = field(default_factory=dict)  # bytes of each
+    registers: dict[str, str] = field(default_factory=dict)  # type of each: pred, b16, b32, b64
     blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
     labels: dict[str, int] = field(default_factory=dict)  # block that each label begins
 
@@ -56,7 +56,7 @@ def parse(text: str) -> Kernel:
     threads = re.fullmatch(r"\s*\.reqntid (\d+)\s*(\.maxnreg \d+|\.minnctapersm 1)?\s*", head)
     if threads is None:
         raise Fault(f"directives not understood: {head.strip()}")
-    kernel = Kernel(name.strip(), int(threads[1]), {}, {})
+    kernel = Kernel(name.strip(), int(threads[1]))
     for param in filter(None, map(str.strip, params.split(","))):
         m = re.fullmatch(r"\.param \.[usbf](\d+)(?: \.ptr \.global \.align 1)? (\w+)", param)
         if m is None:
@@ -64,17 +64,16 @@ def parse(text: str) -> Kernel:
         kernel.params[m[2]] = int(m[1]) // 8
     body = IGNORED.sub("", re.split(r"\n\}", rest, maxsplit=1)[0])
     for statement in re.split(r";|(?<=:)\s*\n", body):
-        _add(kernel, statement.strip())
+        if statement := statement.strip():
+            _add(kernel, statement)
     return kernel
 
 
 def _add(kernel: Kernel, statement: str) -> None:
-    while m := re.match(r"(\$?\w+):\s*", statement):
+    if statement.endswith(":"):
         if kernel.blocks[-1]:
             kernel.blocks.append([])
-        kernel.labels[m[1]] = len(kernel.blocks) - 1
-        statement = statement[m.end() :]
-    if not statement:
+        kernel.labels[statement[:-1]] = len(kernel.blocks) - 1
         return
     if m := re.fullmatch(r"\.reg \.(\w+)\s+(%\w+?)<(\d+)>", statement):
         kernel.registers.update({f"{m[2]}{i}": m[1] for i in range(int(m[3]))})
