@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from ._record import Launch
 
@@ -105,19 +106,37 @@ class Figures:
     asdict = asdict
 
 
-def compiled_for(source: Source, arch: str):
-    """Triton's compiled kernel."""
+def _given(source: Source, arch: str) -> ASTSource:
     fn = getattr(importlib.import_module(source.module), source.kernel)
     attrs: dict[tuple, list] = {}
     for name in source.divisible_by_16:
         attrs.setdefault((fn.arg_names.index(name),), []).append(["tt.divisibility", 16])
     for name in source.within_2_gib if TARGETS[arch].backend == "hip" else ():
         attrs.setdefault((fn.arg_names.index(name),), []).append(["tt.pointer_range", 32])
-    return triton.compile(
-        ASTSource(fn, dict(source.signature), dict(source.constants), attrs),
-        target=TARGETS[arch],
-        options=dict(source.options),
-    )
+    return ASTSource(fn, dict(source.signature), dict(source.constants), attrs)
+
+
+def compiled_for(source: Source, arch: str):
+    """Triton's compiled kernel."""
+    given = _given(source, arch)
+    return triton.compile(given, target=TARGETS[arch], options=dict(source.options))
+
+
+def mlir_of(source: Source, arch: str) -> list[str]:
+    """Triton's own code of a kernel, without layouts and with them; no further stage runs."""
+    given, target = _given(source, arch), TARGETS[arch]
+    backend, stages, metadata = make_backend(target), {}, {}
+    options = backend.parse_options(dict(source.options))
+    backend.add_stages(stages, options, given.language)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    parts = backend.get_codegen_implementation(options), backend.get_module_map()
+    module, texts = given.make_ir(target, options, *parts, context), []
+    for name in ("ttir", "ttgir"):
+        module = stages[name](module, metadata)
+        texts.append(str(module))
+    return texts
 
 
 def compile_for(source: Source, arch: str) -> Figures:

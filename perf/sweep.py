@@ -217,6 +217,11 @@ def work(sweep: Sweep, losses: list[str], quick: bool) -> None:
         sweep.running.unlink()
 
 
+def gate_of(point: Point) -> Point:
+    """Where a provider is checked: in float64, which takes memory."""
+    return point._replace(rows=min(point.rows, max(GATE_LOGITS // point.classes, 1)))
+
+
 def measure_point(loss: str, point: Point, provider: str, device: str):
     """``(status, figures per mode)``."""
     size = point.logits * getattr(torch, point.dtype).itemsize
@@ -225,14 +230,13 @@ def measure_point(loss: str, point: Point, provider: str, device: str):
     turns = point.positives if loss in RANKING else 30 if loss.startswith("ghm") else 1
     if provider == "published" and point.logits * turns > LARGEST_PUBLISHED:
         return "skipped: time", {}
-    rows = min(point.rows, max(GATE_LOGITS // point.classes, 1))
-    gate = workloads.call_of(loss, point._replace(rows=rows), device)
+    gate = workloads.call_of(loss, gate_of(point), device)
     offered = provide(provider, gate)
     try:
         if not is_right(*offered, gate):
             return "WRONG", {}
         call = gate
-        if rows < point.rows:
+        if gate_of(point) != point:
             call = workloads.call_of(loss, point, device)
             offered = provide(provider, call)
         return "ok", {mode: measure(*offered, call, mode, device) for mode in MODES}

@@ -32,6 +32,12 @@ class Point(NamedTuple):
     def logits(self) -> int:
         return self.rows * self.classes
 
+    @property
+    def positive_rows(self) -> slice:
+        positives = min(self.positives, self.rows)
+        step = max(self.rows // max(positives, 1), 1)
+        return slice(0, positives * step, step)
+
 
 class Call(NamedTuple):
     """A loss with all but its logits filled in."""
@@ -43,7 +49,7 @@ class Call(NamedTuple):
 
 def draw(point: Point, device: str, seed: int = 0):
     """``(logits, labels, quality)``; ``positives`` of the labels are classes."""
-    g = torch.Generator(device).manual_seed(seed)
+    g = torch.Generator("cpu" if device == "meta" else device).manual_seed(seed)
     shape = (point.rows, point.classes)
     x = torch.randn(shape, generator=g, device=device, dtype=torch.float32)
     if point.inputs == "initial":
@@ -54,10 +60,8 @@ def draw(point: Point, device: str, seed: int = 0):
     else:
         x.mul_(2).sub_(3)
     labels = torch.full((point.rows,), point.classes, device=device)
-    positives = min(point.positives, point.rows)
-    step = max(point.rows // max(positives, 1), 1)
-    objects = torch.randint(point.classes, (positives,), generator=g, device=device)
-    labels[: positives * step : step] = objects
+    objects = labels[point.positive_rows]
+    objects[:] = torch.randint(point.classes, objects.shape, generator=g, device=device)
     quality = torch.rand(point.rows, generator=g, device=device)
     x = x.to(getattr(torch, point.dtype))
     if point.layout == "nchw":
@@ -225,7 +229,7 @@ def _regression(loss, published):
 
 def _set_criterion(point, x, labels, quality):
     """One layer of one image, whose pairs are known: focal, L1 and GIoU loss."""
-    queries = (labels < point.classes).nonzero().squeeze(1)
+    queries = torch.arange(point.rows, device=x.device)[point.positive_rows]
     centre = torch.rand(point.rows, 2, device=x.device) / 2 + 0.2
     boxes = torch.cat([centre, 0.1 + 0.1 * quality[:, None].expand(-1, 2)], 1)
     targets = boxes[queries] + 0.01

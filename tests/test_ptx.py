@@ -11,7 +11,7 @@ import re
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -29,8 +29,11 @@ import triton.language as tl_
 from ptx.harness import interpreted
 from ptx.memory import POISON
 from ptx.parser import Fault
+from ptx.reshapes import reordered
 
-from perf import _examples
+from perf import _examples, sweep, workloads
+from perf._binary import TARGETS, Source, mlir_of, source_of
+from perf._record import recorded_launches
 
 ARCH = "sm_90"
 # Of the largest entry. Values are float32 for every dtype; gradients carry one rounding to it.
@@ -446,3 +449,64 @@ def test_a_mask_of_another_layout_is_found(twice):
     interpreter.reshapes = True
     with pytest.raises(Fault, match="may reorder") if twice else nullcontext():
         interpreter(interpreter.executed[0].launch)
+
+
+# -------------------------------------------------------------------- what a sweep would launch
+
+
+@cache
+def sources_of_a_sweep() -> list[Source]:
+    """On a GPU, at all its sizes: tensors without values take no memory."""
+    found: dict[Source, None] = {}
+    for loss, workload in workloads.LOSSES.items():
+        for point in sweep.points(loss, quick=False, device="cuda"):
+            point = point._replace(classes=workload.classes or point.classes)
+            for size in {point, sweep.gate_of(point)}:
+                with recorded_launches() as launches:
+                    workloads.value_and_gradient(workloads.call_of(loss, size, "meta"))
+                found |= dict.fromkeys(map(source_of, launches))
+    return list(found)
+
+
+def cover(sources: list[Source]) -> list[Source]:
+    """Every type, constant and option that an argument of a kernel has, once at least."""
+    traits = {
+        s: {(s.kernel, *pair) for pair in (*s.signature, *s.constants, *s.options)} for s in sources
+    }
+    missing, chosen = set().union(*traits.values()), []
+    while missing:
+        chosen.append(max(sources, key=lambda s: len(traits[s] & missing)))
+        missing -= traits[chosen[-1]]
+    return chosen
+
+
+def reshapes(sources: list[Source], arch: str) -> tuple[int, list[tuple]]:
+    """How many kernels have one that may reorder, and where it is paired with something else."""
+    count, found = 0, []
+    for source in sources:
+        texts = mlir_of(source, arch)
+        count += any("allow_reorder" in text for text in texts)
+        found += [(source.kernel, source.constants, line) for t in texts for line in reordered(t)]
+    return count, found
+
+
+def test_a_sweep_pairs_no_reshape_that_may_reorder():
+    count, found = reshapes(cover(sources_of_a_sweep()), ARCH)
+    assert count and not found, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_whole_sweep_pairs_no_reshape_that_may_reorder(arch):
+    count, found = reshapes(sources_of_a_sweep(), arch)
+    assert count and not found, found
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_paired_reshape_is_found_without_a_launch(arch, twice):
+    x = torch.empty(32, 32, dtype=torch.int32, device="meta")
+    with recorded_launches() as launches:
+        mask_apart_kernel[(1,)](x, x.clone(), x[0], BLOCK=32, TWICE=twice, num_warps=4)
+    _, found = reshapes([source_of(launches[0])], arch)
+    assert bool(found) == twice
