@@ -69,6 +69,14 @@ def train(function, logits):
     return value.detach(), x.grad
 
 
+def timed(function, logits, min_time: float):
+    """Of forward and backward."""
+    x = logits.clone().requires_grad_()
+    timer = Timer("function(x).backward()", globals={"function": function, "x": x},
+                  num_threads=torch.get_num_threads())  # fmt: skip
+    return timer.blocked_autorange(min_run_time=min_time)
+
+
 def gradient_error(gradient, reference, targets) -> float:
     negative = targets == 0
     gap = (gradient - reference)[negative].norm() / reference[negative].norm()
@@ -90,10 +98,7 @@ def measure(loss: str, n_pos: int, n_neg: int, min_time: float):
     reference = results["loop" if with_loop else "ours"][1]
     rows = []
     for name, function in functions.items():
-        x = logits.clone().requires_grad_()
-        timer = Timer("function(x).backward()", globals={"function": function, "x": x},
-                      num_threads=torch.get_num_threads())  # fmt: skip
-        sample = timer.blocked_autorange(min_run_time=min_time)
+        sample = timed(function, logits, min_time)
         rows.append({
             "loss": loss, "positives": n_pos, "logits": n_neg, "implementation": name,
             "median_ms": round(1e3 * sample.median, 3),
@@ -151,9 +156,7 @@ def step_ms(loss: str, n_pos: int, n: int, options) -> float:
     """Median time of our forward and backward."""
     logits, targets = make(n_pos, n)
     ours = competitors(loss, targets)["ours"]
-    x = logits.requires_grad_()
-    timer = Timer("ours(x).backward()", globals={"ours": ours, "x": x}, num_threads=options.threads)
-    return 1e3 * timer.blocked_autorange(min_run_time=2 * options.min_time).median
+    return 1e3 * timed(ours, logits, 2 * options.min_time).median
 
 
 def write(path: Path, rows: list[dict], threads: int) -> None:

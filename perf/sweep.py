@@ -230,13 +230,14 @@ def measure_point(loss: str, point: Point, provider: str, device: str):
     turns = point.positives if loss in RANKING else 30 if loss.startswith("ghm") else 1
     if provider == "published" and point.logits * turns > LARGEST_PUBLISHED:
         return "skipped: time", {}
-    gate = workloads.call_of(loss, gate_of(point), device)
+    gated = gate_of(point)
+    gate = workloads.call_of(loss, gated, device)
     offered = provide(provider, gate)
     try:
         if not is_right(*offered, gate):
             return "WRONG", {}
         call = gate
-        if gate_of(point) != point:
+        if gated != point:
             call = workloads.call_of(loss, point, device)
             offered = provide(provider, call)
         return "ok", {mode: measure(*offered, call, mode, device) for mode in MODES}

@@ -136,8 +136,9 @@ def test_violators_found_bit_by_bit(kind, delta, qualities, n_pos, monkeypatch):
     monkeypatch.setattr(eager, "FEW", n_pos)
     want = eager.sorting(positives, delta)
     monkeypatch.setattr(eager, "FEW", 0)
+    tolerance = 1e-12 * max(1, n_pos / 150)  # of differences between sums of so many terms
     for a, b in zip(eager.sorting(positives, delta), want, strict=True):
-        assert relative_error(a, b) <= 1e-11  # of differences between sums of 700 terms
+        assert relative_error(a, b) <= tolerance
         assert torch.equal(a == 0, b == 0)
 
 

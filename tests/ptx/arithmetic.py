@@ -143,6 +143,10 @@ def ballot(votes):
     return (votes << lane).sum(1, dtype=np.uint32, keepdims=True)
 
 
+def unordered(a, b):
+    return np.isnan(a) | np.isnan(b)
+
+
 def not_(function: Callable) -> Callable:
     return lambda *values: ~function(*values)
 
@@ -258,8 +262,8 @@ define("contracted.from.T", "f32", "T = T T T", lambda x, y, c: c - x * y, throu
 define("setp.eq.T", BITS, "P = T T", np.equal)
 define("setp.ne.T", BITS, "P = T T", np.not_equal)
 COMPARED = "f32 f64 f16 bf16 f16x2 bf16x2"
-define("setp.nan.T", COMPARED, "P = T T", lambda a, b: np.isnan(a) | np.isnan(b))
-define("setp.num.T", COMPARED, "P = T T", lambda a, b: ~(np.isnan(a) | np.isnan(b)))
+define("setp.nan.T", COMPARED, "P = T T", unordered)
+define("setp.num.T", COMPARED, "P = T T", not_(unordered))
 ORDERS = {
     "eq": np.equal, "ne": lambda a, b: (a < b) | (a > b),
     "lt": np.less, "ge": np.greater_equal, "gt": np.greater, "le": np.less_equal,

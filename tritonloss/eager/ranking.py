@@ -86,7 +86,8 @@ class Negatives:
         self.where = index.sort().values
         starts = torch.arange(0, x.numel() + CHUNK, CHUNK)
         self.where_bounds = torch.searchsorted(self.where, starts).tolist()
-        self.found: list[tuple[Tensor, Tensor]] = []  # what `_search` found, for the second pass
+        # what `_search` found, for the second pass
+        self.found: list[tuple[Tensor | None, Tensor]] = []
         self._place_knots(score)
         self._place_cells()
 
@@ -301,6 +302,13 @@ def look_up(table: Tensor, places: Tensor) -> Tensor:
     return table.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
+def covered(n: int, begin: Tensor, end: Tensor, amount: Tensor) -> Tensor:
+    """Of each of n places, the sum of the amounts on it: from ``begin`` to before ``end``."""
+    table = amount.new_zeros(n + 1)
+    table.index_add_(0, begin, amount).index_add_(0, end, amount, alpha=-1)
+    return table.cumsum_(0)[:n]
+
+
 def sums_above(steps: Steps, weights: Tensor) -> Tensor:
     """Σ_j H_ij weight_j for weights (P, K), j = i among them."""
     summands = steps.summands(weights)
@@ -354,6 +362,11 @@ class LowerQuality:
         padded[: len(t)] = t
         return padded.unflatten(0, (n_tiles, TILE))
 
+    def _from_tiles(self, t: Tensor) -> Tensor:
+        """Rows by score again."""
+        n = len(self.order)
+        return t.new_empty(n, *t.shape[2:]).index_copy_(0, self.order, t.flatten(0, 1)[:n])
+
     def _place_tiles(self, level: Tensor) -> None:
         block = self._in_tiles(level >> TILE_BITS, -1)
         place = self._in_tiles(level & (TILE - 1)).to(torch.int8)
@@ -392,9 +405,7 @@ class LowerQuality:
             before = look_up(below, places)
             without, having = index.tensor_split([n_without])
             self.splits.append(Split(without, having, before[:, n_without:].clone()))
-            places[:, n_without:] += n_without
-            places[:, n_without:] -= before[:, n_without:]
-            places[:, :n_without] = before[:, :n_without]
+            places = torch.where(rows < n_without, before, n_without + places - before)
 
     def sums(self, weights: Tensor) -> Tensor:
         """Σ_j H_ij weight_j, for weights (P, K)."""
@@ -402,8 +413,7 @@ class LowerQuality:
         total = torch.zeros_like(in_tiles)
         for i, j, above in self._tiles():
             total.index_add_(0, i, above @ in_tiles[j])
-        result = torch.empty_like(weights)
-        result[self.order] = total.flatten(0, 1)[: len(weights)]
+        result = self._from_tiles(total)
         summands = self.steps.summands(weights)
         for without, having, places in self.splits:
             table = summands.new_zeros(len(without) + 1, summands.shape[1])
@@ -418,8 +428,7 @@ class LowerQuality:
         total = torch.zeros_like(in_tiles)
         for i, j, above in self._tiles():
             total.index_add_(0, j, (in_tiles[i][:, None, :] @ above)[:, 0])
-        result = torch.empty_like(share)
-        result[self.order] = total.flatten()[: len(share)]
+        result = self._from_tiles(total)
         fraction = self.steps.at.frac()
         for without, having, places in self.splits:
             # `Steps.sums` the other way round: what is looked up at a place goes to all before it
@@ -427,17 +436,10 @@ class LowerQuality:
             whole = share.index_select(0, having)
             part = whole * self.steps.start.index_select(0, having)
             gives = (whole > 0).double()
-            constant, slope, givers = share.new_zeros(3, len(without) + 1)
-            for where, sign in ((first, 1), (last, -1)):
-                slope.index_add_(0, where, whole, alpha=sign)
-                constant.index_add_(0, where, part, alpha=-sign)
-            for where, sign in ((middle, 1), (end, -1)):
-                constant.index_add_(0, where, whole, alpha=sign)
-            for where, sign in ((first, 1), (end, -1)):
-                givers.index_add_(0, where, gives, alpha=sign)
-            received = slope.cumsum(0)[:-1] * fraction.index_select(0, without)
-            received += constant.cumsum(0)[:-1]
-            received.mul_(givers.cumsum(0)[:-1] > 0)  # no rounding where nothing comes
+            n = len(without)
+            received = covered(n, first, last, whole) * fraction.index_select(0, without)
+            received += covered(n, middle, end, whole) - covered(n, first, last, part)
+            received.mul_(covered(n, first, end, gives) > 0)  # no rounding where nothing comes
             result.index_add_(0, without, received)
         return result
 
