@@ -142,12 +142,12 @@ class Negatives:
         out = torch.sub(x, self.origin, out=out)
         return out.mul_(self.per_unit).clamp_(0, self.n_cells + 1)
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None, Tensor, Tensor]]:
+    def _chunks(self) -> Iterator[tuple]:
         """(where, cell, distance from the cell's start; and among cells with knots: index,
         segment, logit). Segment k is preceded by k knots; hidden logits lie below every knot.
 
-        Without an index, segment and logit are of all. The tensors are overwritten by the next
-        chunk."""
+        Without an index, segment and logit are of all, and cells are left out where they are known
+        not to be needed. The tensors are overwritten by the next chunk."""
         size = min(CHUNK, self.x.numel())
         logit, position = torch.empty(2, size, dtype=torch.float64)
         cells = torch.empty(size, dtype=torch.int32)
@@ -160,6 +160,9 @@ class Negatives:
             x.index_fill_(0, self.where[slice(*self.where_bounds[k : k + 2])] - start, BELOW)
             if self.hidden is not None:
                 x.masked_fill_(self.hidden[part], BELOW)
+            if k < len(self.found) and self.found[k][0] is None:
+                yield part, None, None, *self.found[k], x
+                continue
             fraction = self._cells(x, out=position[here])
             cell = cells[here].copy_(fraction)
             if k == len(self.found):
