@@ -265,8 +265,13 @@ def test_only_a_box_that_counts_poisons(value, loss, backend):
 
 
 def test_traced(backend):
-    pred, target = torch.rand(2, 9, 4, device=DEVICE).sort(-1).values.unbind(0)
-    pred = pred.clone().requires_grad_()
+    pred, target = torch.rand(2, 15, 4, device=DEVICE).sort(-1).values.unbind(0)
+    pred, target = pred.clone(), target.clone()
+    target[0] = pred[0]  # equal, as tall as the other is wide, flat, a point, turned around
+    pred[1:5] = torch.tensor([[0, 0, 1, 9], [0, 0, 1, 0], [1, 1, 1, 1], [2, 2, 1, 1.0]])
+    target[1:5] = torch.tensor([[0, 0, 9, 1], [0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 2, 3.0]])
+    target[5], pred[6, 2:] = torch.tensor([0, 0, 0, 1.0]), pred[6, :2]
+    pred.requires_grad_()
 
     def call(pred):
         return sum(loss(pred, target) for loss in LOSSES.values())

@@ -412,6 +412,36 @@ def test_compile_fullgraph_ghm_r():
     assert torch.allclose(run(x, y), tl.ghm_r_loss(x, y))
 
 
+@pytest.mark.skipif(INTERPRET, reason="the eager op runs where no kernel does")
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("want_grad", [False, True])
+def test_opcheck_of_the_eager_op(state, want_grad):
+    from tritonloss.losses.ghm import ghm_eager
+
+    x, labels, _, _ = make("labels")
+    A = torch.rand(10) if state else None
+    params = torch.tensor([0.0, 0.5, 0.5, math.log(0.5)])
+    levels = ([x[:20], x[20:].half()], [labels[:20], labels[20:]], [], [], [])
+    args = (*levels, A, A, params, "bce", 10, True, "nonempty", -1, want_grad)
+    torch.library.opcheck(ghm_eager.op, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_levels_in_a_graph(dtype, backend):
+    torch._dynamo.reset()
+    levels = [make("labels", seed=seed)[:2] for seed in range(2)]
+    labels = [target for _, target in levels]
+    xs = [x.to(dtype).requires_grad_() for x, _ in levels]
+    call = partial(tl.ghm_c_loss, bins=30)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    found, want = compiled(xs, labels), call(xs, labels)
+    torch.testing.assert_close(found, want)
+    gradients = [torch.autograd.grad(value, xs) for value in (found, want)]
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(xs, labels), want)
+
+
 # ---- modules
 
 

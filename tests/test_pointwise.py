@@ -12,7 +12,7 @@ from conftest import DEVICE
 from ptx.switch import PTX
 
 import tritonloss as tl
-from tritonloss.eager import _blocks
+from tritonloss.eager import _blocks, pointwise
 
 
 def logits_and_labels(seed=0, rows=300, classes=7):
@@ -324,6 +324,41 @@ def test_double_backward(backend, function, hyper):
             (first,) = torch.autograd.grad(function(x, labels, **hyper), x, create_graph=True)
             seconds.append(torch.autograd.grad(first.square().sum(), x)[0])
     torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-9)
+
+
+@every_loss
+@pytest.mark.parametrize("form", ["labels", "quality", "dense"])
+def test_second_derivatives_in_a_graph_are_whole_or_an_error(function, hyper, form):
+    """Where a derivative is written out, a graph knows no further one: none of it, not a part."""
+    torch._dynamo.reset()
+    g = generator(23)
+    x = torch.randn(20, 5, generator=g, requires_grad=True)
+    labels = torch.randint(-1, 6, (20,), generator=g)
+    quality, dense = torch.rand(20, generator=g), torch.rand(20, 5, generator=g)
+    targets = {"labels": labels, "quality": (labels, quality), "dense": dense}[form]
+
+    def second(call):
+        (first,) = torch.autograd.grad(call(x), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    def call(x):
+        return function(x, targets, reduction="sum", **hyper)
+
+    try:
+        found = second(torch.compile(call, backend="eager", fullgraph=True))
+    except RuntimeError as error:
+        assert "does not require grad" in str(error)
+    else:
+        torch.testing.assert_close(found, second(call), rtol=1e-4, atol=1e-7)
+
+
+def test_logarithm_of_a_graph():
+    """The series in place of log1p, which every logit of a compiled loss takes."""
+    smaller = torch.logspace(-37, math.log10(0.5), 20_001, dtype=torch.float64).float()
+    exact = torch.log1p(-smaller.double())
+    found = torch.compile(pointwise.log_of_rest_, backend="eager")(smaller.clone())
+    assert ((found.double() - exact) / exact).abs().max() < 2e-7
+    assert not torch.equal(found, torch.log1p(-smaller)), "the graph takes log1p"
 
 
 @every_loss

@@ -196,7 +196,8 @@ class WholeBatch:
         forward: launcher ``([x of each level], ..., *rest) -> (*outputs, *saved)``.
         backward: launcher of each level.
         per_level: so many arguments are a level's own.
-        by_blocks: ``([x], ..., *rest, whether a gradient is wanted) -> (*outputs, [gradient], 1)``.
+        by_blocks: ``([x], ..., *rest, whether a gradient is wanted) -> (*outputs, [gradient])``, an
+            op where a graph is to have it, too.
         reference: what double backward differentiates.
         empty: whether the launchers take a batch without elements.
     """
@@ -218,6 +219,7 @@ class WholeBatch:
         self.eager, self.takes, self.empty = eager, takes, empty
         options = {"outputs": outputs, "constants": constants}
         self.kernels = _op.differentiable_levels(forward, backward, reference, per_level, **options)
+        self.by_blocks = by_blocks
         self.blockwise = by_blocks and _op.differentiable_levels(
             by_blocks,
             _backward_by_blocks,
@@ -244,16 +246,28 @@ class WholeBatch:
         xs = [level[0] for level in levels]
         if self.by_kernels(levels, *rest):
             return self.kernels(levels, _op.packed(xs[0], rest))
-        if self.blockwise is not None and _blocks.usable(*xs) and _blocks.many(*xs):
+        if self.runs_by_blocks(xs):
             want_grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
+            if _op.traced(xs[0]):
+                rest = _op.packed(xs[0], rest)
             result = self.blockwise(levels, (*rest, want_grad))
         else:
             result = self.eager(levels, *rest)
         return result if _op.traced(xs[0]) else watched(result, (levels, rest))
 
+    def runs_by_blocks(self, xs: list[Tensor]) -> bool:
+        """Whether ``by_blocks`` runs; a graph packs hyper-parameters, too short for float64."""
+        if self.by_blocks is None:
+            return False
+        if isinstance(self.by_blocks, _op.Op) and _blocks.in_graph():
+            return all(
+                x.device.type == "cpu" and x.dtype != torch.float64 and not_empty(x) for x in xs
+            )
+        return _blocks.usable(*xs) and _blocks.many(*xs)
 
-def _backward_by_blocks(grad, gradient, scale, x, *args):
-    return (gradient * (grad * scale)).to(x.dtype)
+
+def _backward_by_blocks(grad, gradient, x, *args):
+    return (gradient * grad).to(x.dtype)
 
 
 def _backward_in_place(grad, gradient, scale, x, *args):

@@ -31,6 +31,15 @@ def usable(*xs: Tensor) -> bool:
     )
 
 
+def in_graph() -> bool:
+    """True where Dynamo compiles, and nothing but the graph's own backward will differentiate."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+        and not _transforms_active()
+    )
+
+
 def many(*xs: Tensor) -> bool:
     """True where two passes over blocks cost less than plain autograd."""
     return sum(x.numel() for x in xs) > BLOCK // 8

@@ -20,11 +20,45 @@ def _side(low: Tensor, high: Tensor) -> Tensor:
     return (high - low).clamp(min=0)
 
 
+def _inner_side(p1, p2, t1, t2) -> Tensor:
+    return _side(torch.maximum(p1, t1), torch.minimum(p2, t2))
+
+
+def _outer_side(p1, p2, t1, t2) -> Tensor:
+    return _side(torch.minimum(p1, t1), torch.maximum(p2, t2))
+
+
+def _centre_difference(p1, p2, t1, t2) -> Tensor:
+    return ((p1 - t1) + (p2 - t2)) / 2
+
+
+def _corners(boxes: Tensor) -> tuple:
+    """(x1, y1) and (x2, y2): in one tensor each, or in a graph, which fuses all in one loop only
+    over tensors of one shape, apart."""
+    if not torch.compiler.is_compiling():
+        return boxes.chunk(2, -1)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return (x1, y1), (x2, y2)
+
+
+def _by_axis(function, *corners) -> tuple[Tensor, Tensor]:
+    """The function of each axis."""
+    if isinstance(corners[0], Tensor):
+        return function(*corners).unbind(-1)
+    return tuple(function(*axis) for axis in zip(*corners, strict=True))
+
+
 def _side_difference(p1, p2, t1, t2) -> Tensor:
     """Side of p minus side of t, or distances of corners where those are smaller and round less."""
     p, t, low, high = _side(p1, p2), _side(t1, t2), p1 - t1, p2 - t2
     near = low.abs() + high.abs() < p + t
     return torch.where(near & (p2 >= p1) & (t2 >= t1), high - low, p - t)
+
+
+def _side_penalty(p1, p2, t1, t2, eps) -> Tensor:
+    square = _outer_side(p1, p2, t1, t2).square()
+    more = _passing(_side_difference(p1, p2, t1, t2), square >= eps)
+    return more / square.clamp(min=eps) * more
 
 
 def _passing(x: Tensor, solid: Tensor) -> Tensor:
@@ -44,6 +78,16 @@ def _direction(w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return w / scale, h / scale
 
 
+def _angle(sine: Tensor, cosine: Tensor) -> Tensor:
+    """atan2 for a cosine of at least 0, not both 0."""
+    if not torch.compiler.is_compiling():
+        return torch.atan2(sine, cosine)
+    # Inductor has no atan2 of vectors, and leaves the whole loop to scalars
+    steep = sine.abs() > cosine
+    angle = torch.atan(torch.where(steep, -cosine, sine) / torch.where(steep, sine, cosine))
+    return torch.where(steep, angle + sine.detach().sign() * (math.pi / 2), angle)
+
+
 def _aspect_penalty(wp, hp, wt, ht) -> Tensor:
     """4/pi^2 (atan(wt/ht) - atan(wp/hp))^2, the difference as one angle."""
     wp, hp = _direction(wp, hp)
@@ -52,19 +96,17 @@ def _aspect_penalty(wp, hp, wt, ht) -> Tensor:
     cosine = ht * hp + wt * wp
     # A box of size 0 has no aspect ratio, and no penalty.
     cosine = torch.where((sine == 0) & (cosine == 0), 1, cosine)
-    return 4 / math.pi**2 * torch.atan2(sine, cosine).square()
+    return 4 / math.pi**2 * _angle(sine, cosine).square()
 
 
 def box_values(pred: Tensor, target: Tensor, eps, alpha_threshold, kind: str) -> Tensor:
     """Loss of each pair of boxes (..., 4)."""
     if isinstance(eps, Tensor):  # a clamp takes no bound on another device
         eps = eps.to(pred.device)
-    # both axes in one tensor (..., 2) as far as they go the same way
-    p1, p2 = pred.chunk(2, -1)
-    t1, t2 = target.chunk(2, -1)
-    wp, hp = _side(p1, p2).unbind(-1)
-    wt, ht = _side(t1, t2).unbind(-1)
-    wi, hi = _side(torch.maximum(p1, t1), torch.minimum(p2, t2)).unbind(-1)
+    pairs = *_corners(pred), *_corners(target)
+    wp, hp = _by_axis(_side, *pairs[:2])
+    wt, ht = _by_axis(_side, *pairs[2:])
+    wi, hi = _by_axis(_inner_side, *pairs)
     inter = wi * hi
     area = wp * hp + wt * ht - inter
     union = area.clamp(min=eps)
@@ -82,15 +124,14 @@ def box_values(pred: Tensor, target: Tensor, eps, alpha_threshold, kind: str) ->
         overlap = torch.where(close, 1, inter / union).clamp(min=eps)
         return -torch.where(close, torch.log1p(-torch.where(close, loss, 0)), overlap.log())
 
-    sides = _side(torch.minimum(p1, t1), torch.maximum(p2, t2))
-    wc, hc = sides.unbind(-1)
+    wc, hc = _by_axis(_outer_side, *pairs)
     if kind == "giou":
         hull = (wc * hc).clamp(min=eps)
         gap = _area_minus(wc, hc, wp, hp) - target_alone
         close = solid & (2 * union > hull)
         return loss + torch.where(close, gap / hull, 1 - union / hull)
 
-    dx, dy = (((p1 - t1) + (p2 - t2)) / 2).unbind(-1)
+    dx, dy = _by_axis(_centre_difference, *pairs)
     diagonal = wc * wc + hc * hc
     distance = _passing(dx * dx + dy * dy, diagonal >= eps)
     penalised = loss + distance / diagonal.clamp(min=eps)
@@ -98,9 +139,7 @@ def box_values(pred: Tensor, target: Tensor, eps, alpha_threshold, kind: str) ->
         return penalised
 
     if kind == "eiou":
-        squares = sides * sides
-        more = _passing(_side_difference(p1, p2, t1, t2), squares >= eps)
-        wider, higher = (more / squares.clamp(min=eps) * more).unbind(-1)
+        wider, higher = _by_axis(lambda *pair: _side_penalty(*pair, eps), *pairs)
         return penalised + wider + higher
 
     v = _aspect_penalty(wp, hp, wt, ht)

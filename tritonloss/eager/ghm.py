@@ -73,27 +73,16 @@ class Elements(NamedTuple):
     """Predictions and targets of the rows that count, or of all rows with ``keep``."""
 
     x: Tensor  # (..., C) float32 or float64
-    y: Tensor  # (..., C), or with index (..., 1): the target there, 0 elsewhere
-    index: Tensor | None  # (..., 1) a class
+    y: Tensor  # (..., C)
     keep: Tensor | None  # broadcasts to x; False where the element does not count
 
 
-def _each(function: Callable, elements: Elements, mu) -> Tensor:
-    """function(x, y, mu) of each element: with labels, all as negatives and one a row again."""
-    x, y, index, _ = elements
-    if index is None:
-        return function(x, y, mu)
-    return function(x, None, mu).scatter(-1, index, function(x.gather(-1, index), y, mu))
-
-
-def elements_of(x, y, index, keep) -> Elements:
+def elements_of(x, y, keep) -> Elements:
     """Upcast, and put zeros where an element does not count."""
     x = finite_or_nan(upcast(x))
     if keep is not None:
-        x = torch.where(keep, x, torch.zeros_like(x))
-        if index is None:
-            y = torch.where(keep, y, 0)
-    return Elements(x, y.to(x.dtype), index, keep)
+        x, y = torch.where(keep, x, torch.zeros_like(x)), torch.where(keep, y, 0)
+    return Elements(x, y.to(x.dtype), keep)
 
 
 def region_of(g: Tensor, bins: int, dtype) -> Tensor:
@@ -104,8 +93,8 @@ def region_of(g: Tensor, bins: int, dtype) -> Tensor:
 
 def regions(elements: Elements, mu, kind: str, bins: int, dtype) -> Tensor:
     """Unit region of each element's gradient norm, taken from float32; ``bins`` where dropped."""
-    x, y, index, keep = elements
-    g = _each(KINDS[kind].norm, Elements(x.detach().float(), y.float(), index, keep), mu)
+    x, y, keep = elements
+    g = KINDS[kind].norm(x.detach().float(), y.float(), mu)
     region = region_of(g, bins, dtype)
     return region if keep is None else torch.where(keep, region, bins)
 
@@ -181,7 +170,7 @@ def harmonised(
             count, (amount, updates), params, bias_correction, normalize, elements.x.dtype
         )
         value = KINDS[kind].value
-        loss = sum((weights[region] * _each(value, of, mu)).sum() for of, region in found)
+        loss = sum((weights[region] * value(of.x, of.y, mu)).sum() for of, region in found)
         return _loss_of_all(loss, process_group, flag), *new_state
 
 
@@ -204,16 +193,19 @@ def _targets_of(x, labels, quality, dense, weight, ignore_index):
 def _whole(x, labels, quality, dense, weight, kind, ignore_index) -> Elements:
     y, index, rows, logit_weight = _targets_of(x, labels, quality, dense, weight, ignore_index)
     x = upcast(x)
+    if index is not None:  # no scatter, which a graph would not fuse
+        classes = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+        labelled = index.to(torch.int32) == classes
+        y = torch.where(labelled, y, 0)
     if kind == "bce" and index is None:
         x = masked_classes(x, y == 0)
     elif kind == "bce":
-        negative = torch.ones_like(x, dtype=torch.bool)
         positive = (labels >= 0) & (labels < x.shape[-1])
-        x = masked_classes(x, negative.scatter(-1, index, ~positive.unsqueeze(-1)))
+        x = masked_classes(x, ~(labelled & positive.unsqueeze(-1)))
     keep = None if rows is None else rows.unsqueeze(-1)
     if logit_weight is not None:
         keep = logit_weight > 0 if keep is None else keep & (logit_weight > 0)
-    return elements_of(x, y, index, keep)
+    return elements_of(x, y, keep)
 
 
 # The CPU path. Blocks of twice the common size: few temporaries, and half the calls.
@@ -249,13 +241,12 @@ def _put(out, index, values):
 
 
 def harmonised_by_blocks(*lists_and_args):
-    """``(loss, *new state, [gradient], 1)`` of a list for each of a level's arguments, of the rest
-    of the arguments of ``harmonised``, and want_grad."""
+    """``(loss, *new state, [gradient])`` of a list for each of a level's arguments, of the rest of
+    the arguments of ``harmonised``, and want_grad."""
     lists, args = lists_and_args[:5], lists_and_args[5:]
     levels = list(zip(*(of or [None] * len(lists[0]) for of in lists), strict=True))
     with without_autocast(levels[0][0]):
-        loss, *rest = _by_blocks(levels, *args)
-    return loss, *rest, torch.ones_like(loss)
+        return _by_blocks(levels, *args)
 
 
 class _Level:
@@ -269,7 +260,7 @@ class _Level:
         self.at = None
         if index is not None:
             keep = None if logit_weight is None else logit_weight.gather(-1, index) > 0
-            at = elements_of(x.gather(-1, index), y, None, keep)
+            at = elements_of(x.gather(-1, index), y, keep)
             self.at = at._replace(keep=None)
         self.stored = []  # regions, in a byte each
 

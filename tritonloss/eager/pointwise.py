@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonloss.eager._blocks import divided, summed
+from tritonloss._op import differentiable
+from tritonloss.eager._blocks import divided, in_graph, summed
 
 from ._entry import (
     NO_LOSS,
@@ -49,17 +50,39 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=20 if x.dtype == torch.float32 else 40)
 
 
-def power(base: Tensor, exponent) -> Tensor:
-    """base ** exponent for base in [0, 1], with 0^0 = 1 and a gradient of 0 at 0."""
+# 2 atanh(s) / s = 2 + 2/3 s^2 + ... for s in [0, 1/3], from the highest power of s^2 on; the best
+# polynomial of this degree: 4e-9 of the value, less than a bit of float32
+TWICE_ATANH = (0.28157778, 0.27965158, 0.40024595, 0.66666322, 2.00000001)
+
+
+def log_of_rest_(smaller: Tensor) -> Tensor:
+    """log(1 - smaller) for a probability of at most 1/2, which is overwritten."""
+    if smaller.dtype != torch.float32 or not torch.compiler.is_compiling():
+        return smaller.neg_().log1p_()
+    # log1p is a call that Inductor does not vectorise well: it would cost more than all the rest
+    s = smaller / (smaller - 2)
+    square, series = s * s, TWICE_ATANH[0]
+    for term in TWICE_ATANH[1:]:
+        series = series * square + term
+    return s * series
+
+
+def power(base: Tensor, exponent, log: Tensor | None = None) -> Tensor:
+    """base ** exponent for base in [0, 1], with 0^0 = 1 and a gradient of 0 at 0.
+
+    ``log`` of the base, where it is known, spares a graph a logarithm.
+    """
     smallest = 1e-37 if base.dtype == torch.float32 else 1e-300
     if not isinstance(exponent, Tensor):
         if exponent == 1 or exponent == 2:
             return base.pow(int(exponent))
+        if exponent == 0.5:
+            return base.clamp(min=smallest).sqrt()
         if torch.compiler.is_compiling():
             # As a tensor, a scheduled number stays symbolic and does not recompile. By exp and log,
             # for pow and its derivative are slower than all else of a loss that is one loop.
             exponent = exponent * torch.ones((), dtype=base.dtype, device=base.device)
-            return (exponent * base.clamp(min=smallest).log()).exp()
+            return (exponent * (base.clamp(min=smallest).log() if log is None else log)).exp()
         if exponent > 1:
             return base.pow(exponent)
     return base.clamp(min=smallest).pow(exponent)
@@ -93,10 +116,12 @@ def _focal_slopes(x, out, a0, gamma, detached=False):
     x is overwritten: fewer blocks fit the cache better.
     """
     cost = x.relu()
+    low = (-x).relu() if torch.compiler.is_compiling() else None
     p = x.sigmoid_()
     torch.sub(1, p, out=out)
-    cost -= torch.minimum(p, out).neg_().log1p_()  # softplus, and cheaper
-    factor = power(p, gamma).mul_(a0)
+    near = log_of_rest_(torch.minimum(p, out))
+    cost -= near  # softplus, and cheaper
+    factor = power(p, gamma, low if low is None else near - low).mul_(a0)
     if detached:
         torch.mul(factor, p, out=out)
     else:
@@ -116,7 +141,7 @@ class _Parts(NamedTuple):
 
 def _parts(x, y) -> _Parts:
     p, rest = torch.sigmoid(x), torch.sigmoid(-x)
-    high, near = x.relu(), torch.minimum(p, rest).neg_().log1p_()
+    high, near = x.relu(), log_of_rest_(torch.minimum(p, rest))
     cost = torch.lerp(high, high - x, y).sub_(near)
     return _Parts(p, rest, high.sub_(near), cost, torch.lerp(p, -rest, y))
 
@@ -297,6 +322,33 @@ def asl1(x, y, mu, *_):
 
 AUTHENTIC_SMOOTH_L1 = Pointwise(asl1, asl1, asl1, dense_slopes=_asl1_slopes)
 
+
+def _written_out(formula: Callable, slopes: Callable, n_tensors: int) -> Callable:
+    """The formula with its derivative by ``slopes``: a graph gets one loop each way, with one
+    exponential, in place of what autograd makes of the formula."""
+
+    def both(x, *args):
+        slope = x.new_empty(x.shape)  # Dynamo takes an out= only if it is contiguous
+        value = slopes(x.clone(), *args[:n_tensors], slope, *args[n_tensors:])
+        return value, slope
+
+    return differentiable(
+        lambda x, *args: both(x, *args)[0],
+        lambda gradient, x, *args: gradient * both(x, *args)[1],
+        formula,
+    )
+
+
+def _for_graphs(loss: Pointwise) -> Pointwise:
+    """All of it or nothing: a second derivative then raises, rather than lack a part."""
+    of_positive = loss.positive_slopes or loss.dense_slopes
+    return loss._replace(
+        negative=_written_out(loss.negative, loss.slopes, 0),
+        positive=_written_out(loss.positive, of_positive, 1),
+        dense=_written_out(loss.dense, loss.dense_slopes, 1),
+    )
+
+
 KINDS = {
     "asl1": AUTHENTIC_SMOOTH_L1,
     "asymmetric": ASYMMETRIC,
@@ -307,6 +359,12 @@ KINDS = {
     "quality": QUALITY,
     "varifocal": VARIFOCAL,
 }
+IN_GRAPHS = {kind: _for_graphs(loss) for kind, loss in KINDS.items() if loss.slopes}
+
+
+def _loss_of(kind: str) -> Pointwise:
+    """With derivatives written out in a graph, unless something differentiates in other ways."""
+    return IN_GRAPHS.get(kind, KINDS[kind]) if in_graph() else KINDS[kind]
 
 
 def pointwise(
@@ -527,11 +585,12 @@ def _dense(x, y, row_weight, logit_weight, params, kind):
         x = masked_classes(x, y == 0)
     x = finite_or_nan(x)
     weight = logit_weight if row_weight is None else row_weight.unsqueeze(-1)
+    loss = _loss_of(kind)
     if weight is None:
-        return KINDS[kind].dense(x, y, *params), x.numel()
+        return loss.dense(x, y, *params), x.numel()
     keep = (weight > 0).expand(x.shape)
     x, y = torch.where(keep, x, 0), torch.where(keep, y, 0)
-    return KINDS[kind].dense(x, y, *params) * weight, keep.sum()
+    return loss.dense(x, y, *params) * weight, keep.sum()
 
 
 class LabelRows(NamedTuple):
@@ -569,7 +628,7 @@ def _positives(x_labelled, rows, loss, params):
 
 def _labelled(x, rows, logit_weight, params, kind, whole):
     """Losses per logit, or as a ``whole`` (a reduction) their sum, and how many logits count."""
-    loss = KINDS[kind]
+    loss = _loss_of(kind)
     # 32 bits: Inductor vectorises this comparison on the CPU, and not the one of 64 bits
     classes = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
     labelled = rows.labels.to(torch.int32).unsqueeze(-1) == classes
@@ -587,11 +646,12 @@ def _labelled(x, rows, logit_weight, params, kind, whole):
     # a masked sum, not a gather: Inductor fuses it, and its gradient, with the negatives
     x_labelled = torch.where(labelled & rows.positive.unsqueeze(-1), x, 0).sum(-1)
     positives = _positives(finite_or_nan(x_labelled), rows, loss, params)
+    if whole:  # by rows first: one loop with the sum above
+        value = negatives.sum(-1) + positives
+        return total_of(value if rows.weight is None else value * rows.weight, whole), count
     if rows.weight is not None:
         negatives = negatives * rows.weight.unsqueeze(-1)
         positives = positives * rows.weight
-    if whole:
-        return total_of(negatives, whole) + total_of(positives, whole), count
     value = torch.where(labelled, positives.unsqueeze(-1), negatives)
     return value if logit_weight is None else value * logit_weight, count
 

@@ -71,15 +71,50 @@ def ghm_forward_shared(
     return loss + flag.float(), *rest
 
 
-def _family(forward, **options) -> WholeBatch:
-    return WholeBatch(
-        eager.harmonised, forward, kernels.backward, kernels.takes, 5, reference=eager.harmonised,
-        by_blocks=eager.harmonised_by_blocks, outputs=3, constants=2, **options,
+def _fake_blocks(x, labels, quality, dense, weight, amount, updates, params, kind, bins, *args):
+    *outputs, weights = _fake_shared(x, labels, quality, dense, weight, amount, updates, params,
+                                     kind, bins)  # fmt: skip
+    if not args[-1]:
+        return *outputs, [weights.new_empty(0) for _ in x]
+    return *outputs, [torch.empty_like(t, dtype=weights.dtype) for t in x]
+
+
+@_op.opaque(_fake_blocks)
+def ghm_eager(
+    x: list[Tensor],
+    labels: list[Tensor],
+    quality: list[Tensor],
+    dense: list[Tensor],
+    weight: list[Tensor],
+    amount: Tensor | None,
+    updates: Tensor | None,
+    params: Tensor,
+    kind: str,
+    bins: int,
+    bias_correction: bool,
+    normalize: str,
+    ignore_index: int,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """An op, for what a graph makes of the formula is slower and keeps more."""
+    if isinstance(params, Tensor):  # packed
+        params = tuple(params.unbind())
+    return eager.harmonised_by_blocks(
+        x, labels, quality, dense, weight, amount, updates, params, kind, bins, bias_correction,
+        normalize, ignore_index, want_grad,
     )  # fmt: skip
 
 
-_loss = _family(kernels.forward)
-_shared = _family(ghm_forward_shared, empty=True)
+def _family(forward, by_blocks, **options) -> WholeBatch:
+    return WholeBatch(
+        eager.harmonised, forward, kernels.backward, kernels.takes, 5, reference=eager.harmonised,
+        by_blocks=by_blocks, outputs=3, constants=2, **options,
+    )  # fmt: skip
+
+
+_loss = _family(kernels.forward, ghm_eager)
+_regression = _family(kernels.forward, eager.harmonised_by_blocks)  # few elements: no op in a graph
+_shared = _family(ghm_forward_shared, eager.harmonised_by_blocks, empty=True)
 
 
 def _check_parameters(x, bins, momentum, state, normalize) -> None:
@@ -126,7 +161,7 @@ def _harmonised(
     amount, updates = (None, None) if state is None else (s.contiguous() for s in state)
     of_regions = (kind, bins, bool(bias_correction), normalize, ignore_index)
     args = (levels, amount, updates, params, *of_regions)
-    loss = _loss
+    loss = _loss if kind == "bce" else _regression
     if sharing.group:
         loss, by_kernels = _shared, _shared.by_kernels(*args)
         form = "labels" if quality is None else "(labels, quality)"
