@@ -88,17 +88,17 @@ def summed(
     gradient = torch.empty_like(x, dtype=dtype) if want_grad else x.new_empty(0, dtype=dtype)
     x = x.detach()
 
-    layers_in_one = by_layer and x.numel() <= BLOCK
+    one_block = x.numel() <= BLOCK
 
     def sum_of(values) -> Tensor:
-        return values.reshape(len(x), -1).sum(1) if layers_in_one else values.sum()
+        return values.reshape(len(x), -1).sum(1) if one_block and by_layer else values.sum()
 
     def of_slopes(block, index) -> Tensor | None:
-        total = sum_of(slopes(block, index, gradient[index]))
-        return total if math.isfinite(total.sum().item()) else None
+        total = sum_of(slopes(block, index, gradient[index] if index else gradient))
+        return total if math.isfinite((total.sum() if by_layer else total).item()) else None
 
     def of_block(index) -> Tensor:
-        block = x[index].to(dtype)
+        block = (x[index] if index else x).to(dtype)
         known = slopes is not None and want_grad
         if known and (total := of_slopes(block, index)) is not None:
             return total
@@ -116,7 +116,7 @@ def summed(
         rest = row_blocks(x.shape[len(first) : -1], x.shape[-1])
         return torch.stack([of_block((*first, *index)) for index in rest]).sum()
 
-    if layers_in_one:
+    if one_block:
         return of_block(()), gradient
     if by_layer:
         return torch.stack([total((k,)) for k in range(len(x))]), gradient

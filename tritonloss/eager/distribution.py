@@ -32,11 +32,10 @@ def distribution_focal(
             keep = weight > 0
             count = keep.sum()
             x, y = torch.where(keep.unsqueeze(-1), x, 0), torch.where(keep, y, 0)
-        # y == n belongs to the bins n - 1 and n; a NaN has no bin, and makes the loss NaN below
-        left = torch.where(y >= 0, y, 0).long().clamp(max=last - 1)
-        log_p = torch.log_softmax(x, -1).gather(-1, torch.stack((left, left + 1), -1))
-        right_share = y - left
-        share = torch.stack((1 - right_share, right_share), -1)
+        # what each bin gets of the target; no gather, which a graph would not fuse
+        bins = torch.arange(last + 1, device=x.device, dtype=x.dtype)
+        share = (1 - (y.unsqueeze(-1) - bins).abs()).clamp(min=0)
+        log_p = torch.log_softmax(x, -1)
         share = share + torch.where(share == 0, 0, log_p.detach() * 0)  # a masked target gives NaN
         value = -torch.where(share == 0, 0, share * log_p).sum(-1)
         if weight is not None:

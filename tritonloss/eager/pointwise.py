@@ -303,11 +303,19 @@ ASYMMETRIC = Pointwise(
 
 def asl1_radius(d: Tensor, mu) -> Tensor:
     """sqrt(d^2 + mu^2); the square of neither is formed, so that nothing overflows."""
-    return torch.hypot(d, torch.as_tensor(mu, dtype=d.dtype, device=d.device))
+    mu = torch.as_tensor(mu, dtype=d.dtype, device=d.device)
+    if not torch.compiler.is_compiling():
+        return torch.hypot(d, mu)
+    size = d.abs()  # Inductor has no hypot of vectors
+    high = torch.maximum(size, mu)
+    return high * (1 + (torch.minimum(size, mu) / high.clamp(min=1e-37)).square()).sqrt()
 
 
 def _asl1_slopes(x, y, out, mu, *_):
-    """NaN where the square of x - y overflows."""
+    """NaN where the square of x - y overflows, but in a graph."""
+    if torch.compiler.is_compiling():
+        torch.div(x - y, asl1_radius(x - y, mu), out=out)
+        return asl1(x, y, mu)
     square = torch.sub(x, y, out=out).square()
     radius = (square + mu**2).sqrt_() if mu > 1e-15 else asl1_radius(out, mu)
     out.div_(radius)
@@ -343,7 +351,7 @@ def _for_graphs(loss: Pointwise) -> Pointwise:
     """All of it or nothing: a second derivative then raises, rather than lack a part."""
     of_positive = loss.positive_slopes or loss.dense_slopes
     return loss._replace(
-        negative=_written_out(loss.negative, loss.slopes, 0),
+        negative=loss.slopes and _written_out(loss.negative, loss.slopes, 0),
         positive=_written_out(loss.positive, of_positive, 1),
         dense=_written_out(loss.dense, loss.dense_slopes, 1),
     )
@@ -359,7 +367,7 @@ KINDS = {
     "quality": QUALITY,
     "varifocal": VARIFOCAL,
 }
-IN_GRAPHS = {kind: _for_graphs(loss) for kind, loss in KINDS.items() if loss.slopes}
+IN_GRAPHS = {kind: _for_graphs(loss) for kind, loss in KINDS.items() if loss.dense_slopes}
 
 
 def _loss_of(kind: str) -> Pointwise:
