@@ -40,9 +40,9 @@ def in_graph() -> bool:
     )
 
 
-def many(*xs: Tensor) -> bool:
-    """True where two passes over blocks cost less than plain autograd."""
-    return sum(x.numel() for x in xs) > BLOCK // 8
+def many(*xs: Tensor, blocks: float = 1 / 8) -> bool:
+    """True for more than so many blocks; two passes over an eighth cost less than autograd."""
+    return sum(x.numel() for x in xs) > blocks * BLOCK
 
 
 def row_blocks(shape, per_row: int) -> Iterator[tuple]:

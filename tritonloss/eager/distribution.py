@@ -65,6 +65,25 @@ def distribution_focal_of_finite(
     return value if math.isfinite(total.item()) else None
 
 
+def distribution_focal_by_blocks(
+    x: Tensor, target: Tensor, weight: Tensor | None, avg_factor, reduction: str, want_grad: bool
+):
+    """``(loss, gradient of the sum, 1 / divisor)``, block by block."""
+    bins = _bins(x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+    def values(block, y):
+        away = (y.clamp(0, len(bins) - 1).unsqueeze(-1) - bins).abs_()
+        share = away.sub_(1).clamp_(max=0)  # minus what a bin gets of the target
+        log_p = torch.log_softmax(block, -1)
+        value = (share * log_p).sum(-1)
+        return value, share.add_(log_p.exp_()) if want_grad else None
+
+    def formula(x, y, w):
+        return distribution_focal(x, y, w, None, "none")
+
+    return per_row(values, formula, x, target, weight, avg_factor, reduction, want_grad)
+
+
 @functools.lru_cache(maxsize=64)
 def _bins(n: int, dtype: torch.dtype) -> Tensor:
     return torch.arange(n, dtype=dtype, device="cpu")

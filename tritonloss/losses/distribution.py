@@ -22,6 +22,8 @@ _loss = Loss(
     kernels.backward,
     kernels.takes,
     of_finite=eager.distribution_focal_of_finite,
+    by_blocks=eager.distribution_focal_by_blocks,
+    has_blocks=lambda x, *args: _blocks.many(x, blocks=2),  # for the memory: no faster
     levels=OverLevels(3, 3, rows_that_count, kernels.forward_levels),
 )
 _distillation = Loss(
