@@ -46,7 +46,7 @@ CLASSES = {  # of opcodes; the first that fits
     "float": r".*\.(f32|f16|bf16|f32x2|f16x2|bf16x2)|setp.*f.*",
     "integer": r".*",
 }
-SHOWN = ("float", "float64", "special", "integer", "move", "warp", "shared", "global", "control")
+SHOWN = [name for name in CLASSES if name not in ("atomic", "barrier")]  # of a logit or pair
 INPUTS = ("recorded", "random", "constant")
 
 
