@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results"
 BEGIN, END = "<!-- figures: python -m perf.readme -->", "<!-- end of figures -->"
