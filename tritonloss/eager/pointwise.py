@@ -331,32 +331,6 @@ def asl1(x, y, mu, *_):
 AUTHENTIC_SMOOTH_L1 = Pointwise(asl1, asl1, asl1, dense_slopes=_asl1_slopes)
 
 
-def _written_out(formula: Callable, slopes: Callable, n_tensors: int) -> Callable:
-    """The formula with its derivative by ``slopes``: a graph gets one loop each way, with one
-    exponential, in place of what autograd makes of the formula."""
-
-    def both(x, *args):
-        slope = x.new_empty(x.shape)  # Dynamo takes an out= only if it is contiguous
-        value = slopes(x.clone(), *args[:n_tensors], slope, *args[n_tensors:])
-        return value, slope
-
-    return differentiable(
-        lambda x, *args: both(x, *args)[0],
-        lambda gradient, x, *args: gradient * both(x, *args)[1],
-        formula,
-    )
-
-
-def _for_graphs(loss: Pointwise) -> Pointwise:
-    """All of it or nothing: a second derivative then raises, rather than lack a part."""
-    of_positive = loss.positive_slopes or loss.dense_slopes
-    return loss._replace(
-        negative=loss.slopes and _written_out(loss.negative, loss.slopes, 0),
-        positive=_written_out(loss.positive, of_positive, 1),
-        dense=_written_out(loss.dense, loss.dense_slopes, 1),
-    )
-
-
 KINDS = {
     "asl1": AUTHENTIC_SMOOTH_L1,
     "asymmetric": ASYMMETRIC,
@@ -367,12 +341,81 @@ KINDS = {
     "quality": QUALITY,
     "varifocal": VARIFOCAL,
 }
-IN_GRAPHS = {kind: _for_graphs(loss) for kind, loss in KINDS.items() if loss.dense_slopes}
 
 
-def _loss_of(kind: str) -> Pointwise:
+def _unmasked(x: Tensor, mask: Tensor) -> Tensor:
+    """Negatives, and the value of no loss where they are masked, by -inf, too."""
+    # torch.where is half the price of masked_fill on the CPU; no clamp: its gradient at NaN is 0
+    return finite_or_nan(torch.where(mask | (x == -torch.inf), NO_LOSS, x))
+
+
+def _kept(x: Tensor, y: Tensor, keep: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    if kind != "asl1":
+        x = masked_classes(x, y == 0)
+    x = finite_or_nan(x)
+    return (x, y) if keep is None else (torch.where(keep, x, 0), torch.where(keep, y, 0))
+
+
+class Masked(NamedTuple):
+    """A loss that takes logits as they come."""
+
+    negative: Callable  # (x, mask, *params): 0 where masked
+    positive: Callable  # (x, y, *params)
+    dense: Callable  # (x, y, keep or None, *params): something finite where not kept
+
+
+def _formulas(kind: str) -> Masked:
+    loss = KINDS[kind]
+    return Masked(
+        lambda x, mask, *params: loss.negative(_unmasked(x, mask), *params),
+        lambda x, y, *params: loss.positive(finite_or_nan(x), y, *params),
+        lambda x, y, keep, *params: loss.dense(*_kept(x, y, keep, kind), *params),
+    )
+
+
+def _for_graphs(kind: str) -> Masked:
+    """The same with derivatives written out: a graph gets one loop each way, with one exponential,
+    in place of what autograd makes of the formula.
+
+    All of it or nothing, masks included: a second derivative then raises, rather than lack a part;
+    and what the compiler keeps for the backward is one tensor, whichever it chooses.
+    """
+    loss, formulas = KINDS[kind], _formulas(kind)
+    of_positive = loss.positive_slopes or loss.dense_slopes
+    slopes = Masked(
+        lambda x, mask, out, *params: loss.slopes(_unmasked(x, mask), out, *params),
+        lambda x, y, out, *params: of_positive(finite_or_nan(x), y, out, *params),
+        lambda x, y, keep, out, *params: loss.dense_slopes(*_kept(x, y, keep, kind), out, *params),
+    )
+    return Masked(
+        *(
+            _written_out(formula, of, n)
+            for formula, of, n in zip(formulas, slopes, (1, 1, 2), strict=True)
+        )
+    )
+
+
+def _written_out(formula: Callable, slopes: Callable, n: int) -> Callable:
+    """``formula(x, *args)``, whose derivative goes to the n-th argument after x of ``slopes``."""
+
+    def both(x, *args):
+        slope = x.new_empty(x.shape)  # Dynamo takes an out= only if it is contiguous
+        return slopes(x, *args[:n], slope, *args[n:]), slope
+
+    return differentiable(
+        lambda x, *args: both(x, *args)[0],
+        lambda gradient, x, *args: gradient * both(x, *args)[1],
+        formula,
+    )
+
+
+FORMULAS = {kind: _formulas(kind) for kind in KINDS}
+IN_GRAPHS = {kind: _for_graphs(kind) for kind, loss in KINDS.items() if loss.dense_slopes}
+
+
+def _loss_of(kind: str) -> Masked:
     """With derivatives written out in a graph, unless something differentiates in other ways."""
-    return IN_GRAPHS.get(kind, KINDS[kind]) if in_graph() else KINDS[kind]
+    return IN_GRAPHS.get(kind, FORMULAS[kind]) if in_graph() else FORMULAS[kind]
 
 
 def pointwise(
@@ -589,16 +632,11 @@ def split_weight(x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tenso
 def _dense(x, y, row_weight, logit_weight, params, kind):
     """Losses (..., C) and how many of them count."""
     y = y.to(x.dtype)
-    if kind != "asl1":
-        x = masked_classes(x, y == 0)
-    x = finite_or_nan(x)
     weight = logit_weight if row_weight is None else row_weight.unsqueeze(-1)
-    loss = _loss_of(kind)
     if weight is None:
-        return loss.dense(x, y, *params), x.numel()
+        return _loss_of(kind).dense(x, y, None, *params), x.numel()
     keep = (weight > 0).expand(x.shape)
-    x, y = torch.where(keep, x, 0), torch.where(keep, y, 0)
-    return loss.dense(x, y, *params) * weight, keep.sum()
+    return _loss_of(kind).dense(x, y, keep, *params) * weight, keep.sum()
 
 
 class LabelRows(NamedTuple):
@@ -630,10 +668,6 @@ def label_rows(x: Tensor, labels: Tensor, quality, ignore_index: int, weight) ->
     )
 
 
-def _positives(x_labelled, rows, loss, params):
-    return torch.where(rows.positive, loss.positive(x_labelled, rows.y, *params), 0)
-
-
 def _labelled(x, rows, logit_weight, params, kind, whole):
     """Losses per logit, or as a ``whole`` (a reduction) their sum, and how many logits count."""
     loss = _loss_of(kind)
@@ -647,13 +681,10 @@ def _labelled(x, rows, logit_weight, params, kind, whole):
         count = (~dropped).sum()
         kept = rows.positive & (logit_weight.gather(-1, rows.index).squeeze(-1) > 0)
         rows = rows._replace(positive=kept)
-    # torch.where is half the price of masked_fill on the CPU
-    # no clamp: its gradient at NaN is 0
-    negatives = torch.where(labelled | dropped | (x == -torch.inf), NO_LOSS, x)
-    negatives = loss.negative(finite_or_nan(negatives), *params)
+    negatives = loss.negative(x, labelled | dropped, *params)
     # a masked sum, not a gather: Inductor fuses it, and its gradient, with the negatives
     x_labelled = torch.where(labelled & rows.positive.unsqueeze(-1), x, 0).sum(-1)
-    positives = _positives(finite_or_nan(x_labelled), rows, loss, params)
+    positives = torch.where(rows.positive, loss.positive(x_labelled, rows.y, *params), 0)
     if whole:  # by rows first: one loop with the sum above
         value = negatives.sum(-1) + positives
         return total_of(value if rows.weight is None else value * rows.weight, whole), count
