@@ -214,10 +214,32 @@ def _focal_star_dense(x, y, a1, a0, gamma, beta):
     return balance(y, a1, a0) * torch.lerp(_star(x, gamma, beta), _star(-x, gamma, beta), y)
 
 
+def _softplus_and_slope_(z):
+    """softplus(z) and sigmoid(z); z is overwritten."""
+    cost, p = z.relu(), z.sigmoid_()
+    return cost.sub_(log_of_rest_(torch.minimum(p, 1 - p))), p
+
+
+def _star_slopes(x, out, a1, a0, gamma, beta):
+    cost, p = _softplus_and_slope_(gamma * x - beta)
+    torch.mul(p, a0, out=out)
+    return cost.mul_(a0 / gamma)
+
+
+def _star_dense_slopes(x, y, out, a1, a0, gamma, beta):
+    high, p = _softplus_and_slope_(gamma * x - beta)
+    low, rest = _softplus_and_slope_(-gamma * x - beta)
+    factor = balance(y, a1, a0)
+    torch.mul(torch.lerp(p, rest.neg_(), y), factor, out=out)
+    return torch.lerp(high, low, y).mul_(factor).div_(gamma)
+
+
 FOCAL_STAR = Pointwise(
     lambda x, a1, a0, gamma, beta: a0 * _star(x, gamma, beta),
     _focal_star_dense,
     _focal_star_dense,
+    _star_slopes,
+    _star_dense_slopes,
 )
 
 
@@ -268,10 +290,20 @@ def _gaussian_dense(x, y, alpha, beta, *_):
     return beside * power(torch.sigmoid(z), alpha) * softplus(z)
 
 
+def _gaussian_slopes(x, y, out, alpha, beta, *_):
+    peak = y == 1
+    value = _focal_slopes(torch.where(peak, -x, x), out, 1.0, alpha)
+    beside = torch.where(peak, 1, power(1 - y, beta))
+    out.mul_(torch.where(peak, -1, beside))
+    return value.mul_(beside)
+
+
 GAUSSIAN = Pointwise(
     lambda x, alpha, *_: power(torch.sigmoid(x), alpha) * softplus(x),
     _gaussian_dense,
     _gaussian_dense,
+    lambda x, out, alpha, *_: _focal_slopes(x, out, 1.0, alpha),
+    _gaussian_slopes,
 )
 
 
@@ -294,10 +326,37 @@ def _asymmetric_dense(x, y, gamma_pos, gamma_neg, margin, *_):
     return torch.lerp(_shifted_focal(x, gamma_neg, margin), _shifted_focal(-x, gamma_pos, 0), y)
 
 
+def _shifted_focal_and_slope(z, gamma, margin):
+    p, rest = torch.sigmoid(z), torch.sigmoid(-z)
+    q = (p - margin).clamp_(min=0)
+    left = rest + margin  # 1 - q, where q is above 0
+    near, far = q < 0.5, left > 1e-30
+    bce = torch.where(far, left.clamp(min=1e-30).log(), -z)
+    bce = torch.where(near, log_of_rest_(torch.where(near, q, 0)), bce).neg_()
+    slope = torch.where(far, rest / left, 1).add_(gamma * bce * rest / q.clamp(min=1e-37))
+    factor = power(q, gamma)
+    return bce.mul_(factor), torch.where(q > 0, slope.mul_(p).mul_(factor), 0)
+
+
+def _asymmetric_slopes(x, out, gamma_pos, gamma_neg, margin, *_):
+    value, slope = _shifted_focal_and_slope(x, gamma_neg, margin)
+    out.copy_(slope)
+    return value
+
+
+def _asymmetric_dense_slopes(x, y, out, gamma_pos, gamma_neg, margin, *_):
+    negative, slope = _shifted_focal_and_slope(x, gamma_neg, margin)
+    positive, rise = _shifted_focal_and_slope(-x, gamma_pos, 0)
+    torch.lerp(slope, rise.neg_(), y, out=out)
+    return torch.lerp(negative, positive, y)
+
+
 ASYMMETRIC = Pointwise(
     lambda x, gamma_pos, gamma_neg, margin, *_: _shifted_focal(x, gamma_neg, margin),
     _asymmetric_dense,
     _asymmetric_dense,
+    _asymmetric_slopes,
+    _asymmetric_dense_slopes,
 )
 
 
