@@ -5,15 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._blocks import divided, row_blocks
-from ._entry import (
-    entered,
-    finite_or_nan,
-    reduced,
-    total_of,
-    without_autocast,
-    without_infinity,
-)
+from ._blocks import BLOCK, divided, row_blocks
+from ._entry import entered, finite_or_nan, reduced, total_of, without_autocast
 from .pointwise import FOCAL, values_and_slopes
 
 # Stands in for the labelled logit among the others: far below every allowed logit.
@@ -81,30 +74,40 @@ def softmax_focal_by_blocks(
     """
     x = x.detach()
     keep, index, factor = _rows(x, labels, alpha, weight, ignore_index)
+    every, factor = bool(keep.all()), torch.where(keep, factor, 0)
+    whole = x.numel() <= BLOCK
+    value = torch.empty_like(factor)
     gradient = torch.empty_like(x, dtype=factor.dtype) if want_grad else factor.new_empty(0)
-    log_label, others = torch.empty((2, *keep.shape, 1), dtype=factor.dtype, device=x.device)
-    every = bool(keep.all())
-    for cut in row_blocks(x.shape[:-1], x.shape[-1]):
+    for cut in [()] if whole else row_blocks(x.shape[:-1], x.shape[-1]):
         block, at = x[cut].to(factor.dtype), index[cut]
         if not every:
             block = torch.where(keep[cut].unsqueeze(-1), block, 0)
-        block = without_infinity(block)
         p = torch.softmax(block, -1)
         label = p.gather(-1, at)
-        log_label[cut] = label.log()
-        if not bool((label > 1e-30).all()):  # about to underflow; the logarithm is not
-            log_label[cut] = block.log_softmax(-1).gather(-1, at)
-        others[cut] = p.scatter_(-1, at, 0).sum(-1, True)
+        log_label = label.log()
+        if not label.min().item() > 1e-30:  # about to underflow; the logarithm is not
+            log_label = block.log_softmax(-1).gather(-1, at)
+            log_label.add_(log_label, alpha=0)  # a masked label gives NaN
+        others = p.scatter_(-1, at, 0).sum(-1, True).clamp_(min=torch.finfo(p.dtype).tiny)
+        value[cut], slope = _of_difference(
+            others.log().sub_(log_label), factor[cut].unsqueeze(-1), params, want_grad
+        )
         if want_grad:
-            gradient[cut] = p
-    log_label.add_(log_label, alpha=0)  # a masked label gives NaN
-    others.clamp_(min=torch.finfo(others.dtype).tiny)
-
-    def values(d):
-        value = FOCAL.negative(-d.squeeze(-1), 1.0, 1.0, *params) * factor
-        return torch.where(keep, value, 0)
-
-    value, slope = values_and_slopes(log_label - others.log(), values, want_grad)
-    if want_grad:
-        gradient.mul_(slope / -others).scatter_(-1, index, slope)
+            p.mul_(slope / others).scatter_(-1, at, slope.neg_())
+            if whole and p.stride() == x.stride():
+                gradient = p
+            else:
+                gradient[cut] = p
     return divided(total_of(value, reduction), gradient, keep.sum(), reduction, avg_factor)
+
+
+def _of_difference(x, factor, params, want_grad):
+    """Values (...) of -d (..., 1), and their derivatives (..., 1)."""
+    value, slope = values_and_slopes(
+        x,
+        lambda x: FOCAL.negative(x, 1.0, 1.0, *params) * factor,
+        want_grad,
+        lambda x, out: FOCAL.slopes(x.clone(), out, 1.0, 1.0, *params),
+        factor,
+    )
+    return value.squeeze(-1), slope
