@@ -118,6 +118,30 @@ def distillation(
         return reduced(value, count, reduction, avg_factor)
 
 
+def distillation_by_blocks(
+    x: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    avg_factor,
+    params: tuple,
+    reduction: str,
+    want_grad: bool,
+):
+    """``(loss, gradient of the sum, 1 / divisor)``, block by block."""
+    (temperature,) = params
+
+    def values(block, teacher):
+        log_p, log_q = (torch.log_softmax(t / temperature, -1) for t in (block, teacher))
+        q = log_q.exp()
+        value = log_q.sub_(log_p).mul_(q).sum(-1).mul_(temperature**2)
+        return value, log_p.exp_().sub_(q).mul_(temperature) if want_grad else None
+
+    def formula(x, teacher, w):
+        return distillation(x, teacher, w, None, params, "none")
+
+    return per_row(values, formula, x, teacher, weight, avg_factor, reduction, want_grad)
+
+
 def expectation(x: Tensor) -> Tensor:
     """Mean bin of softmax(x): (..., bins) -> (...)."""
     with without_autocast(x):

@@ -31,6 +31,7 @@ _distillation = Loss(
     kernels.distillation,
     kernels.distillation_backward,
     kernels.takes,
+    by_blocks=eager.distillation_by_blocks,
     levels=OverLevels(3, 3, rows_that_count, kernels.distillation_levels),
 )
 _expectation = Loss(
