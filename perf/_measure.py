@@ -17,6 +17,18 @@ import torch.utils.benchmark
 ROOT = Path(__file__).parent.parent
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, as the allocators do that are recommended for torch on CPUs.
+
+    A page that is new to the process costs about as much as the maths on it; whether a call gets
+    some is chance otherwise, and a candidate's time that of the one before it.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def quantiles(function, device: str) -> tuple[float, float, float]:
     """Median, p20 and p80 in milliseconds; the L2 cache is cold on a GPU."""
     if device != "cpu":
@@ -44,6 +56,7 @@ def timed_in_turn(candidates: dict, rounds: int) -> dict:
 
     Round after round, so that what changes the machine's speed hits all of them: read the ratios.
     """
+    keep_freed_memory()
     times = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():

@@ -28,7 +28,15 @@ import triton
 import tritonloss as tl
 
 from . import workloads
-from ._measure import commit, copy_bandwidth, cpu_name, peak_bytes, quantiles, write_rows
+from ._measure import (
+    commit,
+    copy_bandwidth,
+    cpu_name,
+    keep_freed_memory,
+    peak_bytes,
+    quantiles,
+    write_rows,
+)
 from .workloads import LOSSES, Call, Point
 
 try:
@@ -274,6 +282,7 @@ def main(argv=None) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     losses = args.loss or list(LOSSES)
     if args.worker:
+        keep_freed_memory()
         torch.set_num_threads(args.threads)
         work(Sweep(args.out, args.device), losses, args.quick)
         return 0
