@@ -50,19 +50,15 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=20 if x.dtype == torch.float32 else 40)
 
 
-# 2 atanh(s) / s = 2 + 2/3 s^2 + ... for s in [0, 1/3], from the highest power of s^2 on; the best
-# polynomial of this degree: 4e-9 of the value, less than a bit of float32
-TWICE_ATANH = (0.28157778, 0.27965158, 0.40024595, 0.66666322, 2.00000001)
-
-
 def log_of_rest_(smaller: Tensor) -> Tensor:
     """log(1 - smaller) for a probability of at most 1/2, which is overwritten."""
     if smaller.dtype != torch.float32 or not torch.compiler.is_compiling():
         return smaller.neg_().log1p_()
-    # log1p is a call that Inductor does not vectorise well: it would cost more than all the rest
+    # log1p of Inductor would cost more than all the rest. This is 2 atanh(s) = 2 s + 2/3 s^3 + ...
+    # for s in [-1/3, 0], by the best polynomial of its degree: 4e-9 of the value, less than a bit.
     s = smaller / (smaller - 2)
-    square, series = s * s, TWICE_ATANH[0]
-    for term in TWICE_ATANH[1:]:
+    square, series = s * s, 0.28157778
+    for term in (0.27965158, 0.40024595, 0.66666322, 2.00000001):
         series = series * square + term
     return s * series
 
@@ -461,11 +457,18 @@ def _written_out(formula: Callable, slopes: Callable, n: int) -> Callable:
         slope = x.new_empty(x.shape)  # Dynamo takes an out= only if it is contiguous
         return slopes(x, *args[:n], slope, *args[n:]), slope
 
-    return differentiable(
+    function = differentiable(
         lambda x, *args: both(x, *args)[0],
         lambda gradient, x, *args: gradient * both(x, *args)[1],
         formula,
     )
+
+    def call(x, *args):
+        # Dynamo reads a symbolic number where it is first used; within the function of autograd
+        # it would be lost for the next one.
+        return function(x, *(a * 1.0 if isinstance(a, float) else a for a in args))
+
+    return call
 
 
 FORMULAS = {kind: _formulas(kind) for kind in KINDS}
