@@ -210,6 +210,32 @@ def test_double_backward(loss, backend):
     assert_close(joined(list(got), 1, True), want, 1e-5, "second derivative")
 
 
+@pytest.mark.parametrize("shape", [(2, 30), (60,)], ids=["images", "rows"])
+@pytest.mark.parametrize("loss", ["focal", "quality_focal", "rank_sort"])
+def test_weights_of_rows_beside_those_of_logits(loss, shape, backend):
+    g = generator(5)
+    function = {
+        "focal": tl.sigmoid_focal_loss,
+        "quality_focal": tl.quality_focal_loss,
+        "rank_sort": lambda *args, weight: sum(tl.rank_sort_loss(*args, weight=weight)),
+    }[loss]
+    x = torch.randn(*shape, 4, generator=g)
+    targets = torch.rand(x.shape, generator=g) * (torch.rand(x.shape, generator=g) < 0.2)
+    row, logit = draw_weight(shape, g), draw_weight(x.shape, g)
+    dim, half = len(shape) - 1, shape[-1] // 2
+    mixed = torch.cat([row[..., None].expand(x.shape).narrow(dim, 0, half),
+                       logit.narrow(dim, half, half)], dim)  # fmt: skip
+    x, targets, row, logit, mixed = (to_device(t) for t in (x, targets, row, logit, mixed))
+    weights = [row.narrow(dim, 0, half), logit.narrow(dim, half, half)]
+    heads = [t.clone().requires_grad_() for t in x.chunk(2, dim)]
+    got = function(heads, list(targets.chunk(2, dim)), weight=weights)
+    x.requires_grad_()
+    want = function(x, targets, weight=mixed)
+    assert_close(got, want, 1e-6, "value")
+    slopes = torch.cat(torch.autograd.grad(got, heads), dim)
+    assert_close(slopes, *torch.autograd.grad(want, x), 1e-5, "gradient")
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("loss", CASES, ids=lambda c: c.name)
 def test_empty_levels(loss, reduction, backend):

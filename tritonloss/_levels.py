@@ -6,8 +6,10 @@ a view; nothing is permuted in memory, and nothing is concatenated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from . import _checks as check
@@ -158,3 +160,22 @@ def parsed_one(
     except ValueError as error:
         shown = f" (shapes with dim {class_dim} last)" if "shape" in str(error) else ""
         raise ValueError(f"{error}{shown}") from None
+
+
+def joined(levels: Sequence[Sequence[Tensor | None]]) -> tuple[list[Tensor | None], list[int]]:
+    """The first tensors of all levels as one, (B, rows, C), then what lies beside them, (B, rows)
+    or (B, rows, C); and how many rows each level has. A level is copied once."""
+    shapes = [level[0].shape for level in levels]
+    images = shapes[0][0] if all(len(s) > 2 and s[0] == shapes[0][0] for s in shapes) else 1
+    sizes = [math.prod(shape[:-1]) // max(images, 1) for shape in shapes]
+
+    def rows(values: tuple) -> Tensor | None:
+        if values[0] is None:
+            return None
+        pairs = list(zip(values, shapes, strict=True))
+        if len({v.dim() < len(s) for v, s in pairs}) > 1:  # weights of rows beside those of logits
+            values = [(v[..., None] if v.dim() < len(s) else v).expand(s) for v, s in pairs]
+        parts = zip(values, sizes, shapes, strict=True)
+        return torch.cat([v.reshape(images, n, *v.shape[len(s) - 1 :]) for v, n, s in parts], 1)
+
+    return [rows(values) for values in zip(*levels, strict=True)], sizes

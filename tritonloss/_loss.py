@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _op
 from ._dispatch import is_empty, not_empty, use_triton
-from ._levels import Levels, class_back, is_levels, parsed, parsed_one
+from ._levels import Levels, class_back, is_levels, joined, parsed, parsed_one
 from .eager import _blocks
 from .eager._entry import divided_by, mean_divisor
 
@@ -136,7 +136,7 @@ class Loss:
         xs = [level[0] for level in own]
         if len(xs) > 1 and _blocks.usable(*xs) and not _blocks.many(*xs, blocks=1):
             # a call costs more than what it computes
-            return watched(self(*_joined(own), *rest), (own, rest))
+            return watched(self(*joined(own)[0], *rest), (own, rest))
         return self._summed_levels(self, own, rest)
 
     def _kernels_take_level(self, x: Tensor, *args) -> bool:
@@ -154,18 +154,6 @@ class Loss:
         if avg_factor is None:
             count = sum(self.levels.count(*level, *rest) for level in levels)
         return divided_by(total, mean_divisor(count, avg_factor))
-
-
-def _joined(levels: list[tuple]) -> list[Tensor | None]:
-    """The rows of all levels, and what lies beside them."""
-    lead = [level[0].dim() - 1 for level in levels]
-
-    def rows(of: tuple) -> Tensor | None:
-        if of[0] is None:
-            return None
-        return torch.cat([t.reshape(-1, *t.shape[n:]) for t, n in zip(of, lead, strict=True)])
-
-    return [rows(of) for of in zip(*levels, strict=True)]
 
 
 def _tensors(args):

@@ -6,6 +6,7 @@ Their gradients are error-driven: designed from the ranking error, not derived f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils import _pytree
 from tritonloss import _checks as check
 from tritonloss import _op
 from tritonloss._dispatch import _transforms_active, launchers
-from tritonloss._levels import Levels, LevelTargets, parsed_levels
+from tritonloss._levels import Levels, LevelTargets, joined, parsed_levels
 from tritonloss._loss import WholeBatch
 from tritonloss._targets import check_logits, parse_targets, parse_weight
 from tritonloss.distributed import (
@@ -117,36 +118,22 @@ def _backward_eager(first_grad, second_grad, grad, sort_grad, x, labels, value, 
 _by_engine = _op.differentiable(ranking_eager, _backward_eager, None, outputs=3, constants=1)
 
 
-def _joined(levels: list[tuple]) -> tuple[tuple, list[int] | None]:
+def _as_one(levels: list[tuple]) -> tuple[Sequence, list[int] | None]:
     """The levels as one tensor (B, rows, C) and what lies beside it, and how many rows each has.
 
-    The eager engine sorts logits into lists, and reads a copy of them anyway. A level is copied
-    once.
+    The eager engine sorts logits into lists, and reads a copy of them anyway.
     """
     if len(levels) == 1:
         return levels[0][:6], None
-    shapes = [level[0].shape for level in levels]
-    images = shapes[0][0] if all(len(s) > 2 and s[0] == shapes[0][0] for s in shapes) else 1
-    sizes = [math.prod(shape[:-1]) // max(images, 1) for shape in shapes]
-
-    def rows(values):
-        if values[0] is None:
-            return None
-        parts = zip(values, sizes, shapes, strict=True)
-        return torch.cat([v.reshape(images, n, *v.shape[len(s) - 1 :]) for v, n, s in parts], 1)
-
-    x, labels, value, dense, weight, group, _ = zip(*levels, strict=True)
-    if group[0] is not None:
-        group = [g.expand(t.shape) for g, t in zip(group, x, strict=True)]
-    if weight[0] is not None and len({w.dim() < t.dim() for w, t in zip(weight, x)}) > 1:  # noqa: B905
-        weight = [(w[..., None] if w.dim() < t.dim() else w).expand(t.shape)
-                  for w, t in zip(weight, x, strict=True)]  # fmt: skip
-    return tuple(map(rows, (x, labels, value, dense, weight, group))), sizes
+    return joined([
+        (*level, None if group is None else group.expand(level[0].shape))
+        for *level, group, _ in levels
+    ])  # fmt: skip
 
 
 def _eager(levels, delta, *args):
     (delta,) = delta
-    (x, *beside), sizes = _joined(levels)
+    (x, *beside), sizes = _as_one(levels)
     check.holds_values("logits", x)
     if _op.traced(x):
         if not isinstance(delta, Tensor):
