@@ -133,13 +133,14 @@ def heads() -> str:
 def counted_heads() -> str:
     """What the kernels execute over levels, and over the same rows in one tensor."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in read("executed"):
+    rows = read("executed")
+    columns = list(rows[0])
+    of_classes = columns[columns.index("per") + 1 : columns.index("load bytes")]
+    for row in rows:
         loss, _, way = row["loss"].partition(" of ")
         if row["inputs"] != "random" or way not in ("a head", "its rows"):
             continue
         work, moved = found.setdefault(loss, {}).get(way, (0.0, 0.0))
-        columns = list(row)
-        of_classes = columns[columns.index("per") + 1 : columns.index("load bytes")]
         work += sum(float(row[c]) for c in of_classes) / 32
         found[loss][way] = work, moved + float(row["load bytes"]) + float(row["store bytes"])
     return (

@@ -294,15 +294,21 @@ def test_expectation_errors():
         tl.distribution_expectation(torch.randn(2, 17), sides=0)
 
 
-@pytest.mark.parametrize("rows", [40, 3000])
-def test_the_short_ways_agree_with_the_formula(rows, monkeypatch):
+@pytest.mark.parametrize(("rows", "block"), [(40, _blocks.BLOCK), (3000, _blocks.BLOCK), (40, 64)])
+def test_the_short_ways_agree_with_the_formula(rows, block, monkeypatch):
     """Of plain CPU tensors, many and few; a masked bin, a negative weight, infinity."""
+    monkeypatch.setattr(_blocks, "BLOCK", block)
     x, y, weight = torch.randn(rows, 17), torch.rand(rows) * 16, torch.rand(rows)
+    teacher = torch.randn(rows, 17)
     y[:3] = torch.tensor([0.0, 16.0, 5.0])
     losses = [
         tl.distribution_expectation,
         *(
-            partial(tl.distribution_focal_loss, target=y, weight=w, reduction=reduction)
+            partial(function, weight=w, reduction=reduction)
+            for function in (
+                partial(tl.distribution_focal_loss, target=y),
+                partial(tl.distribution_distillation_loss, teacher=teacher, temperature=3.0),
+            )
             for w in (None, weight, weight - 0.2)
             for reduction in ("none", "sum", "mean")
         ),

@@ -8,7 +8,7 @@ Used where nothing traces or transforms the call; elsewhere the same formula run
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -61,6 +61,21 @@ def row_blocks(shape, per_row: int) -> Iterator[tuple]:
         yield (slice(start, start + rows),)
 
 
+def in_one(x: Tensor) -> bool:
+    return x.numel() <= BLOCK
+
+
+def cuts(x: Tensor) -> Iterable[tuple]:
+    """Indices of the blocks of rows of x; of an only one, all."""
+    return [()] if in_one(x) else row_blocks(x.shape[:-1], x.shape[-1])
+
+
+def with_strides_of(x: Tensor, gradient: Tensor) -> Tensor:
+    if gradient.stride() == x.stride():
+        return gradient
+    return torch.empty_like(x, dtype=gradient.dtype).copy_(gradient)
+
+
 def summed(
     x: Tensor,
     prepare: Callable,
@@ -88,7 +103,7 @@ def summed(
     gradient = torch.empty_like(x, dtype=dtype) if want_grad else x.new_empty(0, dtype=dtype)
     x = x.detach()
 
-    one_block = x.numel() <= BLOCK
+    one_block = in_one(x)
 
     def sum_of(values) -> Tensor:
         return values.reshape(len(x), -1).sum(1) if one_block and by_layer else values.sum()
@@ -156,10 +171,10 @@ def per_row(
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x = x.detach()
-    whole = x.numel() <= BLOCK
+    whole = in_one(x)
     gradient = torch.empty_like(x, dtype=dtype) if want_grad and not whole else None
     found = []
-    for index in [()] if whole else row_blocks(x.shape[:-1], x.shape[-1]):
+    for index in cuts(x):
         block, y, w = (t if whole or t is None else t[index] for t in (x, target, weight))
         block = block.to(dtype)
         pair = total = None
@@ -182,8 +197,7 @@ def per_row(
             gradient[index] = slopes
         found.append(value.flatten() if reduction == "none" else total)
     if whole and want_grad:
-        same = slopes.stride() == x.stride()
-        gradient = slopes if same else torch.empty_like(x, dtype=dtype).copy_(slopes)
+        gradient = with_strides_of(x, slopes)
     result = found[0]
     if not whole:
         result = torch.cat(found) if reduction == "none" else torch.stack(found).sum()

@@ -48,6 +48,12 @@ def without_infinity(x: Tensor) -> Tensor:
     return torch.add(x, x.detach().clamp(min=0), alpha=0)
 
 
+def at_class(index: Tensor, x: Tensor) -> Tensor:
+    """True where the class of ``x`` (..., C) is the row's (..., 1)."""
+    # 32 bits: Inductor vectorises this comparison on the CPU, and not the one of 64 bits
+    return index.to(torch.int32) == torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+
+
 def masked_classes(x: Tensor, negative: Tensor) -> Tensor:
     """``x`` without the classes that -inf masks: there, of negatives, loss and gradient are 0."""
     return torch.where((x == -torch.inf) & negative, NO_LOSS, x)

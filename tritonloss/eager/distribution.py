@@ -25,16 +25,14 @@ def distribution_focal(
     """Cross entropy with the two bins beside the target."""
     with without_autocast(x):
         x = entered(x, masked=True)
-        last = x.shape[-1] - 1
-        y = target.to(x.dtype).clamp(0, last)
+        y = target.to(x.dtype)
         count = target.numel()
         if weight is not None:
             keep = weight > 0
             count = keep.sum()
             x, y = torch.where(keep.unsqueeze(-1), x, 0), torch.where(keep, y, 0)
-        # what each bin gets of the target; no gather, which a graph would not fuse
-        bins = torch.arange(last + 1, device=x.device, dtype=x.dtype)
-        share = (1 - (y.unsqueeze(-1) - bins).abs()).clamp(min=0)
+        # no gather, which a graph would not fuse
+        share = -_minus_shares(y, torch.arange(x.shape[-1], device=x.device, dtype=x.dtype))
         log_p = torch.log_softmax(x, -1)
         share = share + torch.where(share == 0, 0, log_p.detach() * 0)  # a masked target gives NaN
         value = -torch.where(share == 0, 0, share * log_p).sum(-1)
@@ -50,9 +48,7 @@ def distribution_focal_of_finite(
     if weight is not None and not weight.min().item() >= 0:
         return None
     x = laid_out(x)
-    n_bins = x.shape[-1]
-    away = (target.to(x.dtype).clamp(0, n_bins - 1).unsqueeze(-1) - _bins(n_bins, x.dtype)).abs_()
-    share = away.sub_(1).clamp_(max=0)  # minus what a bin gets of the target
+    share = _minus_shares(target.to(x.dtype), _bins(x.shape[-1], x.dtype))
     if weight is not None:
         share *= weight.unsqueeze(-1)
     if reduction == "mean":
@@ -69,11 +65,9 @@ def distribution_focal_by_blocks(
     x: Tensor, target: Tensor, weight: Tensor | None, avg_factor, reduction: str, want_grad: bool
 ):
     """``(loss, gradient of the sum, 1 / divisor)``, block by block."""
-    bins = _bins(x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32)
 
     def values(block, y):
-        away = (y.clamp(0, len(bins) - 1).unsqueeze(-1) - bins).abs_()
-        share = away.sub_(1).clamp_(max=0)  # minus what a bin gets of the target
+        share = _minus_shares(y, _bins(block.shape[-1], block.dtype))
         log_p = torch.log_softmax(block, -1)
         value = (share * log_p).sum(-1)
         return value, share.add_(log_p.exp_()) if want_grad else None
@@ -82,6 +76,12 @@ def distribution_focal_by_blocks(
         return distribution_focal(x, y, w, None, "none")
 
     return per_row(values, formula, x, target, weight, avg_factor, reduction, want_grad)
+
+
+def _minus_shares(y: Tensor, bins: Tensor) -> Tensor:
+    """Minus what each bin gets of the targets, (..., bins)."""
+    away = (y.clamp(0, bins.shape[0] - 1).unsqueeze(-1) - bins).abs_()
+    return away.sub_(1).clamp_(max=0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -163,7 +163,7 @@ def expectation_by_blocks(x: Tensor, want_grad: bool):
 
     def values(block, _):
         p = torch.softmax(block, -1)
-        bins = torch.arange(p.shape[-1], dtype=p.dtype, device=p.device)
+        bins = _bins(p.shape[-1], p.dtype)
         value = (p * bins).sum(-1)
         return value, p.mul_(bins - value.unsqueeze(-1)) if want_grad else None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tritonloss.distributed import ProcessGroup, all_reduce, group_of, summed_regions, valued
 
 from . import _blocks as blocks
-from ._entry import finite_or_nan, masked_classes, without_autocast
+from ._entry import at_class, finite_or_nan, masked_classes, without_autocast
 from .pointwise import (
     asl1,
     asl1_radius,
@@ -194,8 +194,7 @@ def _whole(x, labels, quality, dense, weight, kind, ignore_index) -> Elements:
     y, index, rows, logit_weight = _targets_of(x, labels, quality, dense, weight, ignore_index)
     x = upcast(x)
     if index is not None:  # no scatter, which a graph would not fuse
-        classes = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
-        labelled = index.to(torch.int32) == classes
+        labelled = at_class(index, x)
         y = torch.where(labelled, y, 0)
     if kind == "bce" and index is None:
         x = masked_classes(x, y == 0)

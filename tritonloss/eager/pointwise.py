@@ -19,6 +19,7 @@ from tritonloss.eager._blocks import divided, in_graph, summed
 
 from ._entry import (
     NO_LOSS,
+    at_class,
     finite_or_nan,
     laid_out,
     masked_classes,
@@ -385,7 +386,6 @@ def asl1(x, y, mu, *_):
 
 AUTHENTIC_SMOOTH_L1 = Pointwise(asl1, asl1, asl1, dense_slopes=_asl1_slopes)
 
-
 KINDS = {
     "asl1": AUTHENTIC_SMOOTH_L1,
     "asymmetric": ASYMMETRIC,
@@ -428,6 +428,9 @@ def _formulas(kind: str) -> Masked:
     )
 
 
+FORMULAS = {kind: _formulas(kind) for kind in KINDS}
+
+
 def _for_graphs(kind: str) -> Masked:
     """The same with derivatives written out: a graph gets one loop each way, with one exponential,
     in place of what autograd makes of the formula.
@@ -435,27 +438,22 @@ def _for_graphs(kind: str) -> Masked:
     All of it or nothing, masks included: a second derivative then raises, rather than lack a part;
     and what the compiler keeps for the backward is one tensor, whichever it chooses.
     """
-    loss, formulas = KINDS[kind], _formulas(kind)
+    loss, formulas = KINDS[kind], FORMULAS[kind]
     of_positive = loss.positive_slopes or loss.dense_slopes
     slopes = Masked(
-        lambda x, mask, out, *params: loss.slopes(_unmasked(x, mask), out, *params),
-        lambda x, y, out, *params: of_positive(finite_or_nan(x), y, out, *params),
-        lambda x, y, keep, out, *params: loss.dense_slopes(*_kept(x, y, keep, kind), out, *params),
+        lambda out, x, mask, *params: loss.slopes(_unmasked(x, mask), out, *params),
+        lambda out, x, y, *params: of_positive(finite_or_nan(x), y, out, *params),
+        lambda out, x, y, keep, *params: loss.dense_slopes(*_kept(x, y, keep, kind), out, *params),
     )
-    return Masked(
-        *(
-            _written_out(formula, of, n)
-            for formula, of, n in zip(formulas, slopes, (1, 1, 2), strict=True)
-        )
-    )
+    return Masked(*map(_written_out, formulas, slopes))
 
 
-def _written_out(formula: Callable, slopes: Callable, n: int) -> Callable:
-    """``formula(x, *args)``, whose derivative goes to the n-th argument after x of ``slopes``."""
+def _written_out(formula: Callable, slopes: Callable) -> Callable:
+    """``formula(x, *args)``, whose derivative ``slopes(out, x, *args)`` writes."""
 
     def both(x, *args):
         slope = x.new_empty(x.shape)  # Dynamo takes an out= only if it is contiguous
-        return slopes(x, *args[:n], slope, *args[n:]), slope
+        return slopes(slope, x, *args), slope
 
     function = differentiable(
         lambda x, *args: both(x, *args)[0],
@@ -471,7 +469,6 @@ def _written_out(formula: Callable, slopes: Callable, n: int) -> Callable:
     return call
 
 
-FORMULAS = {kind: _formulas(kind) for kind in KINDS}
 IN_GRAPHS = {kind: _for_graphs(kind) for kind, loss in KINDS.items() if loss.dense_slopes}
 
 
@@ -733,9 +730,7 @@ def label_rows(x: Tensor, labels: Tensor, quality, ignore_index: int, weight) ->
 def _labelled(x, rows, logit_weight, params, kind, whole):
     """Losses per logit, or as a ``whole`` (a reduction) their sum, and how many logits count."""
     loss = _loss_of(kind)
-    # 32 bits: Inductor vectorises this comparison on the CPU, and not the one of 64 bits
-    classes = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
-    labelled = rows.labels.to(torch.int32).unsqueeze(-1) == classes
+    labelled = at_class(rows.labels.unsqueeze(-1), x)
     dropped = ~rows.keep.unsqueeze(-1)
     count = rows.keep.sum() * x.shape[-1]
     if logit_weight is not None:

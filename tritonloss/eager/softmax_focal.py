@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._blocks import BLOCK, divided, row_blocks
-from ._entry import entered, finite_or_nan, reduced, total_of, without_autocast
+from ._blocks import cuts, divided, in_one, with_strides_of
+from ._entry import at_class, entered, finite_or_nan, reduced, total_of, without_autocast
 from .pointwise import FOCAL, values_and_slopes
 
 # Stands in for the labelled logit among the others: far below every allowed logit.
@@ -31,7 +31,7 @@ def softmax_focal(
         x = entered(x, masked=True)
         keep, index, factor = _rows(x, labels, alpha, weight, ignore_index)
         x = torch.where(keep.unsqueeze(-1), x, 0)
-        others = x.masked_fill(index == torch.arange(x.shape[-1], device=x.device), NO_LOGIT)
+        others = x.masked_fill(at_class(index, x), NO_LOGIT)
         top = others.detach().amax(-1, keepdim=True)
         log_total = torch.exp(others - top).sum(-1).log()
         x_label = finite_or_nan(x.gather(-1, index))  # a masked label gives NaN
@@ -75,10 +75,10 @@ def softmax_focal_by_blocks(
     x = x.detach()
     keep, index, factor = _rows(x, labels, alpha, weight, ignore_index)
     every, factor = bool(keep.all()), torch.where(keep, factor, 0)
-    whole = x.numel() <= BLOCK
+    whole = in_one(x)
     value = torch.empty_like(factor)
-    gradient = torch.empty_like(x, dtype=factor.dtype) if want_grad else factor.new_empty(0)
-    for cut in [()] if whole else row_blocks(x.shape[:-1], x.shape[-1]):
+    gradient = torch.empty_like(x, dtype=factor.dtype) if want_grad and not whole else None
+    for cut in cuts(x):
         block, at = x[cut].to(factor.dtype), index[cut]
         if not every:
             block = torch.where(keep[cut].unsqueeze(-1), block, 0)
@@ -94,8 +94,8 @@ def softmax_focal_by_blocks(
         )
         if want_grad:
             p.mul_(slope / others).scatter_(-1, at, slope.neg_())
-            if whole and p.stride() == x.stride():
-                gradient = p
+            if whole:
+                gradient = with_strides_of(x, p)
             else:
                 gradient[cut] = p
     return divided(total_of(value, reduction), gradient, keep.sum(), reduction, avg_factor)
