@@ -16,6 +16,7 @@ from ._walk import (
     MAX_DIMS,
     MAX_INNER_SIZE,
     Layout,
+    cached,
     contiguous_strides,
     load_or_zero,
     merged_dims,
@@ -182,36 +183,54 @@ def walkable(x, *others) -> bool:
 class Walk(NamedTuple):
     """How a kernel goes over the logits and what lies beside them."""
 
-    layout: Layout  # strides of x, rows, classes, dense targets, weights, then what else is read
-    linear: bool  # all of them lie in one block of memory in the same order
-    row_weight: bool
-    class_dim: int  # where the kernel finds the class, or -1
-    run: int  # neighbours that share all but the innermost coordinate: a 16-byte load of them
+    # inner sizes; strides of x, rows, dense targets, weights, then what else is read
+    numbers: tuple[int, ...]
+    constants: dict  # see ``constants_of``
+
+
+def constants_of(layout: Layout, linear: bool, row_weight: bool, itemsize: int) -> dict:
+    """How a kernel walks: of what is known when it is compiled."""
+    class_s = layout.strides[2]
+    run = 16 // itemsize if layout.n_dims > 1 else 1
+    while layout.sizes[-1] % run:
+        run //= 2
+    return {
+        "N_DIMS": layout.n_dims,
+        # where the kernel finds the class, or -1
+        "CLASS_DIM": class_s.index(1) if 1 in class_s else -1,
+        # all of them lie in one block of memory in the same order
+        "LINEAR": linear,
+        "ROW_WEIGHT": row_weight,
+        # neighbours that share all but the innermost coordinate: a 16-byte load of them
+        "RUN": run,
+    }
 
 
 def walk_over(x, dense, labels, weight, class_weight=None, per_logit=(), *strides) -> Walk:
     """``per_logit``: further tensors of x' shape, or None; ``strides``: of what else is read."""
-    shape = tuple(x.shape)
-    zeros = (0,) * len(shape)
     row_weight = weight is not None and weight.dim() < x.dim()
-    per_logit = [dense, None if row_weight else weight, *per_logit]
-    linear = same_memory_order(
-        shape, [x.stride(), *[t.stride() for t in per_logit if t is not None]]
+    beside = dense, None if row_weight else weight, *per_logit
+    by_row = labels is not None or row_weight
+    return _walk(
+        x.shape,
+        x.stride(),
+        tuple([None if t is None else t.stride() for t in beside]),
+        strides,
+        by_row,
+        row_weight,
+        by_row or class_weight is not None,
+        x.element_size(),
     )
-    rows = (*contiguous_strides(shape[:-1]), 0) if labels is not None or row_weight else zeros
-    by_class = labels is not None or class_weight is not None or row_weight
-    layout = merged_dims(
-        shape,
-        [
-            x.stride(),
-            rows,
-            (*zeros[:-1], 1 if by_class else 0),
-            *[zeros if t is None or linear else t.stride() for t in per_logit],
-            *strides,
-        ],
-    )
-    class_s = layout.strides[2]
-    run = 16 // x.element_size() if layout.n_dims > 1 else 1
-    while layout.sizes[-1] % run:
-        run //= 2
-    return Walk(layout, linear, row_weight, class_s.index(1) if 1 in class_s else -1, run)
+
+
+@cached
+def _walk(shape, x_strides, beside, strides, by_row, row_weight, by_class, itemsize) -> Walk:
+    zeros = (0,) * len(shape)
+    linear = same_memory_order(shape, [x_strides, *[s for s in beside if s is not None]])
+    rows = (*contiguous_strides(shape[:-1]), 0) if by_row else zeros
+    classes = (*zeros[:-1], 1 if by_class else 0)
+    beside = [zeros if s is None or linear else s for s in beside]
+    layout = merged_dims(shape, [x_strides, rows, classes, *beside, *strides])
+    # the classes' strides only tell where they are
+    read = [k for k in range(len(layout.strides)) if k != 2]
+    return Walk(layout.numbers(*read), constants_of(layout, linear, row_weight, itemsize))

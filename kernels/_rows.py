@@ -6,6 +6,8 @@ and losses of rows are contiguous and indexed by ``row``; everything else is rea
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,8 @@ from ._walk import (
     MAX_DIMS,
     MAX_INNER_SIZE,
     Layout,
+    cached,
+    cdiv,
     contiguous_strides,
     coordinates,
     merged_dims,
@@ -142,14 +146,27 @@ def upstream(
     return grad
 
 
-def row_layout(x, *others) -> Layout | None:
-    """The rows of ``x`` in its memory order; strides of x, of contiguous rows, of the others, which
-    may be None."""
-    rows = tuple(x.shape[:-1])
+class Rows(NamedTuple):
+    """How a kernel walks over the rows of x, in its memory order."""
+
+    layout: Layout  # strides of x, of contiguous rows, then what else is read
+    numbers: tuple[int, ...]  # of the layout
+
+
+def row_layout(x, *others) -> Rows | None:
+    """The walk over the rows of ``x`` and of the others, which may be None."""
+    strides = tuple([None if t is None else t.stride() for t in others])
+    return rows_of(x.shape, x.stride(), strides)
+
+
+@cached
+def rows_of(shape, x_strides, others) -> Rows | None:
+    rows = shape[:-1]
     n, none = len(rows), (0,) * len(rows)
-    walks = [x.stride()[:n], contiguous_strides(rows)]
-    walks += [none if t is None else t.stride()[:n] for t in others]
-    return merged_dims(rows, walks)
+    walks = [x_strides[:n], contiguous_strides(rows)]
+    walks += [none if s is None else s[:n] for s in others]
+    layout = merged_dims(rows, walks)
+    return layout and Rows(layout, layout.numbers())
 
 
 def rows_walkable(x, *others) -> bool:
@@ -159,23 +176,23 @@ def rows_walkable(x, *others) -> bool:
     return row_layout(x, *others) is not None
 
 
-def columns_innermost(x, layout: Layout) -> bool:
+def columns_innermost(x, rows: Rows) -> bool:
     """True if neighbours in memory belong to one row; False for a permuted NCHW head output."""
-    row_step = layout.strides[0][-1]
+    row_step = rows.layout.strides[0][-1]
     return row_step == 0 or x.stride(-1) <= row_step
 
 
-def tile_of_rows(x, layout: Layout, config: Config, columns: int) -> dict:
+def tile_of_rows(x, rows: Rows, config: Config, columns: int) -> dict:
     """Constants of a launch over tiles of so many columns. Threads follow the memory: along a row
     where its columns are neighbours, else along the rows."""
-    lanes = LANES_OF_ROW if columns_innermost(x, layout) else 1
+    lanes = LANES_OF_ROW if columns_innermost(x, rows) else 1
     while lanes * MAX_STEPS < columns:
         lanes *= 2
-    steps = triton.cdiv(columns, lanes)
-    rows = config.block // (steps * lanes)
+    steps = cdiv(columns, lanes)
+    block = config.block // (steps * lanes)
     return {
-        "N_DIMS": layout.n_dims,
-        "BLOCK_R": 1 << (rows.bit_length() - 1),  # a power of 2
+        "N_DIMS": rows.layout.n_dims,
+        "BLOCK_R": 1 << (block.bit_length() - 1),  # a power of 2
         "STEPS": steps,
         "LANES": lanes,
         "num_warps": config.num_warps,
@@ -193,7 +210,7 @@ def forward_rows(x, block, avg_factor, reduction, launch):
         loss = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
         launch(loss, None, False)
         return loss, no_scale(x)
-    partials, counts = room_for_sums(x, triton.cdiv(n_rows(x), block), avg_factor, reduction)
+    partials, counts = room_for_sums(x, cdiv(n_rows(x), block), avg_factor, reduction)
     launch(partials, counts, True)
     return finish(partials, counts, avg_factor, reduction)
 

@@ -6,7 +6,8 @@ the walk becomes coordinates and offsets.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import functools
+import itertools
 from typing import NamedTuple
 
 import triton
@@ -26,23 +27,32 @@ class Layout(NamedTuple):
     sizes: tuple[int, ...]
     strides: tuple[tuple[int, ...], ...]
 
+    def numbers(self, *operands: int) -> tuple[int, ...]:
+        """What a kernel takes: inner sizes and the strides of these operands, or of all."""
+        strides = [self.strides[k] for k in operands] if operands else self.strides
+        return *self.sizes[1:], *itertools.chain(*strides)
+
 
 def cached(function):
     """Remember what was worked out for sizes and strides: they repeat in every step."""
-    remembered = lru_cache(maxsize=4096)(function)
+    remembered = functools.lru_cache(maxsize=4096)(function)
 
-    def look_up(shape, operands):
-        shape, operands = tuple(shape), tuple(map(tuple, operands))
+    @functools.wraps(function)
+    def look_up(*args):
         try:
-            return remembered(shape, operands)
+            return remembered(*args)
         except TypeError:  # a graph's symbolic sizes have no hash
-            return function(shape, operands)
+            return function(*args)
 
-    look_up.__doc__ = function.__doc__
     return look_up
 
 
-@cached
+def cdiv(a, b):
+    """Programs that take b of a each. Triton's function of this name costs the host as much as an
+    allocation."""
+    return -(-a // b)
+
+
 def merged_dims(shape, operands) -> Layout | None:
     """Drop dims of size 1 and merge neighbours that every operand walks with one stride.
 
@@ -88,7 +98,6 @@ def contiguous_strides(shape) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-@cached
 def same_memory_order(shape, operands) -> bool:
     """True if all operands lie in one dense block of memory in the same order."""
     layout = merged_dims(shape, operands[:1])

@@ -6,6 +6,9 @@ in registers; all others through their strides.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,13 +25,13 @@ from ._rows import (
     load_row_weights,
     locate,
     n_rows,
-    row_layout,
+    rows_of,
     rows_walkable,
     store_rows,
     upstream,
     upstream_of,
 )
-from ._walk import load_or_zero, offset_of
+from ._walk import cached, cdiv, load_or_zero, offset_of
 
 # Box losses. A box is (x1, y1, x2, y2); sides are clamped at 0, as torch.clamp does: a side of
 # exactly 0 still has a gradient. Ties of min and max share the gradient evenly.
@@ -408,10 +411,39 @@ def box_kernel(
         )  # fmt: skip
 
 
-def _wide(boxes, layout, strides) -> bool:
-    """True if the walk takes these boxes one after the other in memory."""
-    one_by_one = layout.n_dims == 1 and strides[-1] == 4
-    return boxes.stride(-1) == 1 and (one_by_one or n_rows(boxes) == 1)
+class _Walk(NamedTuple):
+    """How a kernel walks over boxes and what lies beside them."""
+
+    # inner sizes; strides of pred, rows, target, out, grad over rows, of the boxes over coordinates
+    numbers: tuple[int, ...]
+    constants: dict
+
+
+def _walk_over(pred, target, out, grad) -> _Walk:
+    """``out`` and ``grad``: those of each row, or None."""
+    others = tuple([None if t is None else t.stride() for t in (target, out, grad)])
+    return _walk(pred.shape, pred.stride(), others)
+
+
+@cached
+def _walk(shape, pred, others) -> _Walk:
+    layout = rows_of(shape, pred, others).layout
+    one_by_one = [layout.n_dims == 1 and strides[-1] == 4 for strides in layout.strides]
+    alone = math.prod(shape[:-1]) == 1
+
+    def wide(boxes, k):
+        """True if the walk takes these boxes one after the other in memory."""
+        return boxes is not None and boxes[-1] == 1 and (one_by_one[k] or alone)
+
+    target, out, _ = others
+    constants = {
+        "N_DIMS": layout.n_dims,
+        "PRED_WIDE": wide(pred, 0),
+        "TARGET_WIDE": wide(target, 2),
+        "OUT_WIDE": wide(out, 3),
+    }
+    by_coordinate = pred[-1], target[-1], 0 if out is None else out[-1]
+    return _Walk((*layout.numbers(), *by_coordinate), constants)
 
 
 def takes(pred, target, *args) -> bool:
@@ -424,11 +456,9 @@ def _launch(
     reduced, cell=0,
 ):  # fmt: skip
     """Loss or gradient of one tensor of boxes; a sum and a count of each program if reduced."""
-    per_row = [out if backward else None, None if reduced else grad]
-    layout = row_layout(pred, target, *per_row)
-    pred_s, row_s, target_s, out_s, grad_s = layout.strides
+    walk = _walk_over(pred, target, out if backward else None, None if reduced else grad)
     pointer, numbers = scalar_args(params, 2)
-    wrap_triton(box_kernel, pred)[(triton.cdiv(n_rows(pred), BOXES.block),)](
+    wrap_triton(box_kernel, pred)[(cdiv(n_rows(pred), BOXES.block),)](
         pred,
         target,
         weight,
@@ -439,23 +469,12 @@ def _launch(
         count,
         cell,
         n_rows(pred),
-        *layout.sizes[1:],
-        *pred_s,
-        *row_s,
-        *target_s,
-        *out_s,
-        *grad_s,
-        pred.stride(-1),
-        target.stride(-1),
-        out.stride(-1) if backward else 0,
+        *walk.numbers,
         *numbers,
         KIND=kind,
         BACKWARD=backward,
         REDUCED=reduced,
-        N_DIMS=layout.n_dims,
-        PRED_WIDE=_wide(pred, layout, pred_s),
-        TARGET_WIDE=_wide(target, layout, target_s),
-        OUT_WIDE=backward and _wide(out, layout, out_s),
+        **walk.constants,
         BLOCK=BOXES.block,
         num_warps=BOXES.num_warps,
     )
@@ -506,7 +525,7 @@ def forward_levels(
         _launch(*args, backward=False, reduced=True, cell=cell)
 
     def programs(k):
-        return triton.cdiv(n_rows(pred[k]), BOXES.block)
+        return cdiv(n_rows(pred[k]), BOXES.block)
 
     return over_levels(pred, programs, avg_factor, reduction, launch)
 

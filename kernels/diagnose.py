@@ -17,7 +17,7 @@ from tritonloss._op import launcher, wrap_triton
 
 from ._config import COUNTING, COUNTING_COPIES, LOGITS_PER_COPY
 from ._logits import offsets, targets_and_mask, walk_over, walkable
-from ._walk import coordinates, tile_of
+from ._walk import cdiv, coordinates, tile_of
 
 
 @triton.jit
@@ -184,8 +184,7 @@ def count(
     copies = min(max(n // LOGITS_PER_COPY, 1), COUNTING_COPIES)
     negatives = torch.zeros((copies, COLUMNS), dtype=torch.int32, device=x.device)
     walk = walk_over(x, dense, labels, weight)
-    x_s, row_s, _, dense_s, weight_s = walk.layout.strides
-    wrap_triton(count_kernel, x)[(triton.cdiv(n, COUNTING.block),)](
+    wrap_triton(count_kernel, x)[(cdiv(n, COUNTING.block),)](
         x,
         dense,
         labels,
@@ -196,25 +195,17 @@ def count(
         n,
         x.shape[-1],
         copies,
-        *walk.layout.sizes[1:],
-        *x_s,
-        *row_s,
-        *dense_s,
-        *weight_s,
+        *walk.numbers,
         ignore_index,
         LIMIT=LIMIT,
         STEPS=STEPS,
         QUALITY_STEPS=QUALITY_STEPS,
-        N_DIMS=walk.layout.n_dims,
-        CLASS_DIM=walk.class_dim,
-        LINEAR=walk.linear,
-        ROW_WEIGHT=walk.row_weight,
-        RUN=walk.run,
+        **walk.constants,
         BLOCK=COUNTING.block,
         num_warps=COUNTING.num_warps,
     )
     # one column a thread: neighbours read neighbours
-    wrap_triton(sum_copies_kernel, x)[(triton.cdiv(COLUMNS, 128),)](
+    wrap_triton(sum_copies_kernel, x)[(cdiv(COLUMNS, 128),)](
         negatives, table, copies, COLUMNS, BLOCK=128, num_warps=4
     )
     return table

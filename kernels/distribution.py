@@ -30,7 +30,7 @@ from ._rows import (
     upstream,
     upstream_of,
 )
-from ._walk import offset_of
+from ._walk import cdiv, offset_of
 
 MAX_BINS = 1024  # a program holds whole rows
 
@@ -367,34 +367,33 @@ def takes(x, target=None, *args) -> bool:
     return x.shape[-1] <= MAX_BINS and rows_walkable(x, *others)
 
 
-def _tile(x, layout) -> dict:
-    return tile_of_rows(x, layout, DISTRIBUTION, x.shape[-1])
+def _tile(x, rows) -> dict:
+    return tile_of_rows(x, rows, DISTRIBUTION, x.shape[-1])
 
 
 def _launch(
-    x, target, weight, layout, tile, out, count=None, grad=None, scale=None, *, backward, reduced,
+    x, target, weight, rows, tile, out, count=None, grad=None, scale=None, *, backward, reduced,
     cell=0,
 ):  # fmt: skip
     """Loss or gradient of one tensor of logits; a sum and a count of each program if reduced."""
-    x_s, row_s, target_s, out_s, grad_s = layout.strides
-    wrap_triton(distribution_focal_kernel, x)[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+    wrap_triton(distribution_focal_kernel, x)[(cdiv(n_rows(x), tile["BLOCK_R"]),)](
         x, target, weight, grad, scale, out, count, cell, n_rows(x), x.shape[-1],
-        *layout.sizes[1:], *x_s, *row_s, *target_s, *out_s, *grad_s, x.stride(-1),
-        out.stride(-1) if backward else 0, BACKWARD=backward, REDUCED=reduced, **tile,
+        *rows.numbers, x.stride(-1), out.stride(-1) if backward else 0, BACKWARD=backward,
+        REDUCED=reduced, **tile,
     )  # fmt: skip
 
 
 def _over_levels(launch, x, other, weight, params, avg_factor, reduction):
     """The sum or mean over levels of what ``launch`` computes of each; see ``forward_levels``."""
-    layouts = [row_layout(level, y, None, None) for level, y in zip(x, other, strict=True)]
-    tiles = [_tile(*level) for level in zip(x, layouts, strict=True)]
+    walks = [row_layout(level, y, None, None) for level, y in zip(x, other, strict=True)]
+    tiles = [_tile(*level) for level in zip(x, walks, strict=True)]
 
     def launch_level(k, cell, out, count):
-        args = (x[k], other[k], at(weight, k), *params, layouts[k], tiles[k], out, count)
+        args = (x[k], other[k], at(weight, k), *params, walks[k], tiles[k], out, count)
         launch(*args, backward=False, reduced=True, cell=cell)
 
     def programs(k):
-        return triton.cdiv(n_rows(x[k]), tiles[k]["BLOCK_R"])
+        return cdiv(n_rows(x[k]), tiles[k]["BLOCK_R"])
 
     return over_levels(x, programs, avg_factor, reduction, launch_level)
 
@@ -414,11 +413,11 @@ def forward(
     Returns:
         ``(loss, scale)``, float32.
     """
-    layout = row_layout(x, target, None, None)
-    tile = _tile(x, layout)
+    rows = row_layout(x, target, None, None)
+    tile = _tile(x, rows)
 
     def launch(out, count, reduced):
-        _launch(x, target, weight, layout, tile, out, count, backward=False, reduced=reduced)
+        _launch(x, target, weight, rows, tile, out, count, backward=False, reduced=reduced)
 
     return forward_rows(x, tile["BLOCK_R"], avg_factor, reduction, launch)
 
@@ -448,23 +447,21 @@ def backward(
     """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
     out = torch.empty_like(x)
     grad, scale, reduced = upstream_of(x, out, grad, scale, reduction, target)
-    layout = row_layout(x, target, out, None if reduced else grad)
-    args = (x, target, weight, layout, _tile(x, layout), out)
+    rows = row_layout(x, target, out, None if reduced else grad)
+    args = (x, target, weight, rows, _tile(x, rows), out)
     _launch(*args, None, grad, scale, backward=True, reduced=reduced)
     return out
 
 
 def _launch_distillation(
-    x, teacher, weight, params, layout, tile, out, count=None, grad=None, scale=None, *, backward,
+    x, teacher, weight, params, rows, tile, out, count=None, grad=None, scale=None, *, backward,
     reduced, cell=0,
 ):  # fmt: skip
     pointer, (temperature,) = scalar_args(params, 1)
-    x_s, row_s, teacher_s, out_s, grad_s = layout.strides
-    wrap_triton(distillation_kernel, x)[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+    wrap_triton(distillation_kernel, x)[(cdiv(n_rows(x), tile["BLOCK_R"]),)](
         x, teacher, weight, pointer, grad, scale, out, count, cell, n_rows(x), x.shape[-1],
-        *layout.sizes[1:], *x_s, *row_s, *teacher_s, *out_s, *grad_s, x.stride(-1),
-        teacher.stride(-1), out.stride(-1) if backward else 0, temperature,
-        BACKWARD=backward, REDUCED=reduced, **tile,
+        *rows.numbers, x.stride(-1), teacher.stride(-1), out.stride(-1) if backward else 0,
+        temperature, BACKWARD=backward, REDUCED=reduced, **tile,
     )  # fmt: skip
 
 
@@ -487,8 +484,8 @@ def distillation(
     Returns:
         ``(loss, scale)``, float32.
     """
-    layout = row_layout(x, teacher, None, None)
-    args = (x, teacher, weight, params, layout, _tile(x, layout))
+    rows = row_layout(x, teacher, None, None)
+    args = (x, teacher, weight, params, rows, _tile(x, rows))
 
     def launch(out, count, reduced):
         _launch_distillation(*args, out, count, backward=False, reduced=reduced)
@@ -524,19 +521,18 @@ def distillation_backward(
     """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
     out = torch.empty_like(x)
     grad, scale, reduced = upstream_of(x, out, grad, scale, reduction, teacher)
-    layout = row_layout(x, teacher, out, None if reduced else grad)
-    args = (x, teacher, weight, params, layout, _tile(x, layout), out)
+    rows = row_layout(x, teacher, out, None if reduced else grad)
+    args = (x, teacher, weight, params, rows, _tile(x, rows), out)
     _launch_distillation(*args, None, grad, scale, backward=True, reduced=reduced)
     return out
 
 
 def _launch_expectation(x, out, grad=None):
-    layout = row_layout(x, None if grad is None else out, grad)
-    x_s, row_s, out_s, grad_s = layout.strides
-    tile = _tile(x, layout)
-    wrap_triton(expectation_kernel, x)[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
-        x, grad, out, n_rows(x), x.shape[-1], *layout.sizes[1:],
-        *x_s, *row_s, *out_s, *grad_s, x.stride(-1), 0 if grad is None else out.stride(-1), **tile,
+    rows = row_layout(x, None if grad is None else out, grad)
+    tile = _tile(x, rows)
+    wrap_triton(expectation_kernel, x)[(cdiv(n_rows(x), tile["BLOCK_R"]),)](
+        x, grad, out, n_rows(x), x.shape[-1], *rows.numbers, x.stride(-1),
+        0 if grad is None else out.stride(-1), **tile,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from ._finish import at
 from ._formulas import is_hard, pointwise_value, region_of
 from ._logits import load_logits, walk_over, walkable
 from ._numbers import load_params, scalar_args
-from ._walk import coordinates, tile_of
+from ._walk import cdiv, coordinates, tile_of
 from .pointwise import gradient
 
 
@@ -293,7 +293,6 @@ def _region_sums(
     cell,
 ):  # fmt: skip
     walk = walk_over(x, dense, labels, weight)
-    x_s, row_s, _, dense_s, weight_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)
     wrap_triton(region_sums_kernel, x)[(programs,)](
         x,
@@ -309,21 +308,13 @@ def _region_sums(
         x.numel(),
         x.shape[-1],
         bins,
-        *walk.layout.sizes[1:],
-        *x_s,
-        *row_s,
-        *dense_s,
-        *weight_s,
+        *walk.numbers,
         ignore_index,
         *numbers,
         KIND=kind,
         HARD=is_hard(kind, labels, quality),
         REGIONS=losses.shape[0],
-        N_DIMS=walk.layout.n_dims,
-        CLASS_DIM=walk.class_dim,
-        LINEAR=walk.linear,
-        ROW_WEIGHT=walk.row_weight,
-        RUN=walk.run,
+        **walk.constants,
         BLOCK=HISTOGRAM.block,
         num_warps=HISTOGRAM.num_warps,
     )
@@ -332,12 +323,12 @@ def _region_sums(
 def region_totals(x, labels, quality, dense, weight, params, kind, bins, ignore_index):
     """Loss and count of each region over all levels, float32 (2, regions)."""
     device = x[0].device
-    regions = max(triton.next_power_of_2(bins), 32)
+    regions = max(1 << (bins - 1).bit_length(), 32)
     total = torch.empty((2, regions), dtype=torch.float32, device=device)
     filled = [k for k, level in enumerate(x) if level.numel() > 0]
     if not filled:  # a process of several may have no anchors
         return total.zero_()
-    programs = [min(triton.cdiv(x[k].numel(), HISTOGRAM.block), HISTOGRAM_PROGRAMS) for k in filled]
+    programs = [min(cdiv(x[k].numel(), HISTOGRAM.block), HISTOGRAM_PROGRAMS) for k in filled]
     losses = torch.empty((regions, sum(programs)), dtype=torch.float32, device=device)
     counts = torch.empty_like(losses, dtype=torch.int32)
     cell = 0

@@ -16,6 +16,7 @@ from tritonloss._op import launcher, wrap_triton
 from ._config import MATCHING, MATCHING_CLASSES, MATCHING_OBJECTS
 from ._formulas import power, safe_log, sigmoid_parts
 from ._numbers import number, scalar_args
+from ._walk import cdiv
 from .boxes import box_loss
 
 # Smallest area that counts: far below that of a pixel of the largest image, in units of the image.
@@ -209,7 +210,7 @@ def cost(
     out = torch.empty(shape, dtype=torch.float32, device=logits.device)
     block_t = min(triton.next_power_of_2(objects), MATCHING_OBJECTS)
     block_q = MATCHING.block // block_t
-    tiles = triton.cdiv(queries, block_q) * triton.cdiv(objects, block_t)
+    tiles = cdiv(queries, block_q) * cdiv(objects, block_t)
     pointer, numbers = scalar_args(params, 6)
     wrap_triton(matching_cost_kernel, logits)[(outer * groups * images * tiles,)](
         logits,

@@ -18,7 +18,7 @@ from ._finish import at, finish, no_scale, over_levels, room_for_sums
 from ._formulas import POWER, is_hard, pointwise_derivative, pointwise_value, region_of
 from ._logits import load_logits, walk_over, walkable
 from ._numbers import load_params, scalar_args
-from ._walk import coordinates, load_or_zero, offset_of, tile_of
+from ._walk import cdiv, coordinates, load_or_zero, offset_of, tile_of
 
 
 @triton.jit
@@ -241,11 +241,10 @@ def _launch(
     if layered:
         part, per_logit = x[0], [out[0] if backward else None, None]
     walk = walk_over(part, dense, labels, weight, class_weight, per_logit)
-    x_s, row_s, _, dense_s, weight_s, out_s, grad_s = walk.layout.strides
     pointer, numbers = scalar_args(params, 4)
     n = part.numel()
     span = span_of(x.numel())
-    grid = (triton.cdiv(n, span), len(x)) if layered else (triton.cdiv(n, span),)
+    grid = (cdiv(n, span), len(x)) if layered else (cdiv(n, span),)
     wrap_triton(pointwise_kernel, x)[grid](
         x,
         dense,
@@ -264,13 +263,7 @@ def _launch(
         span,
         x.shape[-1],
         0 if regions is None else regions.numel(),
-        *walk.layout.sizes[1:],
-        *x_s,
-        *row_s,
-        *dense_s,
-        *weight_s,
-        *out_s,
-        *grad_s,
+        *walk.numbers,
         x.stride(0) if layered else 0,
         labels.stride(0) if layered else 0,
         out.stride(0) if layered and backward else 0,
@@ -282,12 +275,8 @@ def _launch(
         HARD=is_hard(kind, labels, quality),
         BACKWARD=backward,
         REDUCED=reduced,
-        N_DIMS=walk.layout.n_dims,
-        CLASS_DIM=walk.class_dim,
-        LINEAR=walk.linear,
-        ROW_WEIGHT=walk.row_weight,
         LAYERED=layered,
-        RUN=walk.run,
+        **walk.constants,
         BLOCK=POINTWISE.block,
         num_warps=POINTWISE.num_warps,
     )
@@ -323,7 +312,7 @@ def forward(
     """
     args = (x, labels, quality, dense, weight, class_weight, params, kind, ignore_index)
     if reduction == "layers":
-        programs = triton.cdiv(x[0].numel(), span_of(x.numel()))
+        programs = cdiv(x[0].numel(), span_of(x.numel()))
         partials, _ = room_for_sums(x, len(x) * programs, avg_factor, reduction)
         _launch(*args, partials, backward=False, reduced=True, layered=True)
         return finish(partials, None, avg_factor, reduction, len(x))
@@ -331,9 +320,7 @@ def forward(
         loss = torch.empty_like(x, dtype=torch.float32)
         _launch(*args, loss, backward=False, reduced=False)
         return loss, no_scale(x)
-    partials, counts = room_for_sums(
-        x, triton.cdiv(x.numel(), span_of(x.numel())), avg_factor, reduction
-    )
+    partials, counts = room_for_sums(x, cdiv(x.numel(), span_of(x.numel())), avg_factor, reduction)
     _launch(*args, partials, counts, backward=False, reduced=True)
     return finish(partials, counts, avg_factor, reduction)
 
@@ -360,7 +347,7 @@ def forward_levels(
         _launch(*args, backward=False, reduced=True, cell=cell)
 
     def programs(k):
-        return triton.cdiv(x[k].numel(), span_of(x[k].numel()))
+        return cdiv(x[k].numel(), span_of(x[k].numel()))
 
     return over_levels(x, programs, avg_factor, reduction, launch)
 

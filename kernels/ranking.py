@@ -15,7 +15,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from tritonloss._op import launcher, wrap_triton
@@ -48,7 +47,7 @@ from ._ranking_scratch import (
     SUM_ROWS,
 )
 from ._ranking_table import CELL_BLOCKS, LEAST_FRACTION, WORDS, lookup_words, prepare_kernel
-from ._walk import contiguous_strides, merged_dims
+from ._walk import cached, cdiv, contiguous_strides, merged_dims
 
 # Programs of a grid that loops: about eight to a multiprocessor of a large GPU.
 MAX_PROGRAMS = 1024
@@ -122,51 +121,50 @@ def fraction_bits(n: int) -> int:
     return bits
 
 
-def _broadcast_strides(t, shape):
-    """Strides over ``shape``, 0 where ``t`` is absent or broadcast."""
-    if t is None:
-        return (0,) * len(shape)
-    if t.dim() == len(shape) - 1 and t.shape == shape[:-1]:
-        return (*t.stride(), 0)
-    return t.expand(shape).stride()
-
-
 class _Items(NamedTuple):
     """How the kernels that look at positives walk over items: rows or, with dense targets, logits.
 
-    ``strides`` of x, rows, dense, weight, group, out; ``by_class`` those of x, weight, group, out.
+    ``compact``: inner sizes, strides of x, rows, dense, weight, group; those of x, weight and group
+    over classes. ``scatter``: inner sizes, strides of rows and out; that of out over classes.
     """
 
     count: int
     n_dims: int
-    sizes: tuple[int, ...]
-    strides: list[tuple[int, ...]]
-    by_class: tuple[int, int, int, int]
+    compact: tuple[int, ...]
+    scatter: tuple[int, ...]
 
 
-def _items(x, dense, labels, weight, group, out) -> _Items:
-    shape = x.shape
-    rows = (*contiguous_strides(shape[:-1]), 0)
-    operands = [
-        x.stride(),
-        rows,
-        *map(_broadcast_strides, (dense, weight, group, out), [shape] * 4),
-    ]
-    by_class = (0, 0, 0, 0)
-    if labels is not None:
-        x_s, _, _, weight_s, group_s, out_s = operands
-        by_class = (x_s[-1], weight_s[-1], group_s[-1], out_s[-1])
+def _items(level: _Level, out=None) -> _Items:
+    operands = level.dense, level.weight, level.group, out
+    strides = tuple([None if t is None else t.stride() for t in operands])
+    return _items_of(level.x.shape, level.x.stride(), strides, level.labels is not None)
+
+
+@cached
+def _items_of(shape, x_strides, others, by_row) -> _Items:
+    none, rows = (0,) * len(shape), (*contiguous_strides(shape[:-1]), 0)
+    # a weight may have no dim of classes
+    others = [none if s is None else (*s, 0)[: len(shape)] for s in others]
+    operands = [x_strides, rows, *others]
+    x_class, weight_class, group_class, out_class = 0, 0, 0, 0
+    if by_row:
+        x_class, _, _, weight_class, group_class, out_class = (s[-1] for s in operands)
         shape = shape[:-1]
         # rows in the order of the labels
-        layout = merged_dims(shape, [op[:-1] for op in [rows, *operands]])
+        layout = merged_dims(shape, [s[:-1] for s in (rows, *operands)])
     else:
-        layout = merged_dims(shape, [operands[0], *operands])
-    return _Items(math.prod(shape), layout.n_dims, layout.sizes[1:], layout.strides[1:], by_class)
+        layout = merged_dims(shape, [x_strides, *operands])
+    return _Items(
+        math.prod(shape),
+        layout.n_dims,
+        (*layout.numbers(1, 2, 3, 4, 5), x_class, weight_class, group_class),
+        (*layout.numbers(2, 6), out_class),
+    )
 
 
 def _programs(n: int) -> int:
     """Of the pass over n logits."""
-    return min(triton.cdiv(n, RANKING.block), MAX_PROGRAMS)
+    return min(cdiv(n, RANKING.block), MAX_PROGRAMS)
 
 
 def _negatives(
@@ -175,9 +173,8 @@ def _negatives(
 ):  # fmt: skip
     """Launch the pass over all logits of a level, forward or backward."""
     x, labels, _, dense, weight, group, _ = level
-    lists = _broadcast_strides(group, x.shape)
+    lists = (0,) * x.dim() if group is None else group.stride()
     walk = walk_over(x, dense, labels, weight, None, [out], lists)
-    x_s, row_s, _, dense_s, weight_s, out_s, group_s = walk.layout.strides
     pointer, (number,) = scalar_args(delta, 1)
     n = x.numel()
     wrap_triton(negatives_kernel, x)[(_programs(n),)](
@@ -199,22 +196,12 @@ def _negatives(
         x.shape[-1],
         num_groups,
         scratch.items.numel(),
-        *walk.layout.sizes[1:],
-        *x_s,
-        *row_s,
-        *dense_s,
-        *weight_s,
-        *group_s,
-        *out_s,
+        *walk.numbers,
         ignore_index,
         number,
         BACKWARD=out is not None,
         APART=apart,
-        N_DIMS=walk.layout.n_dims,
-        CLASS_DIM=walk.class_dim,
-        LINEAR=walk.linear,
-        ROW_WEIGHT=walk.row_weight,
-        RUN=walk.run,
+        **walk.constants,
         BLOCK=RANKING.block,
         num_warps=RANKING.num_warps,
     )
@@ -255,12 +242,11 @@ def takes(x, labels, value, dense, weight, group, *args) -> bool:
 
 def _compact(level, spec, raw, raw_list, raw_item, counter, ignore_index, num_groups):
     x, labels, value, dense, weight, group, start = level
-    items = _items(x, dense, labels, weight, group, None)
-    x_s, row_s, dense_s, weight_s, group_s, _ = items.strides
-    wrap_triton(compact_kernel, x)[(triton.cdiv(items.count, RANKING.block),)](
+    items = _items(level)
+    wrap_triton(compact_kernel, x)[(cdiv(items.count, RANKING.block),)](
         x, dense, labels, value, weight, group, raw, raw_list, raw_item, counter,
-        start, items.count, x.shape[-1], num_groups, raw_item.numel(), *items.sizes,
-        *x_s, *row_s, *dense_s, *weight_s, *group_s, *items.by_class[:3], ignore_index,
+        start, items.count, x.shape[-1], num_groups, raw_item.numel(), *items.compact,
+        ignore_index,
         HAS_KEY=spec.sorts_by == "quality", N_DIMS=items.n_dims, BLOCK=RANKING.block,
         num_warps=RANKING.num_warps,
     )  # fmt: skip
@@ -304,7 +290,7 @@ def launch(
     first, second = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
 
     pointer, (number,) = scalar_args(delta, 1)
-    grid = (min(triton.cdiv(capacity, PAIRS.block), MAX_PROGRAMS),)
+    grid = (min(cdiv(capacity, PAIRS.block), MAX_PROGRAMS),)
     blocks = torch.empty_like(raw), torch.empty_like(raw_list), torch.empty_like(raw_item)
     wrap_triton(order_kernel, x)[grid](
         raw, raw_list, raw_item, *blocks, counter, capacity,
@@ -316,11 +302,11 @@ def launch(
         num_warps=MERGE.num_warps,
     )  # fmt: skip
     # what goes on beside the passes over logits and histogram
-    beside = min(triton.cdiv(capacity, PAIRED.value), MAX_PROGRAMS)
+    beside = min(cdiv(capacity, PAIRED.value), MAX_PROGRAMS)
     values = torch.empty(capacity, dtype=torch.float32, device=device)
     sums = torch.empty(SUM_ROWS, capacity, dtype=torch.float64, device=device)
     tables = positives, places, values, sums, counter, pointer
-    cells = max(CELL_BLOCKS.value, min(triton.cdiv(n_words, 4096), 256))
+    cells = max(CELL_BLOCKS.value, min(cdiv(n_words, 4096), 256))
     wrap_triton(prepare_kernel, x)[(cells + beside,)](
         knots, lookup, histogram, *tables, n, n_words, capacity, programs, cells, bits, number,
         LEAST=least, TABLE=not has_group, TILE=RANKING.block, PAIRS=spec.spreads,
@@ -333,7 +319,7 @@ def launch(
     total = None
     if exchange is not None:
         total = torch.zeros(2, 2 * capacity, dtype=torch.int64, device=device)
-    collectors = min(triton.cdiv(2 * capacity, COLLECT.block), MAX_PROGRAMS)
+    collectors = min(cdiv(2 * capacity, COLLECT.block), MAX_PROGRAMS)
     beside = beside if spec.spreads else 0
     wrap_triton(collect_kernel, x)[(collectors + beside,)](
         histogram, knots, total, lookup, *tables, capacity, collectors, number,
@@ -370,14 +356,14 @@ def _coefficient(scratch, levels, x, spec):
     if not rows:
         return coefficient
     if not levels or levels[0].labels is not None:  # rows are the items
-        items = _Items(rows, 1, (1, 1, rows), [(0, 0, 0, 1)] * 6, (0, 0, 0, 0))
-        _scatter(scratch, items, 0, None, coefficient, (None, None), 0, True)
+        items = _Items(rows, 1, (), (1, 1, rows, *[0, 0, 0, 1] * 2, 0))
+        _scatter(scratch, items, 0, None, coefficient, (None, None), True)
         return coefficient
     found = []
     for level in levels:
         of_logits = torch.zeros(level.x.shape, dtype=torch.float32, device=coefficient.device)
-        items = _items(level.x, level.dense, None, level.weight, level.group, of_logits)
-        _scatter(scratch, items, level.start, None, of_logits, (None, None), 0, True)
+        items = _items(level, of_logits)
+        _scatter(scratch, items, level.start, None, of_logits, (None, None), True)
         found.append(of_logits.sum(-1).reshape(-1))
     return torch.cat(found) if len(found) > 1 else found[0]
 
@@ -420,13 +406,12 @@ def forward(
     )
 
 
-def _scatter(scratch, items, start, labels, out, upstream, out_class, coefficient):
+def _scatter(scratch, items, start, labels, out, upstream, coefficient):
     capacity = scratch.items.numel()
-    wrap_triton(scatter_kernel, out)[(min(triton.cdiv(capacity, RANKING.block), MAX_PROGRAMS),)](
+    wrap_triton(scatter_kernel, out)[(min(cdiv(capacity, RANKING.block), MAX_PROGRAMS),)](
         scratch.positives, scratch.items, labels, scratch.counter, *upstream, scratch.scale, out,
-        start, items.count, capacity, *items.sizes, *items.strides[1], *items.strides[5], out_class,
-        COEFFICIENT=coefficient, N_DIMS=items.n_dims, BLOCK=RANKING.block,
-        num_warps=RANKING.num_warps,
+        start, items.count, capacity, *items.scatter, COEFFICIENT=coefficient,
+        N_DIMS=items.n_dims, BLOCK=RANKING.block, num_warps=RANKING.num_warps,
     )  # fmt: skip
 
 
@@ -463,8 +448,8 @@ def backward(
     level = _Level(x, labels, value, dense, weight, group, start)
     _negatives(scratch, level, delta, ignore_index, num_groups, upstream=first_grad, scale=scale,
                out=grad)  # fmt: skip
-    places = _items(x, dense, labels, weight, group, grad)
+    places = _items(level, grad)
     second_grad = second_grad if SPECS[loss].second_gradient else None
     upstream = first_grad, second_grad
-    _scatter(scratch, places, start, labels, grad, upstream, places.by_class[3], False)
+    _scatter(scratch, places, start, labels, grad, upstream, False)
     return grad

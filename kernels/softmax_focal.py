@@ -36,7 +36,7 @@ from ._rows import (
     upstream,
     upstream_of,
 )
-from ._walk import offset_of
+from ._walk import cdiv, offset_of
 
 
 @triton.jit
@@ -175,24 +175,23 @@ def softmax_focal_kernel(
         tl.store(stats_ptrs + 2 * tl.cast(n, tl.int64), d, mask=inside)
 
 
-def _tile(x, layout) -> dict:
+def _tile(x, rows) -> dict:
     """With WHOLE: steps of which none has a column beyond the last."""
     classes = x.shape[-1]
-    config, most = SOFTMAX if columns_innermost(x, layout) else SOFTMAX_BY_ROW
-    tiles = triton.cdiv(classes, most)
-    tile = tile_of_rows(x, layout, config, triton.cdiv(classes, tiles))
+    config, most = SOFTMAX if columns_innermost(x, rows) else SOFTMAX_BY_ROW
+    tiles = cdiv(classes, most)
+    tile = tile_of_rows(x, rows, config, cdiv(classes, tiles))
     whole = tile["STEPS"] if classes % (tile["STEPS"] * tile["LANES"]) == 0 else 0
     return tile | {"WHOLE": classes // tile["LANES"] if tiles == 1 else whole}
 
 
 def _launch(
-    x, labels, weight, alpha, params, ignore_index, stats, layout, tile, out, count=None, grad=None,
+    x, labels, weight, alpha, params, ignore_index, stats, rows, tile, out, count=None, grad=None,
     scale=None, *, backward, reduced, cell=0,
 ):  # fmt: skip
     """Loss or gradient of one tensor of logits; a sum and a count of each program if reduced."""
-    x_s, row_s, out_s, grad_s = layout.strides
     pointer, (gamma,) = scalar_args(params, 1)
-    wrap_triton(softmax_focal_kernel, x)[(triton.cdiv(n_rows(x), tile["BLOCK_R"]),)](
+    wrap_triton(softmax_focal_kernel, x)[(cdiv(n_rows(x), tile["BLOCK_R"]),)](
         x,
         labels,
         alpha,
@@ -206,11 +205,7 @@ def _launch(
         cell,
         n_rows(x),
         x.shape[-1],
-        *layout.sizes[1:],
-        *x_s,
-        *row_s,
-        *out_s,
-        *grad_s,
+        *rows.numbers,
         x.stride(-1),
         out.stride(-1) if backward else 0,
         ignore_index,
@@ -228,9 +223,9 @@ def takes(x, *args) -> bool:
 
 def _prepared(x) -> tuple:
     """Room for the statistics of each row, the walk and the tile of a forward."""
-    layout = row_layout(x, None, None)
+    rows = row_layout(x, None, None)
     stats = torch.empty((3, n_rows(x)), dtype=torch.float32, device=x.device)
-    return stats, layout, _tile(x, layout)
+    return stats, rows, _tile(x, rows)
 
 
 @launcher
@@ -256,8 +251,8 @@ def forward(
     Returns:
         ``(loss, scale, stats)``, float32; stats has shape (3, rows).
     """
-    stats, layout, tile = _prepared(x)
-    args = (x, labels, weight, alpha, params, ignore_index, stats, layout, tile)
+    stats, rows, tile = _prepared(x)
+    args = (x, labels, weight, alpha, params, ignore_index, stats, rows, tile)
 
     def launch(out, count, reduced):
         _launch(*args, out, count, backward=False, reduced=reduced)
@@ -277,14 +272,14 @@ def forward_levels(
     reduction: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The sum or mean of ``forward`` over levels; a list may be empty where that has None."""
-    stats, layouts, tiles = zip(*map(_prepared, x), strict=True)
+    stats, walks, tiles = zip(*map(_prepared, x), strict=True)
 
     def launch(k, cell, out, count):
-        args = (x[k], labels[k], at(weight, k), alpha, params, ignore_index, stats[k], layouts[k])
+        args = (x[k], labels[k], at(weight, k), alpha, params, ignore_index, stats[k], walks[k])
         _launch(*args, tiles[k], out, count, backward=False, reduced=True, cell=cell)
 
     def programs(k):
-        return triton.cdiv(n_rows(x[k]), tiles[k]["BLOCK_R"])
+        return cdiv(n_rows(x[k]), tiles[k]["BLOCK_R"])
 
     return *over_levels(x, programs, avg_factor, reduction, launch), list(stats)
 
@@ -306,7 +301,7 @@ def backward(
     """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
     out = torch.empty_like(x)
     grad, scale, reduced = upstream_of(x, out, grad, scale, reduction)
-    layout = row_layout(x, out, None if reduced else grad)
-    args = (x, labels, weight, alpha, params, ignore_index, stats, layout, _tile(x, layout), out)
+    rows = row_layout(x, out, None if reduced else grad)
+    args = (x, labels, weight, alpha, params, ignore_index, stats, rows, _tile(x, rows), out)
     _launch(*args, None, grad, scale, backward=True, reduced=reduced)
     return out

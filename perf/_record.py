@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from tritonloss import _dispatch
+from tritonloss import _dispatch, _launch
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,17 @@ class Launch:
 
 
 @contextmanager
+def _kernels_on_cpu(place, name: str, stand_in):
+    """Losses of CPU or meta tensors take the kernels' path, with something in place of Triton's."""
+    with (
+        mock.patch.object(place, name, stand_in),
+        mock.patch.object(_launch, "known", {}),  # binaries that ran before
+        mock.patch.object(_dispatch, "_FORCE_ON_CPU", True),
+    ):
+        yield
+
+
+@contextmanager
 def replaced_launches(handle: Callable[[Launch], None]):
     """Losses of CPU or meta tensors take the kernels' path; ``handle`` gets each launch."""
 
@@ -38,12 +54,8 @@ def replaced_launches(handle: Callable[[Launch], None]):
         options = {k: v for k, v in kwargs.items() if k not in known}
         handle(Launch(kernel, grid, bound, options))
 
-    run_before, force_before = JITFunction.run, _dispatch._FORCE_ON_CPU
-    JITFunction.run, _dispatch._FORCE_ON_CPU = run, True
-    try:
+    with _kernels_on_cpu(JITFunction, "run", run):
         yield
-    finally:
-        JITFunction.run, _dispatch._FORCE_ON_CPU = run_before, force_before
 
 
 @contextmanager
@@ -52,3 +64,34 @@ def recorded_launches():
     launches: list[Launch] = []
     with replaced_launches(launches.append):
         yield launches
+
+
+@contextmanager
+def fake_driver(capability: int = 90):
+    """Losses of CPU tensors take the kernels' path, compiled for such a GPU; launches end where
+    the driver would begin. Yields a list that each launch adds the name of its binary to."""
+    launched: list[str] = []
+
+    class Launcher:
+        def __init__(self, src, metadata):
+            self.name = metadata.name
+
+        def __call__(self, *args):
+            launched.append(self.name)
+
+    properties = {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132}
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        # no number: Triton keeps what it compiled by device
+        get_current_device=lambda: "fake",
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+        utils=SimpleNamespace(
+            # module, function, registers, spills, most threads of a block
+            load_binary=lambda *args: (0, 0, 0, 0, 1024),
+            get_device_properties=lambda device: properties,
+        ),
+        launcher_cls=Launcher,
+    )
+    with _kernels_on_cpu(triton.runtime.driver, "_active", driver):
+        yield launched

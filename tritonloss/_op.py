@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import _launch
+
 try:
     import triton
 except ImportError:  # no launchers
@@ -49,13 +51,13 @@ class _Nothing:
 
 
 def wrap_triton(kernel, x: Tensor):
-    """What a launcher launches: the kernel itself, or where ``x`` is traced its node in the graph.
+    """What a launcher launches: the kernel, or where ``x`` is traced its node in the graph.
 
     torch finds the kernels of an op by this name, ``wrap_triton(kernel, ...)`` in the source. Its
     body never runs where Dynamo traces: the type of ``x`` tells.
     """
     if type(x) in PLAIN:
-        return kernel
+        return kernel if INTERPRET else _launch.remembering(kernel)
     return _Nothing() if INTERPRET else torch.library.wrap_triton(kernel)
 
 
