@@ -167,21 +167,16 @@ def differentiable(
             ctx.given = results[outputs : outputs + given]
             if constants:
                 ctx.mark_non_differentiable(*found[-constants:])
-            ctx.save_for_backward(x, *saved, *[a for a in args if isinstance(a, Tensor)])
-            ctx.n_saved = len(saved)
-            ctx.is_tensor = [isinstance(a, Tensor) for a in args]
-            ctx.static = [None if t else a for a, t in zip(args, ctx.is_tensor, strict=True)]
+            ctx.static = [None if isinstance(a, Tensor) else a for a in args]
+            ctx.save_for_backward(x, *saved, *_tensors_of(args))
             return found if outputs > 1 else found[0]
 
         @staticmethod
         def backward(ctx, *grads):
             x, *rest = ctx.saved_tensors
             grads = grads[: outputs - constants]
-            saved, tensors = rest[: ctx.n_saved], iter(rest[ctx.n_saved :])
-            args = [
-                next(tensors) if t else value
-                for t, value in zip(ctx.is_tensor, ctx.static, strict=True)
-            ]
+            n_saved = len(rest) - len(ctx.static)
+            saved, args = rest[:n_saved], _with_tensors(ctx.static, rest[n_saved:])
             if torch.is_grad_enabled():  # create_graph=True
                 (grad_x,) = _through_reference(reference, grads, (x,), (x, *args))
             else:
@@ -226,23 +221,21 @@ def differentiable_levels(
             found, saved = results[:outputs], results[outputs:]
             if constants:
                 ctx.mark_non_differentiable(*found[-constants:])
-            saved_lists = [s if isinstance(s, list) else [s] for s in saved]
-            ctx.n_levels, ctx.sizes = n_levels, [len(s) for s in saved_lists]
-            ctx.by_level = [isinstance(s, list) for s in saved]
-            tensors = [a for a in args if isinstance(a, Tensor)]
-            ctx.save_for_backward(*(t for s in saved_lists for t in s), *tensors)
+            ctx.n_levels = n_levels
+            # entries of a list, None of what all levels share
+            ctx.sizes = [len(s) if isinstance(s, list) else None for s in saved]
+            flat = []
+            for s in saved:
+                flat += s if isinstance(s, list) else (s,)
             ctx.static = [None if isinstance(a, Tensor) else a for a in args]
-            ctx.is_tensor = [isinstance(a, Tensor) for a in args]
+            ctx.save_for_backward(*flat, *_tensors_of(args))
             return found if outputs > 1 else found[0]
 
         @staticmethod
         def backward(ctx, *grads):
-            tensors = iter(ctx.saved_tensors)
-            saved = [[next(tensors) for _ in range(size)] for size in ctx.sizes]
-            args = [
-                next(tensors) if is_tensor else value
-                for is_tensor, value in zip(ctx.is_tensor, ctx.static, strict=True)
-            ]
+            tensors = ctx.saved_tensors
+            n_saved = len(tensors) - len(ctx.static)
+            args = _with_tensors(ctx.static, tensors[n_saved:])
             grads = grads[: outputs - constants]
             cut = ctx.n_levels * n
             levels = [args[k : k + n] for k in range(0, cut, n)]
@@ -255,7 +248,10 @@ def differentiable_levels(
                     if level[0].numel() == 0:
                         grads_x.append(torch.empty_like(level[0]))
                         continue
-                    of = [s[k if own else 0] for s, own in zip(saved, ctx.by_level, strict=True)]
+                    of, first = [], 0
+                    for size in ctx.sizes:
+                        of.append(tensors[first if size is None else first + k])
+                        first += 1 if size is None else size
                     grads_x.append(backward(*grads, *of, *level, *args[cut:]))
             result = [None] * len(args)
             result[0:cut:n] = grads_x
@@ -269,6 +265,15 @@ def differentiable_levels(
         return Kernel.apply(len(levels), *args)
 
     return run
+
+
+def _tensors_of(args) -> list[Tensor | None]:
+    return [a if isinstance(a, Tensor) else None for a in args]
+
+
+def _with_tensors(static: list, tensors) -> list:
+    """The arguments, of which autograd saved the tensors."""
+    return [s if t is None else t for s, t in zip(static, tensors, strict=True)]
 
 
 def distinct(x: Tensor, args: tuple) -> list:
