@@ -21,13 +21,14 @@ from ._ranking_scratch import (
     OWN,
     count_positives,
     load_delta,
+    lookup_tables,
+    tables,
     wide,
 )
 from ._ranking_table import (
     cell_of,
     first_jump,
     load_plan,
-    lookup_tables,
     most_of_a_cell,
     power_of_2,
     search,
@@ -52,7 +53,7 @@ def compact_kernel(
     weight_ptr,  # [rows] or per logit, or None
     group_ptr,  # list of each logit, or None
     raw_ptr,  # [2, capacity] float32 out: score, value
-    raw_list_ptr,  # [capacity] int32 out
+    raw_list_ptr,  # [capacity] int32 out, or None
     raw_item_ptr,  # [capacity] int64 out
     counter_ptr,  # [2] int64: positives, flag of something not finite
     # shapes
@@ -141,7 +142,8 @@ def compact_kernel(
     mask = positive & (place < capacity)
     tl.store(raw_ptr + place, tl.where(x_bad, 0.0, x), mask=mask)
     tl.store(raw_ptr + capacity + place, tl.where(value_bad, 0.0, value), mask=mask)
-    tl.store(raw_list_ptr + place, group.to(tl.int32), mask=mask)
+    if raw_list_ptr is not None:
+        tl.store(raw_list_ptr + place, group.to(tl.int32), mask=mask)
     tl.store(raw_item_ptr + place, item_start + start + offs, mask=mask)
 
 
@@ -174,14 +176,13 @@ def negatives_kernel(
     label_ptr,  # [rows] integers, or None
     weight_ptr,  # [rows] or per logit, or None
     group_ptr,  # list of each logit, or None
-    knot_ptr,  # [5, 2 capacity]
+    float_ptr,  # see ``tables``
     lookup_ptr,  # int64, see ``lookup_words``
     list_ptr,  # [2, num_groups]
     histogram_ptr,  # forward: [copies, 2 P] int64, or [copies, 2 P, 2]; or None
     counter_ptr,
     delta_ptr,
     grad_ptr,  # backward: [] upstream gradient, or None
-    scale_ptr,  # backward: [] float32
     out_ptr,  # backward: gradient of the logits
     # shapes
     n,
@@ -234,6 +235,7 @@ def negatives_kernel(
     1-D grid of persistent programs; each takes every num_programs-th tile of BLOCK logits.
     """
     capacity = wide(capacity)
+    _, knot_ptr, _, scale_ptr = tables(float_ptr, capacity)
     _, per_unit = load_delta(delta_ptr, delta)
     n_pos = count_positives(counter_ptr, capacity)
     run, within = tile_of(BLOCK, RUN)
@@ -247,7 +249,7 @@ def negatives_kernel(
     )
     group_strides = (group_s0, group_s1, group_s2, group_s3)
     # How the search begins: in a cell of the table, or among the knots of a list.
-    table_ptr, most_ptr, plan_ptr = lookup_tables(lookup_ptr, capacity)
+    table_ptr, most_ptr, plan_ptr, _ = lookup_tables(lookup_ptr, capacity)
     table = table_scale(knot_ptr, n_pos)
     if group_ptr is not None:
         jump = first_jump(2 * n_pos)
@@ -372,12 +374,10 @@ def negatives_kernel(
 def collect_kernel(
     # pointers
     histogram_ptr,  # [copies, 2 P] int64, or [copies, 2 P, 2]
-    knot_ptr,  # [5, 2 capacity] out: COUNT, OFFSET
+    float_ptr,  # see ``tables``; of knots out: COUNT, OFFSET; PAIRS: as `violators` takes them
     total_ptr,  # [2, 2 capacity] int64 out instead, for other processes to add to; or None
     lookup_ptr,
-    positive_ptr,  # PAIRS: as `violators` takes them
     place_ptr,
-    value_ptr,
     sum_ptr,
     counter_ptr,
     delta_ptr,
@@ -395,6 +395,7 @@ def collect_kernel(
     """1-D grid: ``collectors`` programs over blocks of segments add the copies, COPIES at a time;
     the others look for ``violators``."""
     capacity = wide(capacity)
+    positive_ptr, knot_ptr, value_ptr, _ = tables(float_ptr, capacity)
     n_pos = count_positives(counter_ptr, capacity)
     if PAIRS:  # noqa: SIM102 (decided when compiled)
         if tl.program_id(0) >= collectors:
@@ -413,7 +414,7 @@ def collect_kernel(
                 ACROSS,
             )
             return
-    _, _, plan_ptr = lookup_tables(lookup_ptr, capacity)
+    _, _, plan_ptr, _ = lookup_tables(lookup_ptr, capacity)
     copies, fraction, shift = load_plan(plan_ptr)
     each = words_of(n_pos, shift)
     amount_bits = (tl.cast(1, tl.int64) << shift) - 1
@@ -453,13 +454,12 @@ def collect_kernel(
 @triton.jit(do_not_specialize=["item_start"])
 def scatter_kernel(
     # pointers
-    positive_ptr,
-    item_ptr,
+    float_ptr,  # see ``tables``
+    lookup_ptr,  # int64, see ``lookup_words``
     label_ptr,  # [rows] integers where the item's class counts, or None
     counter_ptr,
     first_grad_ptr,  # [] upstream gradient of the first value, or None
     second_grad_ptr,  # [] of the second, or None
-    scale_ptr,  # [] float32
     out_ptr,
     # shapes
     item_start,  # items of the levels before
@@ -485,6 +485,8 @@ def scatter_kernel(
 ):
     """1-D grid over blocks of positives; each writes to the place of its own item."""
     capacity = wide(capacity)
+    positive_ptr, _, _, scale_ptr = tables(float_ptr, capacity)
+    _, _, _, item_ptr = lookup_tables(lookup_ptr, capacity)
     n_pos = count_positives(counter_ptr, capacity)
     scale = tl.load(scale_ptr)
     first = tl.program_id(0) * BLOCK

@@ -22,6 +22,8 @@ import triton.language as tl
 
 from ._numbers import Constant
 from ._ranking_scratch import (
+    BLOCK_LISTS,
+    BLOCKS,
     BY_VALUE,
     FIRST,
     HIGH,
@@ -47,6 +49,8 @@ from ._ranking_scratch import (
     WINDOW_START,
     count_positives,
     load_delta,
+    lookup_tables,
+    tables,
     wide,
 )
 
@@ -71,11 +75,13 @@ def next_above(x):
 
 
 @triton.jit
-def load_key(key_ptr, list_ptr, item_ptr, capacity, i, mask):
+def load_key(key_ptr, list_ptr, item_ptr, capacity, i, mask, HAS_GROUP: tl.constexpr):
     """``(score, value, list, item)`` of positives i, by which they are sorted."""
     score = tl.load(key_ptr + i, mask=mask, other=0.0)
     value = tl.load(key_ptr + capacity + i, mask=mask, other=0.0)
-    group = tl.load(list_ptr + i, mask=mask, other=0)
+    group = tl.zeros(i.shape, tl.int32)
+    if HAS_GROUP:
+        group = tl.load(list_ptr + i, mask=mask, other=0)
     return score, value, group, tl.load(item_ptr + i, mask=mask, other=0)
 
 
@@ -92,11 +98,11 @@ def precedes(g_j, g_i, less, HAS_GROUP: tl.constexpr):
 def order_kernel(
     # pointers
     raw_ptr,  # [2, capacity]: score, value
-    raw_list_ptr,
+    raw_list_ptr,  # or None
     raw_item_ptr,
-    block_ptr,  # the same out, each block of SORTED in order
-    block_list_ptr,
-    block_item_ptr,
+    float_ptr,  # the same out, each block of SORTED in order: BLOCKS of the table of positives
+    place_ptr,  # BLOCK_LISTS
+    lookup_ptr,  # items
     counter_ptr,
     # shapes
     capacity,
@@ -107,12 +113,15 @@ def order_kernel(
 ):
     """1-D grid; a program takes TILE positives of a block and counts what precedes each."""
     capacity = wide(capacity)
+    block_ptr = float_ptr + BLOCKS * capacity
     n_pos = count_positives(counter_ptr, capacity)
     first = tl.program_id(0) * TILE
     while first < n_pos:
         i = first + tl.arange(0, TILE)
         mask = i < n_pos
-        s_i, v_i, g_i, k_i = load_key(raw_ptr, raw_list_ptr, raw_item_ptr, capacity, i, mask)
+        s_i, v_i, g_i, k_i = load_key(
+            raw_ptr, raw_list_ptr, raw_item_ptr, capacity, i, mask, HAS_GROUP
+        )
         # summed over j at the end: no shuffles in the loop
         before = tl.zeros([ACROSS, TILE], tl.int32)
         other = first // SORTED * SORTED
@@ -134,8 +143,9 @@ def order_kernel(
         place = block + tl.sum(before, 0)
         tl.store(block_ptr + place, s_i, mask=mask)
         tl.store(block_ptr + capacity + place, v_i, mask=mask)
-        tl.store(block_list_ptr + place, g_i, mask=mask)
-        tl.store(block_item_ptr + place, k_i, mask=mask)
+        if HAS_GROUP:
+            tl.store(place_ptr + BLOCK_LISTS * capacity + place, g_i, mask=mask)
+        tl.store(lookup_ptr + place, k_i, mask=mask)
         first += tl.num_programs(0) * TILE
 
 
@@ -161,13 +171,9 @@ def count_below(sorted_ptr, x, bound, size, most, CLOSED: tl.constexpr):
 @triton.jit
 def merge_kernel(
     # pointers
-    block_ptr,  # [2, capacity]: score, value; each block of SORTED in order
-    block_list_ptr,
-    block_item_ptr,
-    positive_ptr,  # table of positives out: SCORE, VALUE
-    place_ptr,  # table of places out: LOWER, UPPER, START, SIZE, LIST
-    knot_ptr,  # table of knots out: KEY, HIGH, LOW
-    item_ptr,  # [capacity] int64 out
+    float_ptr,  # see ``order``; table of positives out: SCORE, VALUE; of knots: KEY, HIGH, LOW
+    place_ptr,  # see ``order``; table of places out: LOWER, UPPER, START, SIZE, LIST
+    lookup_ptr,  # see ``order``; items out
     list_ptr,  # [2, num_groups] int32 out: start and size
     counter_ptr,
     delta_ptr,
@@ -183,6 +189,11 @@ def merge_kernel(
 ):
     """1-D grid over positives i; searches in ACROSS blocks at a time."""
     capacity = wide(capacity)
+    positive_ptr, knot_ptr, _, _ = tables(float_ptr, capacity)
+    _, _, _, item_ptr = lookup_tables(lookup_ptr, capacity)
+    block_ptr = float_ptr + BLOCKS * capacity
+    block_list_ptr = place_ptr + BLOCK_LISTS * capacity
+    block_item_ptr = lookup_ptr
     delta, _ = load_delta(delta_ptr, delta)
     width = 2.0 * delta
     n_pos = count_positives(counter_ptr, capacity)
@@ -190,7 +201,9 @@ def merge_kernel(
     while first < n_pos:
         i = first + tl.arange(0, TILE)
         mask = i < n_pos
-        s_i, v_i, g_i, k_i = load_key(block_ptr, block_list_ptr, block_item_ptr, capacity, i, mask)
+        s_i, v_i, g_i, k_i = load_key(
+            block_ptr, block_list_ptr, block_item_ptr, capacity, i, mask, HAS_GROUP
+        )
         x, y, g, item = s_i[None, :], v_i[None, :], g_i[None, :], k_i[None, :]
         # Positives before i, windows that end below i's, and that begin before i's ends
         before = tl.zeros([ACROSS, TILE], tl.int32)

@@ -47,6 +47,7 @@ from ._ranking_scratch import (
     count_positives,
     is_broken,
     load_delta,
+    tables,
     wide,
 )
 from ._ranking_table import packed
@@ -79,19 +80,16 @@ def width_of(knot, per_unit, mask, last, capacity):
 @triton.jit
 def settle_kernel(
     # pointers
-    positive_ptr,  # table of positives out: MISS, WEIGHT, OWN; AP: FIRST; aLRP: SECOND, OTHER;
-    # rank_sort: OTHER
+    float_ptr,  # see ``tables``; of positives out: MISS, WEIGHT, OWN; AP: FIRST; aLRP: SECOND,
+    # OTHER; rank_sort: OTHER; and the scale, 1; with groups no scale
     place_ptr,
-    knot_ptr,
     lookup_ptr,  # out: words of the backward, see ``lookup_words``
-    value_ptr,  # rank_sort: qualities, sorted in blocks
     sum_ptr,  # table of float64 sums, scratch
     list_ptr,
     counter_ptr,
     delta_ptr,
     first_ptr,  # [] float32 out: the first value; and with groups nothing
     second_ptr,  # [] float32 out: the second
-    scale_ptr,  # [] float32 out: 1
     # shapes
     capacity,
     num_groups,
@@ -110,6 +108,7 @@ def settle_kernel(
     What follows from the histogram of a list, by scans over its positives and knots. The gradients
     are those of the list's own mean."""
     capacity = wide(capacity)
+    positive_ptr, knot_ptr, value_ptr, scale_ptr = tables(float_ptr, capacity)
     delta, per_unit = load_delta(delta_ptr, delta)
     n_pos = count_positives(counter_ptr, capacity)
     lane = tl.arange(0, TILE)
@@ -325,12 +324,11 @@ def settle_kernel(
 @triton.jit
 def means_kernel(
     # pointers
-    positive_ptr,
+    float_ptr,  # see ``tables``; out: the scale, 1 / lists with a positive
     place_ptr,
     counter_ptr,
     first_ptr,  # [] float32 out: mean of VALUE_ROW
     second_ptr,  # [] float32 out: mean of FIRST; aLRP: loc
-    scale_ptr,  # [] float32 out: 1 / lists with a positive
     # shapes
     capacity,
     # constants
@@ -342,6 +340,7 @@ def means_kernel(
     without positives.
     """
     capacity = wide(capacity)
+    positive_ptr, _, _, scale_ptr = tables(float_ptr, capacity)
     n_pos = count_positives(counter_ptr, capacity)
     value = tl.zeros([TILE], tl.float64)
     second = tl.zeros([TILE], tl.float64)

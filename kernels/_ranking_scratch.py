@@ -1,7 +1,11 @@
 """Scratch of the ranking kernels: tables of rows, with an entry for each positive or knot; and what
 all passes read first.
 
-P stays on the device: a table has room for ``capacity`` positives, and each pass reads P.
+P stays on the device: a table has room for ``capacity`` positives, and each pass reads P. Tables of
+one dtype lie in one tensor, for every tensor and every pointer costs the host: float32 those of
+positives and of knots, and the scale (``tables``), int64 the words that a pass over the logits
+looks up and the positives' items (``lookup_tables``). What only lives from one launch to the next
+lies where a later one writes.
 """
 
 import triton
@@ -23,7 +27,47 @@ RAMP, DISTANCE, SUM_DISTANCE, AHEAD, AHEAD_DISTANCE = (Constant(k) for k in (0, 
 SUM_VALUE, SUM_SCORE, SUM_PRODUCT, SUM_SHARE, SUM_SHARE_SCORE = (
     Constant(k) for k in (2, 3, 4, 5, 6)
 )
-POSITIVE_ROWS, PLACE_ROWS, KNOT_ROWS, SUM_ROWS = 9, 8, 5, 7
+PLACE_ROWS, KNOT_ROWS, SUM_ROWS = 8, 5, 7
+# Rows of the float32 tensor, capacity wide: positives, knots (two each), qualities sorted in blocks
+# (Rank & Sort); then the scale, what the upstream gradients are multiplied with.
+KNOTS, SORTED_VALUES, SCALE = (Constant(k) for k in (9, 19, 20))
+# From ``order`` to ``merge``: score and value in two rows of positives, the list in one of places,
+# the item where the words of knots will be.
+BLOCKS, BLOCK_LISTS = RANK_PLUS, WINDOW_START
+
+# Cells of the table by which a key is searched: the largest fits an L1 cache.
+MOST_CELLS = Constant(16384)
+CELL_BLOCKS = Constant(16)
+PLAN_WORDS = Constant(3)
+
+
+def float_words(capacity: int) -> int:
+    """Size of the float32 tensor."""
+    return SCALE.value * capacity + 1
+
+
+def lookup_words(capacity: int) -> int:
+    """Size of the int64 tensor. What a pass over the logits looks up: forward, HIGH and LOW of each
+    knot in a word; backward, these in one and the gradient there and its slope in the next. The
+    first knot of each cell and, above it, how many the cell holds; most knots of a cell in each
+    block; the plan of the histogram. And the item of each positive.
+    """
+    return 5 * capacity + MOST_CELLS.value + CELL_BLOCKS.value + PLAN_WORDS.value
+
+
+@triton.jit
+def tables(float_ptr, capacity):
+    """Where the tables of positives and of knots begin, and that of sorted qualities; the scale."""
+    rows = float_ptr + KNOTS * capacity
+    return float_ptr, rows, float_ptr + SORTED_VALUES * capacity, float_ptr + SCALE * capacity
+
+
+@triton.jit
+def lookup_tables(lookup_ptr, capacity):
+    """Where cells, the most knots of a cell, the plan and the items begin."""
+    table_ptr = lookup_ptr + 4 * capacity
+    plan_ptr = table_ptr + (MOST_CELLS + CELL_BLOCKS)
+    return table_ptr, table_ptr + MOST_CELLS, plan_ptr, plan_ptr + PLAN_WORDS
 
 
 @triton.jit

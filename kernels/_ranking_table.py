@@ -14,34 +14,26 @@ import triton.language as tl
 
 from ._numbers import Constant
 from ._ranking_pairs import windows
-from ._ranking_scratch import HIGH, LOW, count_positives, load_delta, wide
+from ._ranking_scratch import (
+    CELL_BLOCKS,
+    HIGH,
+    LOW,
+    MOST_CELLS,
+    count_positives,
+    load_delta,
+    lookup_tables,
+    tables,
+    wide,
+)
 
-# Cells of the table: eight a knot, of which most hold none; the largest table fits an L1 cache.
+# Cells of the table: eight a knot, of which most hold none.
 LEAST_CELLS = Constant(256)
-MOST_CELLS = Constant(16384)
-CELL_BLOCKS = Constant(16)
 CELLS_PER_POSITIVE = Constant(16)
 # Words of all copies together: more copies would take longer to add up than they spare.
 WORDS = 1 << 20
 # With fewer, the rounding of a distance shows in the loss: count and distance take a word each.
 LEAST_FRACTION = 24
 MOST_FRACTION = Constant(40)
-
-
-def lookup_words(capacity: int) -> int:
-    """Size of what a pass over the logits looks up. Forward: HIGH and LOW of each knot in a word;
-    backward: these in one and the gradient there and its slope in the next. The first knot of each
-    cell and, above it, how many the cell holds; most knots of a cell in each block; the plan of the
-    histogram.
-    """
-    return 4 * capacity + MOST_CELLS.value + CELL_BLOCKS.value + 3
-
-
-@triton.jit
-def lookup_tables(lookup_ptr, capacity):
-    """Where cells, the most knots of a cell and the plan begin."""
-    table_ptr = lookup_ptr + 4 * capacity
-    return table_ptr, table_ptr + MOST_CELLS, table_ptr + (MOST_CELLS + CELL_BLOCKS)
 
 
 @triton.jit
@@ -136,12 +128,10 @@ def first_jump(n):
 @triton.jit
 def prepare_kernel(
     # pointers
-    knot_ptr,  # [5, 2 capacity]: KEY, HIGH, LOW
+    float_ptr,  # see ``tables``
     lookup_ptr,  # int64 out, see ``lookup_words``
     histogram_ptr,  # [n_words] int64 out: zeros where the histogram is
-    positive_ptr,
     place_ptr,  # table of places out: see ``windows``
-    value_ptr,
     sum_ptr,
     counter_ptr,
     delta_ptr,
@@ -164,6 +154,7 @@ def prepare_kernel(
     """1-D grid: ``cell_programs``, at least CELL_BLOCKS, make all that the pass over the logits
     needs; the others ``windows``."""
     capacity = wide(capacity)
+    positive_ptr, knot_ptr, value_ptr, _scale_ptr = tables(float_ptr, capacity)
     pid = tl.program_id(0)
     if pid >= cell_programs:
         half, _ = load_delta(delta_ptr, delta)
@@ -184,7 +175,7 @@ def prepare_kernel(
     BLOCK: tl.constexpr = MOST_CELLS // CELL_BLOCKS
     lanes = tl.arange(0, BLOCK)
     n_pos = count_positives(counter_ptr, capacity)
-    table_ptr, most_ptr, plan_ptr = lookup_tables(lookup_ptr, capacity)
+    table_ptr, most_ptr, plan_ptr, _ = lookup_tables(lookup_ptr, capacity)
     step = tl.cast(cell_programs, tl.int64) * BLOCK
     copies, fraction, shift = histogram_plan(n, n_pos, n_words, programs, fraction, LEAST, TILE)
     if pid == 0:

@@ -37,16 +37,20 @@ from ._ranking_logits import collect_kernel, compact_kernel, negatives_kernel, s
 from ._ranking_pairs import PAIRED, merge_kernel, order_kernel
 from ._ranking_positives import means_kernel, settle_kernel
 from ._ranking_scratch import (
+    CELL_BLOCKS,
     COUNT,
     FIRST,
     KNOT_ROWS,
+    KNOTS,
     MISS,
     OFFSET,
     PLACE_ROWS,
-    POSITIVE_ROWS,
+    SCALE,
     SUM_ROWS,
+    float_words,
+    lookup_words,
 )
-from ._ranking_table import CELL_BLOCKS, LEAST_FRACTION, WORDS, lookup_words, prepare_kernel
+from ._ranking_table import LEAST_FRACTION, WORDS, prepare_kernel
 from ._walk import cached, cdiv, contiguous_strides, merged_dims
 
 # Programs of a grid that loops: about eight to a multiprocessor of a large GPU.
@@ -168,8 +172,8 @@ def _programs(n: int) -> int:
 
 
 def _negatives(
-    scratch, level, delta, ignore_index, num_groups, histogram=None, apart=False, upstream=None,
-    scale=None, out=None,
+    scratch, level, delta, ignore_index, num_groups, capacity, histogram=None, apart=False,
+    upstream=None, out=None,
 ):  # fmt: skip
     """Launch the pass over all logits of a level, forward or backward."""
     x, labels, _, dense, weight, group, _ = level
@@ -183,19 +187,18 @@ def _negatives(
         labels,
         weight,
         group,
-        scratch.knots,
+        scratch.floats,
         scratch.lookup,
         scratch.lists,
         histogram,
         scratch.counter,
         pointer,
         upstream,
-        scale,
         out,
         n,
         x.shape[-1],
         num_groups,
-        scratch.items.numel(),
+        capacity,
         *walk.numbers,
         ignore_index,
         number,
@@ -210,28 +213,22 @@ def _negatives(
 class Scratch(NamedTuple):
     """What the backward needs of the forward."""
 
-    positives: Tensor  # [9, capacity] float32
-    knots: Tensor  # [5, 2 capacity] float32
-    lookup: Tensor  # int64, what the pass over the logits looks up
-    items: Tensor  # [capacity] int64
+    floats: Tensor  # float32 tables of positives and knots, and the scale
+    lookup: Tensor  # int64, what the pass over the logits looks up, and the positives' items
     lists: Tensor  # [2, num_groups] int32
     counter: Tensor  # [2] int64
-    scale: Tensor  # [] float32
 
 
 def scratch_of(x, capacity, has_group, num_groups, counter) -> Scratch:
     device = x.device
     return Scratch(
-        torch.empty(POSITIVE_ROWS, capacity, dtype=torch.float32, device=device),
-        torch.empty(KNOT_ROWS, 2 * capacity, dtype=torch.float32, device=device),
+        torch.empty(float_words(capacity), dtype=torch.float32, device=device),
         torch.empty(lookup_words(capacity), dtype=torch.int64, device=device),
-        torch.empty(capacity, dtype=torch.int64, device=device),
         # without groups nobody looks for an empty list
         (torch.zeros if has_group else torch.empty)(
             2, num_groups, dtype=torch.int32, device=device
         ),
         counter,
-        torch.empty((), dtype=torch.float32, device=device),
     )
 
 
@@ -267,7 +264,10 @@ def launch(
     n = sum(map(Tensor.numel, x_all))
     capacity = capacity_of(n, labels)
     raw = torch.empty(2, capacity, dtype=torch.float32, device=device)
-    raw_list = torch.empty(capacity, dtype=torch.int32, device=device)
+    has_group = len(group) > 0
+    raw_list = None
+    if has_group or exchange is not None:
+        raw_list = torch.empty(capacity, dtype=torch.int32, device=device)
     raw_item = torch.empty(capacity, dtype=torch.int64, device=device)
     counter = torch.zeros(2, dtype=torch.int64, device=device)
     for level in levels:
@@ -279,50 +279,46 @@ def launch(
         capacity = raw_item.numel()
 
     places = torch.empty(PLACE_ROWS, capacity, dtype=torch.int32, device=device)
-    has_group = len(group) > 0
     scratch = scratch_of(x, capacity, has_group, num_groups, counter)
-    positives, knots, lookup, order, lists, _, scale = scratch
+    floats, lookup, lists, _ = scratch
     programs = max([_programs(level.x.numel()) for level in levels], default=1)
     n_words = min(max(WORDS, 4 * capacity), 12 * capacity)  # at most 96 bytes a positive's place
     histogram = torch.empty(n_words, dtype=torch.int64, device=device)
     # processes add theirs up: no word holds both
     least = spec.fraction if exchange is None else 64
-    first, second = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
+    first = torch.empty((), dtype=torch.float32, device=device)
+    second = torch.empty((), dtype=torch.float32, device=device)
 
     pointer, (number,) = scalar_args(delta, 1)
     grid = (min(cdiv(capacity, PAIRS.block), MAX_PROGRAMS),)
-    blocks = torch.empty_like(raw), torch.empty_like(raw_list), torch.empty_like(raw_item)
     wrap_triton(order_kernel, x)[grid](
-        raw, raw_list, raw_item, *blocks, counter, capacity,
+        raw, raw_list, raw_item, floats, places, lookup, counter, capacity,
         HAS_GROUP=has_group, TILE=PAIRS.block, ACROSS=PAIRS_ACROSS, num_warps=PAIRS.num_warps,
     )  # fmt: skip
     wrap_triton(merge_kernel, x)[grid](
-        *blocks, positives, places, knots, order, lists, counter, pointer, capacity, num_groups,
-        number, HAS_GROUP=has_group, TILE=MERGE.block, ACROSS=MERGE_ACROSS,
-        num_warps=MERGE.num_warps,
+        floats, places, lookup, lists, counter, pointer, capacity, num_groups, number,
+        HAS_GROUP=has_group, TILE=MERGE.block, ACROSS=MERGE_ACROSS, num_warps=MERGE.num_warps,
     )  # fmt: skip
     # what goes on beside the passes over logits and histogram
     beside = min(cdiv(capacity, PAIRED.value), MAX_PROGRAMS)
-    values = torch.empty(capacity, dtype=torch.float32, device=device)
     sums = torch.empty(SUM_ROWS, capacity, dtype=torch.float64, device=device)
-    tables = positives, places, values, sums, counter, pointer
     cells = max(CELL_BLOCKS.value, min(cdiv(n_words, 4096), 256))
     wrap_triton(prepare_kernel, x)[(cells + beside,)](
-        knots, lookup, histogram, *tables, n, n_words, capacity, programs, cells, bits, number,
-        LEAST=least, TABLE=not has_group, TILE=RANKING.block, PAIRS=spec.spreads,
-        ACROSS=PAIRED_ACROSS, num_warps=RANKING.num_warps,
+        floats, lookup, histogram, places, sums, counter, pointer, n, n_words, capacity, programs,
+        cells, bits, number, LEAST=least, TABLE=not has_group, TILE=RANKING.block,
+        PAIRS=spec.spreads, ACROSS=PAIRED_ACROSS, num_warps=RANKING.num_warps,
     )  # fmt: skip
     for level in levels:
-        _negatives(
-            scratch, level, delta, ignore_index, num_groups, histogram, least > LEAST_FRACTION
-        )
+        apart = least > LEAST_FRACTION
+        _negatives(scratch, level, delta, ignore_index, num_groups, capacity, histogram, apart)
     total = None
     if exchange is not None:
         total = torch.zeros(2, 2 * capacity, dtype=torch.int64, device=device)
     collectors = min(cdiv(2 * capacity, COLLECT.block), MAX_PROGRAMS)
     beside = beside if spec.spreads else 0
     wrap_triton(collect_kernel, x)[(collectors + beside,)](
-        histogram, knots, total, lookup, *tables, capacity, collectors, number,
+        histogram, floats, total, lookup, places, sums, counter, pointer, capacity, collectors,
+        number,
         PAIRS=spec.spreads, ACROSS=PAIRED_ACROSS, COPIES=COLLECT_COPIES, BLOCK=COLLECT.block,
         num_warps=COLLECT.num_warps,
     )  # fmt: skip
@@ -330,26 +326,27 @@ def launch(
         whole = exchange.integers(torch.cat([total.view(-1), counter[1:]]))
         counter[1:] = whole[-1:]
         count, offset = whole[:-1].view(2, -1)
+        knots = floats[KNOTS.value * capacity :][: total[0].numel() * KNOT_ROWS].view(KNOT_ROWS, -1)
         knots[COUNT.value] = count
         knots[OFFSET.value] = offset * 0.5**bits
     scanners = min(num_groups, MAX_PROGRAMS)
     wrap_triton(settle_kernel, x)[(scanners + beside,)](
-        positives, places, knots, lookup, values, sums, lists, counter, pointer, first, second,
-        scale, capacity, num_groups, scanners, number, HAS_GROUP=has_group, LOSS=spec.LOSS,
-        INTERPOLATED=spec.interpolated, TILE=SCANS.block, ACROSS=PAIRED_ACROSS,
-        num_warps=SCANS.num_warps,
+        floats, places, lookup, sums, lists, counter, pointer, first, second, capacity, num_groups,
+        scanners, number, HAS_GROUP=has_group, LOSS=spec.LOSS, INTERPOLATED=spec.interpolated,
+        TILE=SCANS.block, ACROSS=PAIRED_ACROSS, num_warps=SCANS.num_warps,
     )  # fmt: skip
     if has_group:
         wrap_triton(means_kernel, x)[(1,)](
-            positives, places, counter, first, second, scale, capacity,
+            floats, places, counter, first, second, capacity,
             VALUE_ROW=spec.first_row.value, LOSS=spec.LOSS, TILE=RANKING.block,
             num_warps=RANKING.num_warps,
         )  # fmt: skip
 
-    return first, second, _coefficient(scratch, levels, x_all, spec), *scratch
+    coefficient = _coefficient(scratch, levels, x_all, spec, capacity)
+    return first, second, coefficient, *scratch
 
 
-def _coefficient(scratch, levels, x, spec):
+def _coefficient(scratch, levels, x, spec, capacity):
     """Of each row's error, in the order of levels and rows."""
     rows = sum(math.prod(level.shape[:-1]) for level in x) if spec.coefficient else 0
     coefficient = torch.zeros(rows, dtype=torch.float32, device=x[0].device)
@@ -357,13 +354,13 @@ def _coefficient(scratch, levels, x, spec):
         return coefficient
     if not levels or levels[0].labels is not None:  # rows are the items
         items = _Items(rows, 1, (), (1, 1, rows, *[0, 0, 0, 1] * 2, 0))
-        _scatter(scratch, items, 0, None, coefficient, (None, None), True)
+        _scatter(scratch, items, 0, None, coefficient, (None, None), capacity, True)
         return coefficient
     found = []
     for level in levels:
         of_logits = torch.zeros(level.x.shape, dtype=torch.float32, device=coefficient.device)
         items = _items(level, of_logits)
-        _scatter(scratch, items, level.start, None, of_logits, (None, None), True)
+        _scatter(scratch, items, level.start, None, of_logits, (None, None), capacity, True)
         found.append(of_logits.sum(-1).reshape(-1))
     return torch.cat(found) if len(found) > 1 else found[0]
 
@@ -381,7 +378,7 @@ def forward(
     loss: str,
     ignore_index: int,
     num_groups: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Values of a ranking loss, and what its backward needs.
 
     Args, of each level or an empty list for None:
@@ -406,11 +403,10 @@ def forward(
     )
 
 
-def _scatter(scratch, items, start, labels, out, upstream, coefficient):
-    capacity = scratch.items.numel()
+def _scatter(scratch, items, start, labels, out, upstream, capacity, coefficient):
     wrap_triton(scatter_kernel, out)[(min(cdiv(capacity, RANKING.block), MAX_PROGRAMS),)](
-        scratch.positives, scratch.items, labels, scratch.counter, *upstream, scratch.scale, out,
-        start, items.count, capacity, *items.scatter, COEFFICIENT=coefficient,
+        scratch.floats, scratch.lookup, labels, scratch.counter, *upstream, out, start,
+        items.count, capacity, *items.scatter, COEFFICIENT=coefficient,
         N_DIMS=items.n_dims, BLOCK=RANKING.block, num_warps=RANKING.num_warps,
     )  # fmt: skip
 
@@ -419,13 +415,10 @@ def _scatter(scratch, items, start, labels, out, upstream, coefficient):
 def backward(
     first_grad: Tensor,
     second_grad: Tensor,
-    positives: Tensor,
-    knots: Tensor,
+    floats: Tensor,
     lookup: Tensor,
-    items: Tensor,
     lists: Tensor,
     counter: Tensor,
-    scale: Tensor,
     x: Tensor,
     labels: Tensor | None,
     value: Tensor | None,
@@ -442,14 +435,15 @@ def backward(
     factor: int = 1,
 ) -> Tensor:
     """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
-    scratch = Scratch(positives, knots, lookup, items, lists, counter, scale)
+    scratch = Scratch(floats, lookup, lists, counter)
+    room = floats.numel() // SCALE.value
     group = None if group is None else group.expand(x.shape)
     grad = torch.empty_like(x)
     level = _Level(x, labels, value, dense, weight, group, start)
-    _negatives(scratch, level, delta, ignore_index, num_groups, upstream=first_grad, scale=scale,
-               out=grad)  # fmt: skip
+    args = scratch, level, delta, ignore_index, num_groups, room
+    _negatives(*args, upstream=first_grad, out=grad)
     places = _items(level, grad)
     second_grad = second_grad if SPECS[loss].second_gradient else None
     upstream = first_grad, second_grad
-    _scatter(scratch, places, start, labels, grad, upstream, False)
+    _scatter(scratch, places, start, labels, grad, upstream, room, False)
     return grad

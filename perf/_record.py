@@ -66,19 +66,23 @@ def recorded_launches():
         yield launches
 
 
+class _Launcher:
+    """What a binary is launched by."""
+
+    # of all: Triton keeps binaries and their launchers
+    handle: Callable = print
+
+    def __init__(self, src, metadata):
+        self.binary = metadata.name, metadata.hash
+
+    def __call__(self, x, y, z, stream, function, metadata, *args):
+        _Launcher.handle(*self.binary, (x, y, z), args[3:])
+
+
 @contextmanager
-def fake_driver(capability: int = 90):
-    """Losses of CPU tensors take the kernels' path, compiled for such a GPU; launches end where
-    the driver would begin. Yields a list that each launch adds the name of its binary to."""
-    launched: list[str] = []
-
-    class Launcher:
-        def __init__(self, src, metadata):
-            self.name = metadata.name
-
-        def __call__(self, *args):
-            launched.append(self.name)
-
+def fake_driver(handle: Callable[[str, str, tuple, tuple], None], capability: int = 90):
+    """Losses of CPU tensors take the kernels' path, compiled for such a GPU; launches end where the
+    driver would begin, and ``handle`` gets the binary's name and hash, the grid, the arguments."""
     properties = {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132}
     driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
@@ -91,7 +95,10 @@ def fake_driver(capability: int = 90):
             load_binary=lambda *args: (0, 0, 0, 0, 1024),
             get_device_properties=lambda device: properties,
         ),
-        launcher_cls=Launcher,
+        launcher_cls=_Launcher,
     )
-    with _kernels_on_cpu(triton.runtime.driver, "_active", driver):
-        yield launched
+    with (
+        _kernels_on_cpu(triton.runtime.driver, "_active", driver),
+        mock.patch.object(_Launcher, "handle", handle),
+    ):
+        yield

@@ -174,7 +174,7 @@ def ranking_forward_shared(
     process_group: str,
     capacity: int,
     scale: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``kernels.forward`` with exchanges between its kernels."""
     settings = eager.settings(
         "triton", x[0], labels or None, value or None, delta[0], loss, ignore_index, num_groups
