@@ -75,8 +75,12 @@ class _Launcher:
     def __init__(self, src, metadata):
         self.binary = metadata.name, metadata.hash
 
-    def __call__(self, x, y, z, stream, function, metadata, *args):
-        _Launcher.handle(*self.binary, (x, y, z), args[3:])
+    def __call__(self, x, y, z, stream, function, metadata, launch, enter, leave, *args):
+        if enter is not None:
+            enter(launch)
+        _Launcher.handle(*self.binary, (x, y, z), args)
+        if leave is not None:
+            leave(launch)
 
 
 @contextmanager

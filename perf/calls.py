@@ -77,7 +77,7 @@ def main(argv=None) -> None:
         found = way(forward)
         # values are looked at on a CPU alone
         launches = itertools.count()
-        driver = fake_driver(lambda *binary: next(launches))
+        driver = fake_driver(lambda *binary, launches=launches: next(launches))
         with driver, mock.patch.object(_checks, "values_checked", lambda x: 0):
             step()  # compiles
             n = next(launches)

@@ -31,6 +31,7 @@ NOT_ON_PTX = {
     "test_lockstep": "trains models: too slow here",
     "test_distributed": "its processes have no interpreter of PTX",
     "test_compile": "Inductor makes its own launches",
+    "test_launch": "its launches end in a driver of its own",
 }
 
 
