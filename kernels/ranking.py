@@ -348,7 +348,9 @@ def launch(
 
 def _coefficient(scratch, levels, x, spec, capacity):
     """Of each row's error, in the order of levels and rows."""
-    rows = sum(math.prod(level.shape[:-1]) for level in x) if spec.coefficient else 0
+    if not spec.coefficient:
+        return torch.empty(0, dtype=torch.float32, device=x[0].device)
+    rows = sum(math.prod(level.shape[:-1]) for level in x)
     coefficient = torch.zeros(rows, dtype=torch.float32, device=x[0].device)
     if not rows:
         return coefficient

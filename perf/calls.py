@@ -4,7 +4,8 @@ For 64 anchors of 80 classes with 8 positives: Python calls within this package,
 next one stands in another file than the last; then launches of a forward and its backward, and the
 microseconds that they take the host, fastest of many rounds: by Triton's own launches, and by those
 that remember their binaries. CPU tensors stand in for a GPU's and the driver is a stand-in, so that
-allocations and the driver's part of a launch are not those of a GPU. Read ratios.
+allocations and the driver's part of a launch are not those of a GPU. Read ratios. ``--write`` puts
+the table into ``results/host_cpu.csv``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import time
 from unittest import mock
 
 import torch
+import triton
 
 from tritonloss import _checks, _launch
 
-from ._measure import ROOT
+from ._measure import ROOT, machine, write_rows
 from ._record import fake_driver, recorded_launches
 from .workloads import LOSSES, Point, call_of
 
+TABLE = ROOT / "perf" / "results" / "host_cpu.csv"
 PACKAGES = (str(ROOT / "tritonloss"), str(ROOT / "kernels"))
 
 
@@ -60,10 +63,10 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--loss", action="append", choices=LOSSES, help="only this (repeatable)")
     parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--write", action="store_true", help="write the committed table")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    columns = ("calls", "moves", "launches", "Triton us", "all us")
-    print(f"{'loss':26}" + "".join(f"{c:>11}" for c in columns))
+    rows = []
     for loss in args.loss or LOSSES:
         call = call_of(loss, Point(64, 80, 8), "cpu")
 
@@ -84,10 +87,12 @@ def main(argv=None) -> None:
             with mock.patch.object(_launch, "REMEMBERS", False):
                 by_triton = microseconds(step, args.rounds)
             us = microseconds(step, args.rounds)
-        print(
-            f"{loss:26}{found[0]:>11}{found[1]:>11}{n:>11}{by_triton:>11.1f}{us:>11.1f}",
-            flush=True,
-        )
+        row = {"loss": loss, "calls": found[0], "moves": found[1], "launches": n}
+        row |= {"by_triton_us": f"{by_triton:.1f}", "us": f"{us:.1f}"}
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        rows.append(row | machine() | {"triton": triton.__version__})
+    if args.write:
+        write_rows(TABLE, rows)
 
 
 if __name__ == "__main__":

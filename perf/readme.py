@@ -130,6 +130,22 @@ def heads() -> str:
     )  # fmt: skip
 
 
+def host_time() -> str:
+    """What the kernels' path costs the host."""
+    rows = read("host_cpu")
+    first = rows[0]
+    return (
+        "What a forward and its backward by the kernels cost the host, for 64 anchors: launches, "
+        "and microseconds of one thread, fastest of many, with Triton's own launches and with "
+        "those that remember their binaries. Without a GPU: CPU tensors, whose allocations cost "
+        f"less, and a stand-in for the driver. Triton {first['triton']}, torch {first['torch']}, "
+        f"{first['device']} (`python -m perf.calls`).\n\n"
+    ) + table(
+        ("loss", "launches", "us, Triton's launches", "us"),
+        *((r["loss"], r["launches"], r["by_triton_us"], r["us"]) for r in rows),
+    )
+
+
 def counted_heads() -> str:
     """What the kernels execute over levels, and over the same rows in one tensor."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
@@ -411,7 +427,7 @@ FILES = {
     "docs/benchmarks.md": lambda: [
         GPU, *on_gpus(), CPU, pointwise(), ranking(), more_positives(), harmonising(),
         set_prediction(), heads(),
-        counted_heads(), compiled_step(), diagnosing(),
+        counted_heads(), host_time(), compiled_step(), diagnosing(),
         swept("sweep_cpu"), budgets(),
     ],
     **{f"docs/hosts/{host}.md": lambda host=host: [beside_host(host)] for host in HOSTS},

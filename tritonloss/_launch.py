@@ -60,16 +60,15 @@ class Remembering:
         device = args[0].get_device()
         key = (device, *kinds, args[first:last], *constants.items())
         found = self.known.get(key)
-        if found is None or self.kernel.pre_run_hooks:
+        if self.kernel.pre_run_hooks or _watched():
+            self.kernel[grid](*args, **constants)
+        elif found is None:
             self.remember(key, self.kernel[grid](*args, **constants), len(args), constants)
-            return
-        binary, run, function, metadata, rest = found
-        if _watched():
-            binary[(*grid, 1, 1)](*args, *rest)
-            return
-        stream = triton.runtime.driver.active.get_current_stream(device)
-        x, y, *_ = *grid, 1
-        run(x, y, 1, stream, function, metadata, None, None, None, *args, *rest)
+        else:
+            run, function, metadata, rest = found
+            stream = triton.runtime.driver.active.get_current_stream(device)
+            x, y, *_ = *grid, 1
+            run(x, y, 1, stream, function, metadata, None, None, None, *args, *rest)
 
     def remember(self, key: tuple, binary, n_args: int, constants: dict) -> None:
         if binary is None:  # of a stand-in for Triton's launch
@@ -77,7 +76,7 @@ class Remembering:
         if len(self.known) >= MOST:
             self.known.clear()
         rest = tuple(constants[name] for name in self.kernel.arg_names[n_args:])
-        self.known[key] = binary, binary.run, binary.function, binary.packed_metadata, rest
+        self.known[key] = binary.run, binary.function, binary.packed_metadata, rest
 
 
 def _watched() -> bool:
