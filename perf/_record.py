@@ -83,12 +83,10 @@ class _Launcher:
             leave(launch)
 
 
-@contextmanager
-def fake_driver(handle: Callable[[str, str, tuple, tuple], None], capability: int = 90):
-    """Losses of CPU tensors take the kernels' path, compiled for such a GPU; launches end where the
-    driver would begin, and ``handle`` gets the binary's name and hash, the grid, the arguments."""
+def driver_of(capability: int) -> SimpleNamespace:
+    """What Triton asks of the driver of such a GPU."""
     properties = {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132}
-    driver = SimpleNamespace(
+    return SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
         # no number: Triton keeps what it compiled by device
         get_current_device=lambda: "fake",
@@ -101,8 +99,14 @@ def fake_driver(handle: Callable[[str, str, tuple, tuple], None], capability: in
         ),
         launcher_cls=_Launcher,
     )
+
+
+@contextmanager
+def fake_driver(handle: Callable[[str, str, tuple, tuple], None]):
+    """Losses of CPU tensors take the kernels' path, compiled for sm_90; launches end where the
+    driver would begin, and ``handle`` gets the binary's name and hash, the grid, the arguments."""
     with (
-        _kernels_on_cpu(triton.runtime.driver, "_active", driver),
+        _kernels_on_cpu(triton.runtime.driver, "_active", driver_of(90)),
         mock.patch.object(_Launcher, "handle", handle),
     ):
         yield

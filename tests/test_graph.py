@@ -8,7 +8,6 @@ takes the eager path, or copies the logits first, is still right.
 from __future__ import annotations
 
 import operator
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,9 +27,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._library.triton import get_triton_kernels_for_op
 from torch.utils._pytree import tree_map_only
-from triton.backends.compiler import GPUTarget
 
-from perf._record import recorded_launches
+from perf._record import driver_of, recorded_launches
 
 LAUNCHES = ("triton_kernel_wrapper_functional", "triton_kernel_wrapper_mutation")
 COPIES = ("clone", "expand", "copy", "contiguous", "_to_copy", "cat", "constant_pad_nd")
@@ -39,13 +37,7 @@ COPIES = ("clone", "expand", "copy", "contiguous", "_to_copy", "cat", "constant_
 @pytest.fixture
 def cuda_compile(monkeypatch):
     """Compile on CPU tensors as a machine with an sm_90 would; yields the captured graphs."""
-    driver = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_active_torch_device=lambda: torch.device("cpu"),
-    )
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver_of(90))
     monkeypatch.setattr(torch.utils._triton, "has_triton", lambda *a: True)
     monkeypatch.setattr(_dispatch, "_FORCE_ON_CPU", True)
     torch._dynamo.reset()
