@@ -7,15 +7,13 @@ memory like the logits need no index at all.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
 from ._walk import (
     MAX_DIMS,
     MAX_INNER_SIZE,
-    Layout,
+    Walk,
     cached,
     contiguous_strides,
     load_or_zero,
@@ -180,34 +178,12 @@ def walkable(x, *others) -> bool:
     return merged_dims(x.shape, [x.stride(), rows, class_index, *per_logit]) is not None
 
 
-class Walk(NamedTuple):
-    """How a kernel goes over the logits and what lies beside them."""
-
-    # inner sizes; strides of x, rows, dense targets, weights, then what else is read
-    numbers: tuple[int, ...]
-    constants: dict  # see ``constants_of``
-
-
-def constants_of(layout: Layout, linear: bool, row_weight: bool, itemsize: int) -> dict:
-    """How a kernel walks: of what is known when it is compiled."""
-    class_s = layout.strides[2]
-    run = 16 // itemsize if layout.n_dims > 1 else 1
-    while layout.sizes[-1] % run:
-        run //= 2
-    return {
-        "N_DIMS": layout.n_dims,
-        # where the kernel finds the class, or -1
-        "CLASS_DIM": class_s.index(1) if 1 in class_s else -1,
-        # all of them lie in one block of memory in the same order
-        "LINEAR": linear,
-        "ROW_WEIGHT": row_weight,
-        # neighbours that share all but the innermost coordinate: a 16-byte load of them
-        "RUN": run,
-    }
-
-
 def walk_over(x, dense, labels, weight, class_weight=None, per_logit=(), *strides) -> Walk:
-    """``per_logit``: further tensors of x' shape, or None; ``strides``: of what else is read."""
+    """How a kernel goes over the logits and what lies beside them: numbers of x, rows, dense
+    targets, weights, then what else is read.
+
+    ``per_logit``: further tensors of x' shape, or None; ``strides``: of what else is read.
+    """
     row_weight = weight is not None and weight.dim() < x.dim()
     beside = dense, None if row_weight else weight, *per_logit
     by_row = labels is not None or row_weight
@@ -231,6 +207,19 @@ def _walk(shape, x_strides, beside, strides, by_row, row_weight, by_class, items
     classes = (*zeros[:-1], 1 if by_class else 0)
     beside = [zeros if s is None or linear else s for s in beside]
     layout = merged_dims(shape, [x_strides, rows, classes, *beside, *strides])
-    # the classes' strides only tell where they are
+    run = 16 // itemsize if layout.n_dims > 1 else 1
+    while layout.sizes[-1] % run:
+        run //= 2
+    class_s = layout.strides[2]
+    constants = {
+        "N_DIMS": layout.n_dims,
+        # where the kernel finds the class, or -1
+        "CLASS_DIM": class_s.index(1) if 1 in class_s else -1,
+        # all of them lie in one block of memory in the same order
+        "LINEAR": linear,
+        "ROW_WEIGHT": row_weight,
+        # neighbours that share all but the innermost coordinate: a 16-byte load of them
+        "RUN": run,
+    }
     read = [k for k in range(len(layout.strides)) if k != 2]
-    return Walk(layout.numbers(*read), constants_of(layout, linear, row_weight, itemsize))
+    return Walk(layout.numbers(*read), constants)

@@ -33,6 +33,13 @@ class Layout(NamedTuple):
         return *self.sizes[1:], *itertools.chain(*strides)
 
 
+class Walk(NamedTuple):
+    """What a kernel takes of a layout."""
+
+    numbers: tuple[int, ...]  # see ``Layout.numbers``
+    constants: dict  # what is known when it is compiled, by name
+
+
 def cached(function):
     """Remember what was worked out for sizes and strides: they repeat in every step."""
     remembered = functools.lru_cache(maxsize=4096)(function)

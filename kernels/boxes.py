@@ -7,7 +7,6 @@ in registers; all others through their strides.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -31,7 +30,7 @@ from ._rows import (
     upstream,
     upstream_of,
 )
-from ._walk import cached, cdiv, load_or_zero, offset_of
+from ._walk import Walk, cached, cdiv, load_or_zero, offset_of
 
 # Box losses. A box is (x1, y1, x2, y2); sides are clamped at 0, as torch.clamp does: a side of
 # exactly 0 still has a gradient. Ties of min and max share the gradient evenly.
@@ -411,22 +410,15 @@ def box_kernel(
         )  # fmt: skip
 
 
-class _Walk(NamedTuple):
-    """How a kernel walks over boxes and what lies beside them."""
-
-    # inner sizes; strides of pred, rows, target, out, grad over rows, of the boxes over coordinates
-    numbers: tuple[int, ...]
-    constants: dict
-
-
-def _walk_over(pred, target, out, grad) -> _Walk:
-    """``out`` and ``grad``: those of each row, or None."""
+def _walk_over(pred, target, out, grad) -> Walk:
+    """How a kernel walks over boxes and what lies beside them: numbers of pred, rows, target, out,
+    grad, and the strides of boxes over coordinates. ``out`` and ``grad`` may be None."""
     others = tuple([None if t is None else t.stride() for t in (target, out, grad)])
     return _walk(pred.shape, pred.stride(), others)
 
 
 @cached
-def _walk(shape, pred, others) -> _Walk:
+def _walk(shape, pred, others) -> Walk:
     layout = rows_of(shape, pred, others).layout
     one_by_one = [layout.n_dims == 1 and strides[-1] == 4 for strides in layout.strides]
     alone = math.prod(shape[:-1]) == 1
@@ -443,7 +435,7 @@ def _walk(shape, pred, others) -> _Walk:
         "OUT_WIDE": wide(out, 3),
     }
     by_coordinate = pred[-1], target[-1], 0 if out is None else out[-1]
-    return _Walk((*layout.numbers(), *by_coordinate), constants)
+    return Walk((*layout.numbers(), *by_coordinate), constants)
 
 
 def takes(pred, target, *args) -> bool:

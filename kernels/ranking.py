@@ -46,6 +46,7 @@ from ._ranking_scratch import (
     OFFSET,
     PLACE_ROWS,
     SCALE,
+    SORTED_VALUES,
     SUM_ROWS,
     float_words,
     lookup_words,
@@ -86,7 +87,7 @@ DENSE_POSITIVES = 65536
 
 def capacity_of(n: int, labels) -> int:
     """Positives there is room for: every anchor has one class; of dense targets, an eighth of the
-    n logits, which keeps the scratch below 32 bytes a logit, or ``DENSE_POSITIVES``. More gives
+    n logits, which keeps the scratch at about 32 bytes a logit, or ``DENSE_POSITIVES``. More gives
     NaN, never a wrong number.
     """
     if labels:
@@ -326,7 +327,7 @@ def launch(
         whole = exchange.integers(torch.cat([total.view(-1), counter[1:]]))
         counter[1:] = whole[-1:]
         count, offset = whole[:-1].view(2, -1)
-        knots = floats[KNOTS.value * capacity :][: total[0].numel() * KNOT_ROWS].view(KNOT_ROWS, -1)
+        knots = floats[KNOTS.value * capacity : SORTED_VALUES.value * capacity].view(KNOT_ROWS, -1)
         knots[COUNT.value] = count
         knots[OFFSET.value] = offset * 0.5**bits
     scanners = min(num_groups, MAX_PROGRAMS)
