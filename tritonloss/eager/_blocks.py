@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonloss._dispatch import _transforms_active
+from tritonloss._op import differentiable
 
 from ._entry import mean_divisor
 
@@ -38,6 +39,27 @@ def in_graph() -> bool:
         and not torch.compiler.is_exporting()
         and not _transforms_active()
     )
+
+
+def written_out(formula: Callable, both: Callable) -> Callable:
+    """``formula(x, *args)`` for graphs: ``both(x, *args) -> (values, derivatives by x)``, of one
+    value for each entry of x or for each row.
+
+    A graph gets one loop each way, in place of what autograd makes of the formula.
+    """
+
+    def slopes(gradient, x, *args):
+        value, slope = both(x, *args)
+        return (gradient if value.dim() == x.dim() else gradient.unsqueeze(-1)) * slope
+
+    function = differentiable(lambda x, *args: both(x, *args)[0], slopes, formula)
+
+    def call(x, *args):
+        # Dynamo reads a symbolic number where it is first used; within the function of autograd
+        # it would be lost for the next one.
+        return function(x, *(a * 1.0 if isinstance(a, float) else a for a in args))
+
+    return call
 
 
 def many(*xs: Tensor, blocks: float = 1 / 8) -> bool:

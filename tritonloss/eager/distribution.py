@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._blocks import per_row
+from ._blocks import in_graph, per_row, written_out
 from ._entry import (
     entered,
     laid_out,
@@ -34,7 +34,8 @@ def distribution_focal(
         # no gather, which a graph would not fuse
         share = -_minus_shares(y, torch.arange(x.shape[-1], device=x.device, dtype=x.dtype))
         log_p = torch.log_softmax(x, -1)
-        share = share + torch.where(share == 0, 0, log_p.detach() * 0)  # a masked target gives NaN
+        # A masked target gives NaN: not by a product with 0, which a compiler takes for 0
+        share = torch.where((share != 0) & (log_p == -torch.inf), torch.nan, share)
         value = -torch.where(share == 0, 0, share * log_p).sum(-1)
         if weight is not None:
             value = torch.where(keep, value * weight.to(x.dtype), 0)
@@ -100,22 +101,50 @@ def distillation(
     """Divergence of each distribution from the teacher's, at a temperature, times its square."""
     (temperature,) = params
     with without_autocast(x):
-        x = entered(x, masked=True)
-        teacher = entered(teacher.to(x.dtype), masked=True)
-        count = x[..., 0].numel()  # numel() of a shape would bake it into an export
-        if weight is not None:
-            keep = weight > 0
-            count = keep.sum()
-            x = torch.where(keep.unsqueeze(-1), x, 0)
-            teacher = torch.where(keep.unsqueeze(-1), teacher, 0)
-        log_p, log_q = (torch.log_softmax(t / temperature, -1) for t in (x, teacher))
-        q = log_q.exp()
-        log_p = torch.where(q == 0, 0, log_p)  # what the teacher excludes says nothing
-        log_p = log_p * (1 + log_p.detach() * 0)  # what the student alone excludes gives NaN
-        value = (q * (torch.where(q == 0, 0, log_q) - log_p)).sum(-1) * temperature**2
-        if weight is not None:
-            value = torch.where(keep, value * weight.to(x.dtype), 0)
+        x = _entered(x)
+        teacher = _entered(teacher.to(x.dtype))
+        # numel() of a shape would bake it into an export
+        count = x[..., 0].numel() if weight is None else (weight > 0).sum()
+        divergence = _divergence_in_graphs if in_graph() else _divergence
+        value = divergence(x, teacher, weight, temperature)
         return reduced(value, count, reduction, avg_factor)
+
+
+def _entered(x: Tensor) -> Tensor:
+    """Of an infinite logit softmax makes NaN in any case; a graph would work it out each way."""
+    return laid_out(x) if in_graph() else entered(x, masked=True)
+
+
+def _divergence(x: Tensor, teacher: Tensor, weight: Tensor | None, temperature) -> Tensor:
+    """Of each row, weighted."""
+    return _divergence_and_shares(x, teacher, weight, temperature)[0]
+
+
+def _divergence_and_shares(x, teacher, weight, temperature) -> tuple[Tensor, Tensor, Tensor]:
+    """That, and the logarithm of the student's share of each bin and the teacher's share."""
+    if weight is not None:
+        keep = weight > 0
+        x = torch.where(keep.unsqueeze(-1), x, 0)
+        teacher = torch.where(keep.unsqueeze(-1), teacher, 0)
+    log_p, log_q = (torch.log_softmax(t / temperature, -1) for t in (x, teacher))
+    q = log_q.exp()
+    read = torch.where(q == 0, 0, log_p)  # what the teacher excludes says nothing
+    read = read * torch.where(read == -torch.inf, torch.nan, 1)  # what the student alone excludes
+    value = (q * (torch.where(q == 0, 0, log_q) - read)).sum(-1) * temperature**2
+    if weight is not None:
+        value = torch.where(keep, value * weight.to(x.dtype), 0)
+    return value, log_p, q
+
+
+def _divergence_and_slopes(x, teacher, weight, temperature) -> tuple[Tensor, Tensor]:
+    value, log_p, q = _divergence_and_shares(x, teacher, weight, temperature)
+    slopes = torch.where(value.isnan().unsqueeze(-1), torch.nan, (log_p.exp() - q) * temperature)
+    if weight is not None:
+        slopes = torch.where((weight > 0).unsqueeze(-1), slopes * weight.unsqueeze(-1), 0)
+    return value, slopes.to(x.dtype)
+
+
+_divergence_in_graphs = written_out(_divergence, _divergence_and_slopes)
 
 
 def distillation_by_blocks(
@@ -145,9 +174,26 @@ def distillation_by_blocks(
 def expectation(x: Tensor) -> Tensor:
     """Mean bin of softmax(x): (..., bins) -> (...)."""
     with without_autocast(x):
-        x = entered(x, masked=True)
-        bins = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
-        return (torch.softmax(x, -1) * bins).sum(-1)
+        x = _entered(x)
+        return _mean_in_graphs(x) if in_graph() else _mean(x)
+
+
+def _mean(x: Tensor) -> Tensor:
+    return _mean_and_shares(x)[0]
+
+
+def _mean_and_shares(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    bins = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
+    share = torch.softmax(x, -1)
+    return (share * bins).sum(-1), share, bins
+
+
+def _mean_and_slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean, share, bins = _mean_and_shares(x)
+    return mean, share * (bins - mean.unsqueeze(-1))
+
+
+_mean_in_graphs = written_out(_mean, _mean_and_slopes)
 
 
 def expectation_of_few(x: Tensor) -> Tensor:

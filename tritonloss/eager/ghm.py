@@ -7,6 +7,7 @@ over cache-sized blocks of rows, and what is kept of a logit is its region and i
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -331,6 +332,10 @@ def _formula_and_gradient(levels, *args):
     *args, want_grad = args
     with torch.set_grad_enabled(want_grad):
         leaves = [level[0].detach().requires_grad_(want_grad) for level in levels]
+        if want_grad and not (leaves[0] * 1).requires_grad:
+            # the body of an op runs where autograd records nothing; no other thread does
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(_formula_and_gradient, levels, *args, want_grad).result()
         of_leaves = [(x, *level[1:]) for x, level in zip(leaves, levels, strict=True)]
         loss, *new_state = harmonised(of_leaves, *args)
     gradients = [x.new_empty(0) for x in leaves]

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonloss._op import differentiable
-from tritonloss.eager._blocks import divided, in_graph, summed
+from tritonloss.eager._blocks import divided, in_graph, summed, written_out
 
 from ._entry import (
     NO_LOSS,
@@ -332,7 +331,7 @@ def _shifted_focal_and_slope(z, gamma, margin):
     bce = torch.where(near, log_of_rest_(torch.where(near, q, 0)), bce).neg_()
     slope = torch.where(far, rest / left, 1).add_(gamma * bce * rest / q.clamp(min=1e-37))
     factor = power(q, gamma)
-    return bce.mul_(factor), torch.where(q > 0, slope.mul_(p).mul_(factor), 0)
+    return bce.mul_(factor), torch.where(q <= 0, 0, slope.mul_(p).mul_(factor))  # NaN stays
 
 
 def _asymmetric_slopes(x, out, gamma_pos, gamma_neg, margin, *_):
@@ -455,18 +454,7 @@ def _written_out(formula: Callable, slopes: Callable) -> Callable:
         slope = x.new_empty(x.shape)  # Dynamo takes an out= only if it is contiguous
         return slopes(slope, x, *args), slope
 
-    function = differentiable(
-        lambda x, *args: both(x, *args)[0],
-        lambda gradient, x, *args: gradient * both(x, *args)[1],
-        formula,
-    )
-
-    def call(x, *args):
-        # Dynamo reads a symbolic number where it is first used; within the function of autograd
-        # it would be lost for the next one.
-        return function(x, *(a * 1.0 if isinstance(a, float) else a for a in args))
-
-    return call
+    return written_out(formula, both)
 
 
 IN_GRAPHS = {kind: _for_graphs(kind) for kind, loss in KINDS.items() if loss.dense_slopes}
