@@ -173,8 +173,8 @@ def _programs(n: int) -> int:
 
 
 def _negatives(
-    scratch, level, delta, ignore_index, num_groups, capacity, histogram=None, apart=False,
-    upstream=None, out=None,
+    scratch, level, delta, ignore_index, num_groups, histogram=None, apart=False, upstream=None,
+    out=None,
 ):  # fmt: skip
     """Launch the pass over all logits of a level, forward or backward."""
     x, labels, _, dense, weight, group, _ = level
@@ -199,7 +199,7 @@ def _negatives(
         n,
         x.shape[-1],
         num_groups,
-        capacity,
+        scratch.capacity,
         *walk.numbers,
         ignore_index,
         number,
@@ -218,6 +218,11 @@ class Scratch(NamedTuple):
     lookup: Tensor  # int64, what the pass over the logits looks up, and the positives' items
     lists: Tensor  # [2, num_groups] int32
     counter: Tensor  # [2] int64
+
+    @property
+    def capacity(self) -> int:
+        """Positives there is room for."""
+        return self.floats.numel() // SCALE.value
 
 
 def scratch_of(x, capacity, has_group, num_groups, counter) -> Scratch:
@@ -311,7 +316,7 @@ def launch(
     )  # fmt: skip
     for level in levels:
         apart = least > LEAST_FRACTION
-        _negatives(scratch, level, delta, ignore_index, num_groups, capacity, histogram, apart)
+        _negatives(scratch, level, delta, ignore_index, num_groups, histogram, apart)
     total = None
     if exchange is not None:
         total = torch.zeros(2, 2 * capacity, dtype=torch.int64, device=device)
@@ -343,11 +348,10 @@ def launch(
             num_warps=RANKING.num_warps,
         )  # fmt: skip
 
-    coefficient = _coefficient(scratch, levels, x_all, spec, capacity)
-    return first, second, coefficient, *scratch
+    return first, second, _coefficient(scratch, levels, x_all, spec), *scratch
 
 
-def _coefficient(scratch, levels, x, spec, capacity):
+def _coefficient(scratch, levels, x, spec):
     """Of each row's error, in the order of levels and rows."""
     if not spec.coefficient:
         return torch.empty(0, dtype=torch.float32, device=x[0].device)
@@ -357,13 +361,13 @@ def _coefficient(scratch, levels, x, spec, capacity):
         return coefficient
     if not levels or levels[0].labels is not None:  # rows are the items
         items = _Items(rows, 1, (), (1, 1, rows, *[0, 0, 0, 1] * 2, 0))
-        _scatter(scratch, items, 0, None, coefficient, (None, None), capacity, True)
+        _scatter(scratch, items, 0, None, coefficient, (None, None), True)
         return coefficient
     found = []
     for level in levels:
         of_logits = torch.zeros(level.x.shape, dtype=torch.float32, device=coefficient.device)
         items = _items(level, of_logits)
-        _scatter(scratch, items, level.start, None, of_logits, (None, None), capacity, True)
+        _scatter(scratch, items, level.start, None, of_logits, (None, None), True)
         found.append(of_logits.sum(-1).reshape(-1))
     return torch.cat(found) if len(found) > 1 else found[0]
 
@@ -406,7 +410,8 @@ def forward(
     )
 
 
-def _scatter(scratch, items, start, labels, out, upstream, capacity, coefficient):
+def _scatter(scratch, items, start, labels, out, upstream, coefficient):
+    capacity = scratch.capacity
     wrap_triton(scatter_kernel, out)[(min(cdiv(capacity, RANKING.block), MAX_PROGRAMS),)](
         scratch.floats, scratch.lookup, labels, scratch.counter, *upstream, out, start,
         items.count, capacity, *items.scatter, COEFFICIENT=coefficient,
@@ -439,14 +444,12 @@ def backward(
 ) -> Tensor:
     """Gradient of the logits: their dtype, and their strides if they are dense in memory."""
     scratch = Scratch(floats, lookup, lists, counter)
-    room = floats.numel() // SCALE.value
     group = None if group is None else group.expand(x.shape)
     grad = torch.empty_like(x)
     level = _Level(x, labels, value, dense, weight, group, start)
-    args = scratch, level, delta, ignore_index, num_groups, room
-    _negatives(*args, upstream=first_grad, out=grad)
+    _negatives(scratch, level, delta, ignore_index, num_groups, upstream=first_grad, out=grad)
     places = _items(level, grad)
     second_grad = second_grad if SPECS[loss].second_gradient else None
     upstream = first_grad, second_grad
-    _scatter(scratch, places, start, labels, grad, upstream, room, False)
+    _scatter(scratch, places, start, labels, grad, upstream, False)
     return grad

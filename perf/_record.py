@@ -83,11 +83,11 @@ class _Launcher:
             leave(launch)
 
 
-def driver_of(capability: int) -> SimpleNamespace:
+def sm_90() -> SimpleNamespace:
     """What Triton asks of the driver of such a GPU."""
     properties = {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132}
     return SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
         # no number: Triton keeps what it compiled by device
         get_current_device=lambda: "fake",
         get_current_stream=lambda device: 0,
@@ -106,7 +106,7 @@ def fake_driver(handle: Callable[[str, str, tuple, tuple], None]):
     """Losses of CPU tensors take the kernels' path, compiled for sm_90; launches end where the
     driver would begin, and ``handle`` gets the binary's name and hash, the grid, the arguments."""
     with (
-        _kernels_on_cpu(triton.runtime.driver, "_active", driver_of(90)),
+        _kernels_on_cpu(triton.runtime.driver, "_active", sm_90()),
         mock.patch.object(_Launcher, "handle", handle),
     ):
         yield

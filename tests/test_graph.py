@@ -28,7 +28,7 @@ from torch._higher_order_ops import triton_kernel_wrap
 from torch._library.triton import get_triton_kernels_for_op
 from torch.utils._pytree import tree_map_only
 
-from perf._record import driver_of, recorded_launches
+from perf._record import recorded_launches, sm_90
 
 LAUNCHES = ("triton_kernel_wrapper_functional", "triton_kernel_wrapper_mutation")
 COPIES = ("clone", "expand", "copy", "contiguous", "_to_copy", "cat", "constant_pad_nd")
@@ -37,7 +37,7 @@ COPIES = ("clone", "expand", "copy", "contiguous", "_to_copy", "cat", "constant_
 @pytest.fixture
 def cuda_compile(monkeypatch):
     """Compile on CPU tensors as a machine with an sm_90 would; yields the captured graphs."""
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver_of(90))
+    monkeypatch.setattr(triton.runtime.driver, "_active", sm_90())
     monkeypatch.setattr(torch.utils._triton, "has_triton", lambda *a: True)
     monkeypatch.setattr(_dispatch, "_FORCE_ON_CPU", True)
     torch._dynamo.reset()

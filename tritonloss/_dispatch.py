@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import re
 import sys
 import threading
 
@@ -21,7 +20,8 @@ except ImportError:  # its name before torch 2.8
     from torch.fx.experimental.symbolic_shapes import definitely_true as guard_or_false
 
 from . import _op
-from ._op import interpret_asked, triton
+from ._launch import release, triton
+from ._op import interpret_asked
 
 KERNELS = (
     "boxes", "diagnose", "distribution", "ghm", "matching", "pointwise", "ranking", "softmax_focal",
@@ -32,17 +32,12 @@ KERNELS = (
 NEEDED = {"torch": (2, 11), "triton": (3, 6)}
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """(2, 11) of 2.11.0+cu130."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-
-
 def _import_kernels() -> str:
     """Why there are none; empty where there are."""
     if triton is None:
         return "Triton cannot be imported"
     found = {"torch": str(torch.__version__), "triton": triton.__version__}
-    if any(_release(found[name]) < least for name, least in NEEDED.items()):
+    if any(release(found[name]) < least for name, least in NEEDED.items()):
         least = " and ".join(f"{n} >= {a}.{b}" for n, (a, b) in NEEDED.items())
         return f"the kernels need {least}; here are " + " and ".join(map(" ".join, found.items()))
     try:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import torch
 from torch import Tensor
 
 try:
     import triton
-except ImportError:  # no kernels
+except ImportError:  # no launchers
     triton = None
+
+
+def release(version: str) -> tuple[int, ...]:
+    """(2, 11) of 2.11.0+cu130."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
 
 MOST = 4096  # keys that a kernel remembers
 # On ROCm it counts how large the memory behind a pointer is, too; and only these releases are known
@@ -18,7 +25,7 @@ MOST = 4096  # keys that a kernel remembers
 REMEMBERS = (
     triton is not None
     and torch.version.hip is None
-    and triton.__version__.split(".")[:2] in (["3", minor] for minor in "6789")
+    and (3, 6) <= release(triton.__version__) <= (3, 9)
 )
 
 

@@ -17,12 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import _launch
-
-try:
-    import triton
-except ImportError:  # no launchers
-    triton = None
+from ._launch import remembering, triton
 
 NAMESPACE = "tritonloss"
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -57,7 +52,7 @@ def wrap_triton(kernel, x: Tensor):
     body never runs where Dynamo traces: the type of ``x`` tells.
     """
     if type(x) in PLAIN:
-        return kernel if INTERPRET else _launch.remembering(kernel)
+        return kernel if INTERPRET else remembering(kernel)
     return _Nothing() if INTERPRET else torch.library.wrap_triton(kernel)
 
 

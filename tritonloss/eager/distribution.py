@@ -190,7 +190,7 @@ def _mean_and_shares(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _mean_and_slopes(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, share, bins = _mean_and_shares(x)
-    return mean, share * (bins - mean.unsqueeze(-1))
+    return mean, share.mul_(bins - mean.unsqueeze(-1))
 
 
 _mean_in_graphs = written_out(_mean, _mean_and_slopes)
@@ -208,10 +208,7 @@ def expectation_by_blocks(x: Tensor, want_grad: bool):
     """The same, and its gradient."""
 
     def values(block, _):
-        p = torch.softmax(block, -1)
-        bins = _bins(p.shape[-1], p.dtype)
-        value = (p * bins).sum(-1)
-        return value, p.mul_(bins - value.unsqueeze(-1)) if want_grad else None
+        return _mean_and_slopes(block) if want_grad else (_mean(block), None)
 
     def formula(x, *_):
         return expectation(x)

@@ -332,8 +332,8 @@ def _formula_and_gradient(levels, *args):
     *args, want_grad = args
     with torch.set_grad_enabled(want_grad):
         leaves = [level[0].detach().requires_grad_(want_grad) for level in levels]
-        if want_grad and not (leaves[0] * 1).requires_grad:
-            # the body of an op runs where autograd records nothing; no other thread does
+        if want_grad and not leaves[0].view_as(leaves[0]).requires_grad:
+            # The body of an op runs where autograd records nothing; in a new thread it does.
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(_formula_and_gradient, levels, *args, want_grad).result()
         of_leaves = [(x, *level[1:]) for x, level in zip(leaves, levels, strict=True)]
